@@ -1,0 +1,1 @@
+"""One-step-ahead attention through the fusion map."""

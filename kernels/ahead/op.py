@@ -1,0 +1,39 @@
+"""``mctf::ahead``: one-step-ahead attention through the fusion map."""
+
+import torch
+from torch import Tensor
+
+from mctf_compile.kernels.library import composite
+from mctf_compile.kernels.pooling import aten as pooling
+from mctf_compile.kernels.unmerge.op import unmerge
+
+
+@composite(
+    "ahead(Tensor state, Tensor v, Tensor index, Tensor weight, Tensor keep, Tensor gone, Tensor into, "
+    "float dropout_p) -> Tensor"
+)
+def ahead(
+    state: Tensor, v: Tensor, index: Tensor, weight: Tensor, keep: Tensor, gone: Tensor, into: Tensor,
+    dropout_p: float,
+) -> Tensor:
+    """A' V, where A' = R A S is the attention of the unfused tokens pooled to the fused ones.
+
+    S sums the columns of each group and R pools the rows, so A' V = R (A (Sᵀ V)), and Sᵀ V repeats each
+    fused value for its members: one attention pass, and A' is never built.
+
+    Args:
+        state: what ``mctf::importance`` kept: A [B, H, N, N]; differentiable.
+        v: [B, H, M, D], values of the fused tokens; differentiable.
+        index [B, N], weight [B, N]: the map, from ``mctf::group``.
+        keep [B, M], gone [B, r], into [B, r]: the matching.
+        dropout_p: dropout probability of the attention weights.
+
+    Returns:
+        [B, H, M, D] in the dtype of ``v``.
+
+    Source: Lee et al., CVPR 2024, section 3.4, eq. 9-10.
+    """
+    if dropout_p:
+        state = torch.nn.functional.dropout(state, dropout_p)
+    out = state @ unmerge(v, index, 2)
+    return pooling.pool(out, weight, keep, gone, into, 2)

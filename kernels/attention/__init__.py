@@ -1,0 +1,1 @@
+"""Attention over tokens that have sizes, and the informativeness it gives."""

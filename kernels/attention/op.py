@@ -1,0 +1,49 @@
+"""``mctf::attention`` and ``mctf::importance``: attention over tokens that have sizes."""
+
+from torch import Tensor
+
+from mctf_compile.kernels.attention import aten
+from mctf_compile.kernels.library import composite
+
+
+@composite(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? log_size, Tensor? bias, float scale, float dropout_p) -> Tensor"
+)
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None, bias: Tensor | None, scale: float, dropout_p: float
+) -> Tensor:
+    """softmax(q kᵀ·scale + bias + log s) v: attention in which key j occurs s_j times.
+
+    Args:
+        q: [B, H, Nq, D], k: [B, H, Nk, D], v: [B, H, Nk, Dv], one floating dtype; differentiable.
+        log_size: [B, Nk] natural logarithm of the sizes, or None for sizes of one.
+        bias: additive, broadcastable to [B, H, Nq, Nk], or None.
+        scale: usually D ** -0.5.
+        dropout_p: dropout probability of the attention weights.
+
+    Returns:
+        [B, H, Nq, Dv] in the dtype of ``q``.
+
+    Source: proportional attention, Bolya et al., ICLR 2023 (arXiv 2210.09461), eq. 1.
+    """
+    return aten.attention(q, k, v, log_size, bias, scale, dropout_p)
+
+
+@composite(
+    "importance(Tensor q, Tensor k, Tensor? log_size, Tensor? bias, float scale) -> (Tensor, Tensor)"
+)
+def importance(
+    q: Tensor, k: Tensor, log_size: Tensor | None, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The mean attention that each token receives, before any value is computed.
+
+    Args: as for ``mctf::attention``.
+
+    Returns:
+        importance: [B, Nk], mean over heads and queries of the attention weights; sums to 1; a constant
+            for autograd; float32 or wider.
+        state: what the kernel keeps for ``mctf::ahead``: the weights [B, H, Nq, Nk], differentiable.
+
+    Source: Lee et al., CVPR 2024, section 3.2 (informativeness) and 3.4 (one step ahead).
+    """
+    return aten.importance(q, k, log_size, bias, scale)

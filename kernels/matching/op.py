@@ -1,0 +1,44 @@
+"""``mctf::match``: which tokens leave, and into which."""
+
+import torch
+from torch import Tensor
+
+from mctf_compile.kernels.library import composite
+from mctf_compile.kernels.matching import aten
+
+
+@composite(
+    "match(Tensor x, Tensor? importance, Tensor size, int r, int lead, int tail, float tau_sim, "
+    "float tau_info, float tau_size, bool bidirectional) -> (Tensor, Tensor, Tensor)"
+)
+def match(
+    x: Tensor, importance: Tensor | None, size: Tensor, r: int, lead: int, tail: int,
+    tau_sim: float, tau_info: float, tau_size: float, bidirectional: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Match tokens by similarity, informativeness and size, and choose ``r`` that leave.
+
+    Args:
+        x: [B, N, C] residual stream, any floating dtype; scores are computed in float32 or wider.
+        importance: [B, N] informativeness (mean attention received), or None to leave it out.
+        size: [B, N] token sizes.
+        r: tokens that leave, 0 <= r <= (N - lead - tail) // 2.
+        lead, tail: protected tokens at either end; they neither leave nor receive.
+        tau_sim, tau_info, tau_size: temperatures; 0 turns a criterion off.
+        bidirectional: r // 2 even-position tokens leave into odd ones, then the others the other way;
+            else all leave from even positions.
+
+    Returns:
+        keep: int64 [B, N - r], the old position of each new token's carrier. Order: protected prefix,
+            even positions ascending, odd positions by descending score (one-way: ascending), suffix.
+        gone: int64 [B, r], old positions of the tokens that left.
+        into: int64 [B, r], the new position each went into.
+        All three are constants for autograd.
+
+    Source: Lee et al., CVPR 2024 (arXiv 2403.10030), section 3.2 and 3.3.
+    """
+    n = x.shape[1]
+    torch._check(0 <= 2 * r <= max(n - lead - tail, 0), lambda: f"match: r={r} of {n} tokens is out of range")
+    importance = None if importance is None else importance.detach()
+    return aten.match(
+        x.detach(), importance, size.detach(), r, lead, tail, tau_sim, tau_info, tau_size, bidirectional
+    )

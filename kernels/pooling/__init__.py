@@ -1,0 +1,1 @@
+"""Combining the tokens of a group into one."""

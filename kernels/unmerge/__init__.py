@@ -1,0 +1,1 @@
+"""Giving every token its group's value back."""

@@ -1,0 +1,68 @@
+"""The backend that ``torch.compile(model, backend="mctf")`` finds by its entry point."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from mctf_compile.compiler import rewrite
+from mctf_compile.config import FusionConfig
+from mctf_compile.errors import PassError
+
+
+def mctf(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+    name: str | None = None,
+) -> Callable[..., Any]:
+    """Fuse tokens in a captured graph and compile the result with the inner compiler.
+
+    Args:
+        gm: the graph from Dynamo.
+        example_inputs: its inputs.
+        options: see ``FusionConfig``.
+        mode: an Inductor mode, as ``options["inductor"]["mode"]``.
+        name: accepted for compatibility with ``torch.compile``.
+
+    Returns:
+        The compiled callable. A graph in which nothing can be fused goes to the inner compiler unchanged,
+        with one warning that gives the reason.
+
+    Raises:
+        ConfigError: before anything is compiled.
+        NothingFusedError: with ``strict=True``.
+    """
+    config = FusionConfig.from_options(options, mode)
+    fused = gm
+    try:
+        fused, report = rewrite(gm, example_inputs, config)
+        reason = report.reason
+    except PassError as error:
+        if config.strict:
+            raise
+        reason = str(error)
+    if reason is not None and config.schedule.asks_for_fusion:
+        warnings.warn(f"mctf: the graph stays dense: {reason}", stacklevel=2)
+    return inner_compiler(config)(fused, example_inputs)
+
+
+def inner_compiler(config: FusionConfig) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]:
+    """The compiler named by ``inner``, with the Inductor patches applied."""
+    if config.inner == "inductor":
+        from torch._inductor import list_mode_options
+        from torch._inductor.compile_fx import compile_fx
+
+        patches = dict(config.inductor)
+        mode = patches.pop("mode", None)
+        if mode is not None:
+            patches = {**list_mode_options(mode), **patches}
+        return lambda gm, inputs: compile_fx(gm, inputs, config_patches=patches or None)
+    from torch._dynamo.backends.registry import lookup_backend
+
+    return lookup_backend(config.inner)

@@ -1,0 +1,90 @@
+"""From a captured graph to a fused graph and its report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+import mctf_compile.kernels  # noqa: F401  registers torch.ops.mctf
+from mctf_compile.config import FusionConfig
+from mctf_compile.errors import NothingFusedError
+from mctf_compile.passes import PIPELINE, State, run_passes
+from mctf_compile.passes.macs import count_macs
+from mctf_compile.passes.normalize import fake_inputs
+from mctf_compile.report import BlockReport, Report
+
+
+def rewrite(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: FusionConfig | None = None
+) -> tuple[fx.GraphModule, Report]:
+    """Insert token fusion into a captured graph, for any compiler that takes FX graphs.
+
+    Args:
+        gm: a graph of torch functions or ATen operators, as Dynamo or ``make_fx`` gives it; not changed.
+        example_inputs: its inputs, real or fake.
+        config: the options; defaults where None.
+
+    Returns:
+        The rewritten graph (``gm`` itself where nothing fuses) and the report. Outputs have the shapes,
+        dtypes and devices of the original's.
+
+    Raises:
+        ConfigError: an option does not fit the model.
+        NothingFusedError: ``strict`` is set and nothing could be fused.
+    """
+    config = config or FusionConfig()
+    state = run_passes(PIPELINE, State(gm, fake_inputs(gm, example_inputs), config))
+    report = make_report(state)
+    if config.strict and not report.fused:
+        reasons = "\n".join(f"  block {b.index}: {b.reason}" for b in report.blocks)
+        raise NothingFusedError(f"no block fuses tokens ({report.reason}).\n{reasons}".rstrip())
+    return (state.result if report.fused else gm), report
+
+
+def make_report(state: State) -> Report:
+    """The report of a finished run of the passes."""
+    before = count_macs(state.normal)
+    planned = state.plan.blocks
+    fused = bool(state.plan.fusing)
+    reason = None
+    if not fused:
+        reasons = {b.reason for b in planned}
+        reason = "the graph has no self-attention over tokens" if not planned else (
+            reasons.pop() if len(reasons) == 1 else "no block can fuse"
+        )
+    return Report(
+        blocks=[BlockReport(b.index, b.tokens_in, b.tokens_out, b.reason, b.note) for b in planned],
+        macs_before=before,
+        macs_after=count_macs(state.result) if fused else before,
+        unmerged=[f"{u.node.name}: {u.reason}" for u in state.unmerges],
+        reason=reason,
+        method=state.plan.method.name,
+        seconds=state.seconds,
+    )
+
+
+def explain(model: torch.nn.Module, *inputs: Any, **options: Any) -> Report:
+    """Report what ``torch.compile(model, backend="mctf", options=options)`` would do; compiles nothing.
+
+    Args:
+        model: any module; it is captured with Dynamo in its present mode and not run.
+        inputs: example inputs.
+        options: as for the backend.
+
+    Returns:
+        The report; with graph breaks, that of the graph with the most multiply-accumulates.
+    """
+    config = FusionConfig.from_options(options)
+    reports: list[Report] = []
+
+    def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        reports.append(rewrite(gm, example_inputs, config)[1])
+        return gm.forward
+
+    torch._dynamo.reset()
+    torch.compile(model, backend=capture, dynamic=False)(*inputs)
+    torch._dynamo.reset()
+    return max(reports, key=lambda r: r.macs_before)

@@ -1,0 +1,21 @@
+"""The errors a user can meet."""
+
+
+class MctfError(Exception):
+    """Base of all errors of this package."""
+
+
+class ConfigError(MctfError, ValueError):
+    """An option is unknown, of the wrong type or out of range; the message names it and the remedy."""
+
+
+class NothingFusedError(MctfError, RuntimeError):
+    """``strict=True`` and no block of the graph could fuse tokens; the message gives the reasons."""
+
+
+class PassError(MctfError, RuntimeError):
+    """A pass broke its contract: a bug of this package. The message names the passes already run."""
+
+
+class Declined(Exception):
+    """A rule cannot run an operator on fused tokens; the tokens are unmerged before it. Never leaves passes."""

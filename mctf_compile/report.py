@@ -1,0 +1,89 @@
+"""What was fused, what was not and why, and what it saves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """One attention block. ``reason`` is None where it fused; token counts include protected tokens."""
+
+    index: int
+    tokens_in: int | None
+    tokens_out: int | None
+    reason: str | None = None
+    note: str | None = None
+
+    @property
+    def removed(self) -> int:
+        return 0 if self.reason is not None else self.tokens_in - self.tokens_out
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome for one graph.
+
+    Attributes:
+        blocks: one entry per self-attention, in order of execution.
+        macs_before, macs_after: multiply-accumulates of one run at the inputs' batch size.
+        unmerged: where, and why, the original tokens were given back before an operator.
+        reason: why the whole graph stayed dense, or None.
+        method: the reduction method.
+        seconds: time spent in each pass.
+    """
+
+    blocks: list[BlockReport]
+    macs_before: int
+    macs_after: int
+    unmerged: list[str] = field(default_factory=list)
+    reason: str | None = None
+    method: str = "mctf"
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def removed(self) -> int:
+        """Tokens removed in total."""
+        return sum(block.removed for block in self.blocks)
+
+    @property
+    def fused(self) -> bool:
+        return any(block.reason is None for block in self.blocks)
+
+    @property
+    def summary(self) -> str:
+        """One line: what was fused and what it saves."""
+        before, after = self.macs_before / 1e9, self.macs_after / 1e9
+        if not self.fused:
+            return f"dense: {self.reason or 'nothing to fuse'} ({before:.3f} GMACs)"
+        count = sum(block.reason is None for block in self.blocks)
+        return (
+            f"{self.method}: {count} of {len(self.blocks)} blocks fuse, {self.removed} tokens removed, "
+            f"{before:.3f} -> {after:.3f} GMACs ({self.macs_before / self.macs_after:.2f}x fewer)"
+        )
+
+    def __str__(self) -> str:
+        lines = [self.summary]
+        for b in self.blocks:
+            tokens = f"{b.tokens_in} -> {b.tokens_out}" if b.reason is None else f"{b.tokens_in}, dense: {b.reason}"
+            lines.append(f"  block {b.index}: {tokens}" + (f" ({b.note})" if b.note and b.reason is None else ""))
+        lines.extend(f"  unmerged before {line}" for line in self.unmerged)
+        return "\n".join(lines)
+
+    def table(self) -> Table:
+        """The report as a rich table."""
+        table = Table(title=self.summary, title_justify="left")
+        for name, justify in (("block", "right"), ("tokens in", "right"), ("out", "right"), ("", "left")):
+            table.add_column(name, justify=justify)
+        for b in self.blocks:
+            remark = f"dense: {b.reason}" if b.reason is not None else b.note or ""
+            table.add_row(str(b.index), str(b.tokens_in or "?"), str(b.tokens_out or "?"), remark)
+        for line in self.unmerged:
+            table.add_row("", "", "", f"unmerged before {line}")
+        return table
+
+    def print(self, console: Console | None = None) -> None:
+        (console or Console()).print(self.table())

@@ -1,0 +1,100 @@
+"""How many tokens each block removes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mctf_compile.errors import ConfigError
+
+# Presets: the request per fusing block, and the fusing blocks as fractions of the depth.
+PRESETS: dict[str, tuple[float, tuple[float, ...]]] = {
+    # "MCTF-fast" of the official code: ratio 0.35 before blocks 3, 6 and 9 of 12.
+    "fast": (0.35, (0.25, 0.5, 0.75)),
+}
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What one block removes: ``r`` of ``tokens``, and the note that a clamp leaves."""
+
+    r: int
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A validated ``r`` option: ``request`` is an int, a ratio, a list or (r, inflection)."""
+
+    request: int | float | tuple
+    inflection: float | None = None
+    preset: tuple[float, ...] | None = None
+
+    def per_block(self, depth: int) -> list[int | float]:
+        """The request for each of ``depth`` blocks. Raises ``ConfigError`` for a list of another length."""
+        if isinstance(self.request, tuple):
+            if len(self.request) != depth:
+                raise ConfigError(
+                    f"r is a list of {len(self.request)} entries, but the model has {depth} attention blocks; "
+                    f"give one entry per block."
+                )
+            return list(self.request)
+        if self.inflection is None:
+            return [self.request] * depth
+        # Bolya et al., ICLR 2023, section 4.1: linear from lo to hi, with mean r.
+        low = int(self.request * (1 - self.inflection))
+        high = 2 * self.request - low
+        step = (high - low) / (depth - 1) if depth > 1 else 0.0
+        return [max(int(low + step * i), 0) for i in range(depth)]
+
+    @property
+    def asks_for_fusion(self) -> bool:
+        """Whether any block is asked to remove tokens at all."""
+        return any(self.request) if isinstance(self.request, tuple) else self.request > 0
+
+    def layers(self, depth: int) -> list[int] | None:
+        """The blocks that a preset fuses, or None where the schedule names none."""
+        return None if self.preset is None else sorted({int(f * depth) for f in self.preset})
+
+
+def parse_r(r: Any) -> Schedule:
+    """Validate the option ``r``; raises ``ConfigError``."""
+    if isinstance(r, str):
+        if r not in PRESETS:
+            raise ConfigError(f"r={r!r} is no preset; the presets are {', '.join(map(repr, PRESETS))}.")
+        return Schedule(PRESETS[r][0], preset=PRESETS[r][1])
+    if isinstance(r, list):
+        return Schedule(tuple(_one(v, f"r[{i}]") for i, v in enumerate(r)))
+    if isinstance(r, tuple):
+        if len(r) != 2 or isinstance(r[1], bool) or not isinstance(r[1], (int, float)) or not -1 <= r[1] <= 1:
+            raise ConfigError(f"r={r!r} must be (r, inflection) with an inflection from -1 to 1, or a list per block.")
+        base = _one(r[0], "r[0]")
+        if not isinstance(base, int):
+            raise ConfigError(f"r={r!r}: with an inflection, r must be a whole number of tokens.")
+        return Schedule(base, inflection=float(r[1]))
+    return Schedule(_one(r, "r"))
+
+
+def _one(value: Any, name: str) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ConfigError(f"{name}={value!r} must be a number of tokens, or a ratio below 1.")
+    if value < 0 or value != value:
+        raise ConfigError(f"{name}={value!r} is negative; r counts the tokens that a block removes.")
+    if isinstance(value, float) and value >= 1:
+        raise ConfigError(f"{name}={value!r}: a float is a ratio and must be below 1; give a count as an int.")
+    return value
+
+
+def removal(request: int | float, tokens: int, protected: int, min_tokens: int) -> Removal:
+    """The effective r of a block: the request, clamped to the floor and to half of the unprotected tokens.
+
+    Source: official MCTF, ``parse_r`` and the clamps of its matching; the floor here holds for ratios too.
+    """
+    free = tokens - protected
+    r = int(request * free) if isinstance(request, float) else request
+    floor, half = max(tokens - min_tokens, 0), max(free // 2, 0)
+    effective = max(min(r, floor, half), 0)
+    if effective == r:
+        return Removal(r)
+    limit = f"min_tokens={min_tokens}" if floor <= half else f"half of the {free} unprotected tokens"
+    return Removal(effective, f"r clamped from {r} to {effective} by {limit}")

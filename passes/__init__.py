@@ -1,0 +1,67 @@
+"""Graph in, graph out: the passes, in the order in which they run.
+
+graph -> normalize -> token_axes -> blocks -> plan -> projections -> rewrite -> verify -> inner compiler
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mctf_compile.methods import Site
+from mctf_compile.passes import blocks as _blocks
+from mctf_compile.passes import normalize as _normalize
+from mctf_compile.passes import plan as _plan
+from mctf_compile.passes import projections as _projections
+from mctf_compile.passes import rewrite as _rewrite
+from mctf_compile.passes import token_axes as _token_axes
+from mctf_compile.passes import verify as _verify
+from mctf_compile.passes.pipeline import Pass, State, graph_pass, run_passes
+
+
+@graph_pass(requires=("gm", "inputs"), ensures=("normal",))
+def normalize(state: State) -> None:
+    state.normal = _normalize.normalize(state.gm, state.inputs)
+
+
+@graph_pass(requires=("normal",), ensures=("axes",))
+def token_axes(state: State) -> None:
+    state.axes = _token_axes.token_axes(state.normal.graph)
+
+
+@graph_pass(requires=("axes",), ensures=("blocks",))
+def blocks(state: State) -> None:
+    protected = None if state.config.protected == "auto" else state.config.protected
+    state.blocks = _blocks.find_blocks(state.normal.graph, state.axes, protected)
+
+
+@graph_pass(requires=("blocks",), ensures=("plan",))
+def plan(state: State) -> None:
+    state.plan = _plan.make_plan(state.blocks, state.axes, state.config)
+
+
+@graph_pass(requires=("plan",))
+def projections(state: State) -> None:
+    if state.plan.site is not Site.AHEAD:
+        return
+    found = {}
+    for planned in state.plan.fusing:
+        site = planned.block.attention
+        found |= _projections.find_projections(
+            [site.query, site.key, site.value], planned.block.entry, state.axes
+        )
+    state.plan = replace(state.plan, projections=found)
+
+
+@graph_pass(requires=("plan",), ensures=("result",))
+def rewrite(state: State) -> None:
+    state.result, state.unmerges = _rewrite.rewrite_graph(state.normal, state.inputs, state.axes, state.plan)
+
+
+@graph_pass(requires=("result",))
+def verify(state: State) -> None:
+    _verify.verify(state.normal, state.result)
+
+
+PIPELINE: tuple[Pass, ...] = (normalize, token_axes, blocks, plan, projections, rewrite, verify)
+
+__all__ = ["PIPELINE", "Pass", "State", "graph_pass", "run_passes"]

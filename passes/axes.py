@@ -1,0 +1,280 @@
+"""The axis algebra: every dimension of every value is a product of named axes.
+
+An axis is an ``Atom`` or the concatenation (``Cat``) of parts, and a dimension (``Dim``) is a tuple of
+axes, outermost first, whose product is its size; a dimension of size 1 is the empty tuple. Atoms are
+born where a value is (an input, a convolution, the output features of a linear), refined where a
+reshape splits them, and identified where two operands are aligned. All of it follows from what the
+operators do with positions; no number is ever taken for an axis because it looks like one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import count
+
+import sympy
+import torch
+
+Size = sympy.Expr | int
+
+
+@dataclass(frozen=True)
+class Atom:
+    """An axis with no inner structure (yet: ``AxisTable`` may refine it)."""
+
+    id: int
+    size: Size
+    name: str
+
+    def __repr__(self) -> str:
+        return f"{self.name}{self.id}"
+
+
+@dataclass(frozen=True)
+class Cat:
+    """The concatenation of ``parts``, each with its size: prefix ⊕ tokens, for one."""
+
+    parts: tuple[tuple[Size, Dim], ...]
+
+    @property
+    def size(self) -> Size:
+        return sum(size for size, _ in self.parts)
+
+    def __repr__(self) -> str:
+        return "(" + "⊕".join("·".join(map(repr, dim)) or "1" for _, dim in self.parts) + ")"
+
+
+Axis = Atom | Cat
+Dim = tuple[Axis, ...]
+Dims = tuple[Dim, ...]
+
+
+def size_of(value: int | torch.SymInt) -> Size:
+    """A tensor's size as a sympy expression (ints stay ints); installs no guard."""
+    return value.node.expr if isinstance(value, torch.SymInt) else int(value)
+
+
+def product(axes: Iterable[Axis]) -> Size:
+    result: Size = 1
+    for axis in axes:
+        result = result * axis.size
+    return result
+
+
+def quotient(a: Size, b: Size) -> Size | None:
+    """a / b where b divides a for every value of the symbols, else None."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a // b if a % b == 0 else None
+    ratio = sympy.cancel(sympy.sympify(a) / b)
+    numerator, denominator = ratio.as_numer_denom()
+    if denominator != 1 or ratio.is_polynomial() is False:
+        return None
+    return int(ratio) if ratio.is_Integer else ratio
+
+
+def atoms(dim: Dim) -> Iterable[Atom]:
+    """Every atom inside a dimension."""
+    for axis in dim:
+        if isinstance(axis, Atom):
+            yield axis
+        else:
+            for _, part in axis.parts:
+                yield from atoms(part)
+
+
+class AxisTable:
+    """Births, refinements and identifications of the axes of one graph."""
+
+    def __init__(self) -> None:
+        self._ids = count()
+        self._refined: dict[Atom, Dim] = {}
+
+    def fresh(self, size: int | torch.SymInt | Size, name: str = "a") -> Dim:
+        size = size_of(size) if isinstance(size, torch.SymInt) else size
+        return () if size == 1 else (Atom(next(self._ids), size, name),)
+
+    def fresh_dims(self, shape: Sequence[int | torch.SymInt], name: str = "a") -> Dims:
+        return tuple(self.fresh(size, name) for size in shape)
+
+    def canonical(self, dim: Dim) -> Dim:
+        """``dim`` in the finest axes known by now."""
+        result: list[Axis] = []
+        for axis in dim:
+            if isinstance(axis, Cat):
+                result.append(self._cat_axis([(size, self.canonical(part)) for size, part in axis.parts]))
+            elif axis in self._refined:
+                refined = self.canonical(self._refined[axis])
+                self._refined[axis] = refined
+                result.extend(refined)
+            else:
+                result.append(axis)
+        return tuple(result)
+
+    def canonical_dims(self, dims: Dims) -> Dims:
+        return tuple(map(self.canonical, dims))
+
+    def _cat_axis(self, parts: Sequence[tuple[Size, Dim]]) -> Cat:
+        flat: list[tuple[Size, Dim]] = []
+        for size, part in parts:
+            nested = len(part) == 1 and isinstance(part[0], Cat)
+            flat.extend(part[0].parts if nested else [(size, part)])
+        return Cat(tuple(flat))
+
+    def cat(self, parts: Sequence[tuple[Size, Dim]]) -> Dim:
+        """The concatenation of ``parts``; one part alone is itself."""
+        parts = [(size, self.canonical(part)) for size, part in parts if size != 0]
+        return parts[0][1] if len(parts) == 1 else (self._cat_axis(parts),)
+
+    def unify(self, a: Dim, b: Dim) -> bool:
+        """Identify two aligned dimensions. False where their structures do not agree."""
+        a, b = self.canonical(a), self.canonical(b)
+        if a == b:
+            return True
+        for one, other in ((a, b), (b, a)):
+            if len(one) == 1 and isinstance(one[0], Atom) and one[0] not in atoms(other):
+                self._refined[one[0]] = other
+                return True
+        if len(a) == len(b) > 1 and all(x.size == y.size for x, y in zip(a, b)):
+            return all(self.unify((x,), (y,)) for x, y in zip(a, b))
+        if len(a) == len(b) == 1 and isinstance(a[0], Cat) and isinstance(b[0], Cat):
+            same = [x[0] for x in a[0].parts] == [y[0] for y in b[0].parts]
+            return same and all(self.unify(x[1], y[1]) for x, y in zip(a[0].parts, b[0].parts))
+        return False
+
+    def reshape(self, dims: Dims, sizes: Sequence[Size]) -> tuple[Dims, tuple[Dim, ...]]:
+        """Distribute the axes of ``dims`` over new sizes, in row-major order.
+
+        Returns the new dims, and the axes that no longer stand as a product (they were cut at a place
+        that is no boundary of theirs); the dims that they went into are fresh.
+        """
+        queue = [axis for dim in dims for axis in self.canonical(dim)][::-1]
+        result: list[Dim] = []
+        for position, size in enumerate(sizes):
+            taken: list[Axis] = []
+            need: Size = size
+            while need != 1:
+                if not queue:
+                    return self._scrambled(dims, sizes)
+                axis = queue.pop()
+                rest = quotient(need, axis.size)
+                if rest is not None:
+                    taken.append(axis)
+                    need = rest
+                    continue
+                inner = quotient(axis.size, need)
+                if inner is None or isinstance(axis, Cat):
+                    return self._scrambled(dims, sizes)
+                outer, inner_axis = self.fresh(need, axis.name), self.fresh(inner, axis.name)
+                self._refined[axis] = outer + inner_axis
+                taken.extend(outer)
+                queue.extend(inner_axis)
+                need = 1
+            result.append(tuple(taken))
+        return tuple(result), ()
+
+    def _scrambled(self, dims: Dims, sizes: Sequence[Size]) -> tuple[Dims, tuple[Dim, ...]]:
+        """A reshape that cuts through axes: leading dims that agree stay, all others are new."""
+        dims = self.canonical_dims(dims)
+        agree = 0
+        while agree < min(len(dims), len(sizes)) and product(dims[agree]) == sizes[agree]:
+            agree += 1
+        new = tuple(self.fresh(size) for size in sizes[agree:])
+        return dims[:agree] + new, dims[agree:]
+
+    def slice(self, dim: Dim, start: int, stop: int) -> Dim | None:
+        """Positions start:stop of a dimension, where they are whole parts of a concatenation, else None."""
+        dim = self.canonical(dim)
+        if (start, stop) == (0, product(dim)):
+            return dim
+        if len(dim) != 1 or not isinstance(dim[0], Cat):
+            return None
+        parts, offset = [], 0
+        for size, part in dim[0].parts:
+            if start <= offset and offset + size <= stop:
+                parts.append((size, part))
+            offset += size
+        covered = sum(size for size, _ in parts)
+        return self.cat(parts) if parts and covered == stop - start else None
+
+    def cut(self, dim: Dim, bounds: Sequence[int]) -> None:
+        """Refine a leaf dimension into parts at ``bounds`` (0 < b < size), so that slices have names."""
+        dim = self.canonical(dim)
+        if len(dim) == 1 and isinstance(dim[0], Atom) and isinstance(dim[0].size, int):
+            edges = [0, *sorted({b for b in bounds if 0 < b < dim[0].size}), dim[0].size]
+            if len(edges) > 2:
+                parts = [(b - a, self.fresh(b - a, dim[0].name)) for a, b in zip(edges, edges[1:])]
+                self._refined[dim[0]] = (Cat(tuple(parts)),)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A token axis: ``lead`` prefix positions, the ``body`` that may be fused, ``tail`` suffix positions.
+
+    ``batch`` are the axes that number the images.
+    """
+
+    body: Dim
+    size: int
+    lead: int
+    tail: int
+    batch: Dim
+
+    @property
+    def total(self) -> int:
+        return self.lead + self.size + self.tail
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a token axis stands in a value: dimension, axes before and after it, and its ends."""
+
+    dim: int
+    before: Dim
+    after: Dim
+    lead: int
+    tail: int
+
+
+def mentions(dims: Dims, tokens: Tokens) -> bool:
+    """Whether any dimension has an axis of the token body, in whatever form."""
+    body = set(atoms(tokens.body))
+    return any(axis in body for dim in dims for axis in atoms(dim))
+
+
+def places(dims: Dims, tokens: Tokens) -> list[Place] | None:
+    """Every place of the token axis in ``dims``, or None where it occurs in any other form as well."""
+    body, width = tokens.body, len(tokens.body)
+    inside = set(atoms(body))
+    found = []
+    for d, dim in enumerate(dims):
+        if not any(axis in inside for axis in atoms(dim)):
+            continue
+        for i in range(len(dim)):
+            place = None
+            if dim[i : i + width] == body:
+                place = Place(d, dim[:i], dim[i + width :], 0, 0)
+            elif isinstance(dim[i], Cat):
+                ends = _ends(dim[i], body)
+                place = ends and Place(d, dim[:i], dim[i + 1 :], *ends)
+            if place:
+                break
+        else:
+            return None
+        if any(axis in inside for axis in atoms(place.before + place.after)):
+            return None
+        found.append(place)
+    return found
+
+
+def _ends(axis: Cat, body: Dim) -> tuple[int, int] | None:
+    """The sizes before and after ``body`` in a concatenation that contains it once, as a whole."""
+    inner = body[0].parts if len(body) == 1 and isinstance(body[0], Cat) else ((product(body), body),)
+    for i in range(len(axis.parts) - len(inner) + 1):
+        if axis.parts[i : i + len(inner)] == tuple(inner):
+            before, after = axis.parts[:i], axis.parts[i + len(inner) :]
+            inside = set(atoms(body))
+            if any(a in inside for _, part in before + after for a in atoms(part)):
+                return None
+            return sum(s for s, _ in before), sum(s for s, _ in after)
+    return None

@@ -1,0 +1,288 @@
+"""Generations of a token stream: what each fusion did, and how values move between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mctf_compile.errors import Declined
+from mctf_compile.passes.axes import Dims, Place, Tokens, places
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor of the rewritten graph.
+
+    ``generation`` counts the fusions that its tokens have been through (0: the original tokens).
+    ``mass`` is the dimension along which it holds attention weights, each that of all copies of a
+    token together; None for ordinary values, which are those of one copy.
+    """
+
+    tensor: Tensor
+    dims: Dims
+    stream: Stream | None = None
+    generation: int = 0
+    mass: int | None = None
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """One fusion over a token axis with ``lead`` and ``tail`` protected tokens: old N -> new M.
+
+    ``weight`` [B, N] are the normalised pooling weights, None to combine by the maximum; ``row_weight``
+    those of the queries of a pooled attention map, which always average.
+    """
+
+    keep: Tensor
+    gone: Tensor
+    into: Tensor
+    index: Tensor
+    weight: Tensor | None
+    row_weight: Tensor
+    size: Tensor
+    lead: int
+    tail: int
+
+    def with_ends(self, lead: int, tail: int) -> Fusion:
+        """The same fusion of an axis that has other protected tokens around the same body."""
+        if (lead, tail) == (self.lead, self.tail):
+            return self
+        n, m = self.index.shape[1], self.keep.shape[1]
+        shift = lead - self.lead
+
+        def ends(body: Tensor, first: int, last: int) -> Tensor:
+            position = torch.arange(max(first, last) + tail, device=body.device)
+            front = position[:lead].expand(len(body), -1)
+            back = position[last : last + tail].expand(len(body), -1)
+            return torch.cat([front, body + shift, back], 1)
+
+        def ones(body: Tensor) -> Tensor:
+            return torch.cat([body.new_ones(len(body), lead), body, body.new_ones(len(body), tail)], 1)
+
+        body_n, body_m = slice(self.lead, n - self.tail), slice(self.lead, m - self.tail)
+        new_n, new_m = n - self.tail + shift, m - self.tail + shift
+        return Fusion(
+            keep=ends(self.keep[:, body_m], lead, new_n),
+            gone=self.gone + shift,
+            into=self.into + shift,
+            index=ends(self.index[:, body_n], lead, new_m),
+            weight=None if self.weight is None else ones(self.weight[:, body_n]),
+            row_weight=ones(self.row_weight[:, body_n]),
+            size=ones(self.size[:, body_m]),
+            lead=lead,
+            tail=tail,
+        )
+
+
+@dataclass(eq=False)
+class Stream:
+    """One token axis and the fusions it goes through."""
+
+    tokens: Tokens
+    fusions: list[Fusion] = field(default_factory=list)
+    _ends: dict[tuple[int, int, int], Fusion] = field(default_factory=dict)
+    _maps: dict[tuple[int, int, int, int], Tensor] = field(default_factory=dict)
+    _log_sizes: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
+
+    def fusion(self, generation: int, lead: int, tail: int) -> Fusion:
+        """The fusion that made ``generation`` (from 1), over an axis with these ends."""
+        key = (generation, lead, tail)
+        if key not in self._ends:
+            self._ends[key] = self.fusions[generation - 1].with_ends(lead, tail)
+        return self._ends[key]
+
+    def body(self, generation: int) -> int:
+        """The number of unprotected tokens in a generation."""
+        if generation == 0:
+            return self.tokens.size
+        fusion = self.fusions[generation - 1]
+        return fusion.keep.shape[1] - fusion.lead - fusion.tail
+
+    def log_size(self, generation: int, lead: int, tail: int) -> Tensor:
+        key = (generation, lead, tail)
+        if key not in self._log_sizes:
+            self._log_sizes[key] = self.fusion(generation, lead, tail).size.log()
+        return self._log_sizes[key]
+
+    def map(self, new: int, old: int, lead: int, tail: int) -> Tensor:
+        """int64 [B, N_old]: the position in generation ``new`` of every token of generation ``old``."""
+        key = (new, old, lead, tail)
+        if key not in self._maps:
+            last = self.fusion(new, lead, tail).index
+            self._maps[key] = last if new == old + 1 else last.gather(1, self.map(new - 1, old, lead, tail))
+        return self._maps[key]
+
+    def raise_to(self, value: Value, generation: int, rows: bool = False) -> Value:
+        """Fuse an older value up to ``generation`` through the maps, with the tokens' own weights.
+
+        ``rows``: the value is the output of attention, whose rows average even where tokens take maxima.
+        """
+        while value.generation < generation:
+            step = value.generation + 1
+
+            def pool(x: Tensor, dim: int, place: Place, step: int = step) -> Tensor:
+                f = self.fusion(step, place.lead, place.tail)
+                return torch.ops.mctf.pool(x, f.row_weight if rows else f.weight, f.keep, f.gone, f.into, dim)
+
+            if not value.tensor.dtype.is_floating_point:
+                raise Declined(f"values of dtype {value.tensor.dtype} cannot be fused")
+            tensor = self._each_place(value, pool)
+            value = Value(tensor, value.dims, self, step)
+        return value
+
+    def lower_to(self, value: Value, generation: int) -> Value:
+        """Give a younger value's tokens back as they were in ``generation``: every member its group's value."""
+        if value.generation <= generation:
+            return value
+
+        def unmerge(x: Tensor, dim: int, place: Place) -> Tensor:
+            return torch.ops.mctf.unmerge(x, self.map(value.generation, generation, place.lead, place.tail), dim)
+
+        tensor = self._each_place(value, unmerge)
+        return Value(tensor, value.dims, self if generation else None, generation)
+
+    def intensive(self, value: Value) -> Value:
+        """Turn attention weights into those of one copy of each token."""
+        if value.mass is None:
+            return value
+        place = next(p for p in self.places(value.dims) if p.dim == value.mass)
+        size = self.fusion(value.generation, place.lead, place.tail).size
+        divisor = self.spread(size, value, place).to(value.tensor.dtype)
+        return Value(value.tensor / divisor, value.dims, self, value.generation)
+
+    def places(self, dims: Dims) -> list[Place]:
+        found = places(dims, self.tokens)
+        if found is None:
+            raise Declined("the token axis stands in a form that cannot be fused")
+        return found
+
+    def batch_dim(self, dims: Dims) -> int | None:
+        """The dimension that holds the images, where it holds nothing else."""
+        return next((d for d, dim in enumerate(dims) if self.tokens.batch and dim == self.tokens.batch), None)
+
+    def spread(self, per_token: Tensor, value: Value, place: Place) -> Tensor:
+        """[B, M] as a factor for ``value``: the images and the tokens at their places, 1 elsewhere."""
+        shape, joined, batch, token = self._pieces(value, place)
+        full = [1] * len(shape)
+        full[token] = per_token.shape[1]
+        if batch is None:
+            if self.tokens.batch:
+                raise Declined("a value without the batch axis meets fused tokens")
+        else:
+            full[batch] = per_token.shape[0]
+            if batch > token:
+                per_token = per_token.transpose(0, 1)
+        result = per_token.reshape(full)
+        if joined == [1] * len(value.dims):
+            return result
+        # A dimension that is a product must be filled before its factors are joined.
+        expand, target, i = [], [], 0
+        for d, count in enumerate(joined):
+            together = range(i, i + count)
+            whole = batch in together or token in together
+            expand.extend(shape[j] if count > 1 and whole else full[j] for j in together)
+            target.append(value.tensor.shape[d] if whole and count > 1 else (full[i] if count == 1 else 1))
+            i += count
+        return result.expand(expand).reshape(target)
+
+    def canonical(self, value: Value, place: Place) -> Tensor:
+        """``value`` as [B, M, C]: the images, the tokens, everything else."""
+        shape, _, batch, token = self._pieces(value, place)
+        x = value.tensor.reshape(shape)
+        rest = [i for i in range(len(shape)) if i not in (batch, token)]
+        if batch is None:
+            return x.permute([token, *rest]).reshape(1, x.shape[token], -1)
+        x = x.permute([batch, token, *rest])
+        return x if len(rest) == 1 else x.reshape(x.shape[0], x.shape[1], -1)
+
+    def _each_place(self, value: Value, function: Callable[[Tensor, int, Place], Tensor]) -> Tensor:
+        """Apply ``function`` to [B, ..., tokens, ...] at every place of the token axis."""
+        tensor = value.tensor
+        for place in self.places(value.dims):
+            current = Value(tensor, value.dims, value.stream, value.generation)
+            shape, joined, batch, token = self._pieces(current, place)
+            if batch is None and self.tokens.batch:
+                raise Declined("a value without the batch axis meets fused tokens")
+            x = tensor if joined == [1] * len(value.dims) else tensor.reshape(shape)
+            if batch is None:
+                x = function(x.unsqueeze(0), token + 1, place).squeeze(0)
+            elif batch == 0:
+                x = function(x, token, place)
+            else:
+                x = function(x.movedim(batch, 0), token + (token < batch), place).movedim(0, batch)
+            if joined != [1] * len(value.dims):
+                i, target = 0, []
+                for d, count in enumerate(joined):
+                    size = 1
+                    for j in range(i, i + count):
+                        size = size * x.shape[j]
+                    target.append(size)
+                    i += count
+                x = x.reshape(target)
+            tensor = x
+        return tensor
+
+    def _pieces(self, value: Value, place: Place) -> tuple[list, list[int], int | None, int]:
+        """``value``'s shape with images and tokens in dimensions of their own.
+
+        Returns the shape, how many of its entries each dimension became, and the entries of the images
+        (None where there are none) and of the tokens.
+        """
+        shape: list = []
+        joined: list[int] = []
+        batch = token = None
+        images = self.tokens.batch
+        for d, dim in enumerate(value.dims):
+            size = value.tensor.shape[d]
+            start = len(shape)
+            cuts: list[tuple[int, int, str]] = []
+            for i in range(len(dim) - len(images) + 1):
+                if images and dim[i : i + len(images)] == images and batch is None:
+                    cuts.append((i, i + len(images), "batch"))
+                    break
+            if d == place.dim:
+                width = len(dim) - len(place.before) - len(place.after)
+                cuts.append((len(place.before), len(place.before) + width, "token"))
+            if not cuts or (len(cuts) == 1 and cuts[0][:2] == (0, len(dim))):
+                if cuts:
+                    batch, token = (start, token) if cuts[0][2] == "batch" else (batch, start)
+                shape.append(size)
+                joined.append(1)
+                continue
+            sizes: list = []
+            position = 0
+            for a, b, kind in sorted(cuts):
+                if a > position:
+                    sizes.append((_static(dim[position:a]), None))
+                is_token = kind == "token"
+                count = self.body(value.generation) + place.lead + place.tail if is_token else None
+                sizes.append((count, kind))
+                position = b
+            if position < len(dim):
+                sizes.append((_static(dim[position:]), None))
+            known = 1
+            for s, kind in sizes:
+                known = known * s if s is not None else known
+            for s, kind in sizes:
+                if kind == "batch":
+                    batch = len(shape)
+                if kind == "token":
+                    token = len(shape)
+                shape.append(size // known if s is None else s)
+            joined.append(len(sizes))
+        if token is None:
+            raise Declined("the token axis stands in a form that cannot be fused")
+        return shape, joined, batch, token
+
+
+def _static(axes: tuple) -> int:
+    """The size of axes that stand beside images or tokens in one dimension."""
+    size = 1
+    for axis in axes:
+        if not isinstance(axis.size, int):
+            raise Declined("two symbolic sizes share a dimension with the token axis")
+        size *= axis.size
+    return size

@@ -1,0 +1,33 @@
+"""Multiply-accumulates of a graph, counted on what it executes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def count_macs(gm: fx.GraphModule) -> int:
+    """MACs of one run of ``gm`` on the shapes it was traced with (a symbolic size counts with its hint).
+
+    Counts matrix products, convolutions and attention, as papers do; pointwise work is left out.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        inputs = [_concrete(n.meta.get("val")) for n in gm.graph.nodes if n.op == "placeholder"]
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            fx.Interpreter(gm).run(*inputs)
+    return counter.get_total_flops() // 2
+
+
+def _concrete(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        shape = [_hint(s) for s in value.shape]
+        return torch.empty(shape, dtype=value.dtype, device=value.device)
+    return _hint(value)
+
+
+def _hint(value: Any) -> Any:
+    return value.node.hint if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else value

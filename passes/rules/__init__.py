@@ -1,0 +1,21 @@
+"""One rule per operator family: how it moves axes, and how it runs on fused tokens.
+
+A new operator is a new entry here and nowhere else; an operator without one never gets fused tokens.
+
+================  ====================================================================
+``pointwise``     arithmetic, activations, casts, dropout
+``layout``        reshape, permute, cat, slice, select, split, expand
+``features``      linear, norms over channels, convolutions
+``reductions``    mean, sum, max, softmax: weighted by the sizes over tokens
+``contractions``  matmul, bmm, einsum
+``attention``     scaled_dot_product_attention
+================  ====================================================================
+"""
+
+from mctf_compile.passes.rules import attention, contractions, features, layout, pointwise, reductions
+from mctf_compile.passes.rules.base import RULES, Call, Flow, Rule, find_rule, rule, schema_arguments
+
+__all__ = [
+    "RULES", "Call", "Flow", "Rule", "attention", "contractions", "features", "find_rule", "layout",
+    "pointwise", "reductions", "rule", "schema_arguments",
+]

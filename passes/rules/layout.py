@@ -1,0 +1,216 @@
+"""Operators that only move or regroup positions: reshape, permute, cat, slice, …"""
+
+import torch
+
+from mctf_compile.errors import Declined
+from mctf_compile.passes.axes import Dims, product, size_of
+from mctf_compile.passes.rules.base import Call, Flow, rule, wrap
+
+aten = torch.ops.aten
+
+
+@rule(aten.reshape, aten.view, aten._unsafe_view, aten.reshape_as, aten.view_as, resized="shape", ignores=("other",))
+def reshape(call: Call) -> Flow:
+    source = call.dims_of(call.tensors()[0])
+    out, cut = call.table.reshape(source, [size_of(s) for s in call.shape])
+    return Flow(out, cut)
+
+
+@rule(aten.flatten, aten.unflatten, resized="reshape")
+def regroup(call: Call) -> Flow:
+    return reshape(call)
+
+
+@rule(aten.transpose, aten.swapaxes)
+def transpose(call: Call) -> Flow:
+    dims = list(call.dims("self"))
+    names = ("dim0", "dim1") if "dim0" in call.args else ("axis0", "axis1")
+    i, j = (call.args[name] for name in names)
+    dims[i], dims[j] = dims[j], dims[i]
+    return Flow(tuple(dims))
+
+
+@rule(aten.t, aten.mT, aten.numpy_T, aten.adjoint)
+def transpose_last(call: Call) -> Flow:
+    dims = call.dims("self")
+    if call.node.target.overloadpacket is aten.numpy_T:
+        return Flow(dims[::-1])
+    return Flow(dims[:-2] + dims[:-3:-1])
+
+
+@rule(aten.permute)
+def permute(call: Call) -> Flow:
+    dims = call.dims("self")
+    return Flow(tuple(dims[d] for d in call.args["dims"]))
+
+
+@rule(aten.movedim)
+def movedim(call: Call) -> Flow:
+    dims = call.dims("self")
+    listed = lambda v: [wrap(d, len(dims)) for d in (v if isinstance(v, (list, tuple)) else [v])]  # noqa: E731
+    source, destination = listed(call.args["source"]), listed(call.args["destination"])
+    order = [d for d in range(len(dims)) if d not in source]
+    for d, s in sorted(zip(destination, source)):
+        order.insert(d, s)
+    return Flow(tuple(dims[d] for d in order))
+
+
+@rule(aten.squeeze)
+def squeeze(call: Call) -> Flow:
+    value = call.node.args[0].meta["val"]
+    dims = call.dims("self")
+    chosen = call.args.get("dim", range(len(dims)))
+    chosen = [chosen] if isinstance(chosen, int) else chosen
+    gone = {wrap(d, len(dims)) for d in chosen}
+    return Flow(tuple(dim for d, dim in enumerate(dims) if d not in gone or value.shape[d] != 1))
+
+
+@rule(aten.unsqueeze)
+def unsqueeze(call: Call) -> Flow:
+    dims = call.dims("self")
+    d = wrap(call.args["dim"], len(dims) + 1)
+    return Flow((*dims[:d], (), *dims[d:]))
+
+
+@rule(aten.expand, aten.expand_as, resized="size", ignores=("other",))
+def expand(call: Call) -> Flow:
+    """An expanded dimension repeats one position: a new axis, identified with what it later meets."""
+    source = call.dims_of(call.tensors()[0])
+    source = ((),) * (len(call.shape) - len(source)) + source
+    return Flow(tuple(dim or call.table.fresh(size) for dim, size in zip(source, call.shape)))
+
+
+@rule(aten.repeat)
+def repeat(call: Call) -> Flow:
+    source, times = call.dims("self"), call.args["repeats"]
+    source = ((),) * (len(times) - len(source)) + source
+    kept = [dim if time == 1 else call.table.fresh(size) for dim, time, size in zip(source, times, call.shape)]
+    return Flow(tuple(kept), tuple(dim for dim, time in zip(source, times) if time != 1))
+
+
+def select_prefix(call) -> "Value":  # noqa: F821
+    """Reading one protected token: its position is the same in every generation."""
+    dim, index = call.wrapped("dim"), call.args["index"]
+    place = call.place("self", dim)
+    if place.before or place.after or not 0 <= index < place.lead:
+        raise Declined(f"position {index} of the token axis is read")
+    return call.emit(mass_lost=True)
+
+
+@rule(aten.select, fused=select_prefix)
+def select(call: Call) -> Flow:
+    dims = call.dims("self")
+    d = wrap(call.args["dim"], len(dims))
+    index = call.args["index"]
+    if isinstance(index, int) and index == 0:
+        # A first position read by itself is a token of its own kind: a class token.
+        call.table.cut(dims[d], (0, 1))
+    return Flow(dims[:d] + dims[d + 1 :], (dims[d],))
+
+
+def slice_parts(call) -> "Value":  # noqa: F821
+    """A slice that is the protected prefix, or all that follows it."""
+    dim = call.wrapped("dim")
+    place = call.place("self", dim)
+    x = call.value("self")
+    start, stop = bounds(call.call)
+    total = call.tokens.size + place.lead + place.tail
+    shrunk = x.tensor.shape[dim]
+    if place.before or place.after or call.args.get("step", 1) != 1:
+        raise Declined("the token axis is sliced together with other axes")
+    if stop <= place.lead:
+        return call.result(torch.ops.aten.slice.Tensor(x.tensor, dim, start, stop))
+    if start >= total - place.tail:
+        return call.result(torch.ops.aten.slice.Tensor(x.tensor, dim, shrunk - total + start, shrunk - total + stop))
+    if start > place.lead or stop < total - place.tail:
+        raise Declined(f"tokens {start}:{stop} are sliced out of {total}")
+    return call.result(torch.ops.aten.slice.Tensor(x.tensor, dim, start, shrunk - (total - stop)))
+
+
+def bounds(call: Call) -> tuple[int, int]:
+    """The start and stop of a slice, non-negative and within the dimension."""
+    dims = call.dims("self")
+    d = wrap(call.args["dim"], len(dims))
+    size = call.args["self"].meta["val"].shape[d]
+    start, stop = call.args.get("start"), call.args.get("end")
+    start = 0 if start is None else start
+    stop = size if stop is None else stop
+    if not all(isinstance(v, int) for v in (start, stop, size)):
+        return (start, size if stop == 2**63 - 1 else stop)
+    return tuple(min(max(v + size if v < 0 else v, 0), size) for v in (start, stop))
+
+
+@rule(aten.slice, aten.narrow, fused=slice_parts)
+def slice_(call: Call) -> Flow:
+    dims = call.dims("self")
+    d = wrap(call.args["dim"], len(dims))
+    if call.node.target.overloadpacket is aten.narrow:
+        start, stop = call.args["start"], call.args["start"] + call.args["length"]
+    else:
+        start, stop = bounds(call)
+    if call.args.get("step", 1) != 1 or not all(isinstance(v, int) for v in (start, stop)):
+        whole = start == 0 and size_of(call.shape[d]) == product(dims[d])
+        new = dims[d] if whole else call.table.fresh(call.shape[d])
+        return Flow((*dims[:d], new, *dims[d + 1 :]), () if whole else (dims[d],))
+    call.table.cut(dims[d], (start, stop))
+    part = call.table.slice(dims[d], start, stop)
+    whole = part is not None and part == call.table.canonical(dims[d])
+    part = call.table.fresh(call.shape[d]) if part is None else part
+    return Flow((*dims[:d], part, *dims[d + 1 :]), () if whole else (dims[d],))
+
+
+@rule(aten.split, aten.split_with_sizes, aten.chunk, aten.tensor_split)
+def split(call: Call) -> Flow:
+    dims = call.dims("self")
+    d = wrap(call.args["dim"], len(dims))
+    out: list[Dims] = []
+    sizes = [value.shape[d] for value in call.node.meta["val"]]
+    edges = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+    static = all(isinstance(e, int) for e in edges)
+    if static:
+        call.table.cut(dims[d], edges)
+    for size, start, stop in zip(sizes, edges, edges[1:]):
+        part = call.table.slice(dims[d], start, stop) if static else None
+        part = call.table.fresh(size) if part is None else part
+        out.append((*dims[:d], part, *dims[d + 1 :]))
+    return Flow(out, (dims[d],))
+
+
+@rule(aten.unbind)
+def unbind(call: Call) -> Flow:
+    dims = call.dims("self")
+    d = wrap(call.args["dim"], len(dims))
+    return Flow([dims[:d] + dims[d + 1 :]] * len(call.node.meta["val"]), (dims[d],))
+
+
+def cat_parts(call) -> "Value":  # noqa: F821
+    """Concatenating along the token axis: prefix and body, each whole, make the fused axis again."""
+    if call.expected_shape() is None:
+        raise Declined("tokens are concatenated into an axis that is not a whole token axis")
+    return call.emit()
+
+
+@rule(aten.cat, aten.concat, fused=cat_parts)
+def cat(call: Call) -> Flow:
+    nodes = list(call.args["tensors"])
+    all_dims = [call.dims_of(n) for n in nodes]
+    rank = len(call.shape)
+    d = wrap(call.args["dim"], rank)
+    # Legacy: a one-dimensional empty tensor is skipped by cat.
+    pairs = [(n, dims) for n, dims in zip(nodes, all_dims) if len(dims) == rank]
+    out = list(pairs[0][1])
+    agree = all(
+        call.table.unify(out[i], dims[i]) for _, dims in pairs[1:] for i in range(rank) if i != d
+    )
+    parts = [(size_of(n.meta["val"].shape[d]), dims[d]) for n, dims in pairs]
+    out[d] = call.table.cat(parts)
+    return Flow(tuple(out), tuple(part for _, part in parts) + (() if agree else tuple(out)))
+
+
+@rule(aten.stack)
+def stack(call: Call) -> Flow:
+    all_dims = [call.dims_of(n) for n in call.args["tensors"]]
+    d = wrap(call.args["dim"], len(call.shape))
+    first = all_dims[0]
+    agree = all([call.table.unify(a, b) for dims in all_dims[1:] for a, b in zip(first, dims)])
+    return Flow((*first[:d], call.table.fresh(call.shape[d]), *first[d:]), () if agree else first)

@@ -1,0 +1,37 @@
+"""Operators that work position by position: arithmetic, activations, casts, dropout."""
+
+import torch
+
+from mctf_compile.passes.axes import Dims
+from mctf_compile.passes.rules.base import Call, Flow, rule
+
+aten = torch.ops.aten
+
+
+@rule(aten.add, aten.hardswish, aten.hardsigmoid, aten.hardtanh, aten.prelu, aten.masked_fill, aten.where)
+def pointwise(call: Call) -> Flow:
+    """Operands broadcast from the right; aligned dimensions are one axis."""
+    rank = len(call.shape)
+    out: list = [()] * rank
+    agree = True
+    for node in call.tensors():
+        dims = call.dims_of(node)
+        for offset, dim in enumerate(reversed(dims), 1):
+            if not dim:
+                continue
+            if not out[rank - offset]:
+                out[rank - offset] = dim
+            else:
+                agree &= call.table.unify(out[rank - offset], dim)
+    result: Dims = tuple(out)
+    return Flow(result, () if agree else result)
+
+
+@rule(
+    aten.dropout, aten.feature_dropout, aten.contiguous, aten.clone, aten.alias, aten.detach, aten.to,
+    aten._to_copy, aten.type_as, aten.zeros_like, aten.ones_like, aten.bernoulli, aten.lift_fresh_copy,
+    ignores=("other",),
+)
+def same_layout(call: Call) -> Flow:
+    """The result has the axes of the first tensor, and nothing else is read by position."""
+    return Flow(call.dims_of(call.tensors()[0]))

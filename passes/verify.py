@@ -1,0 +1,39 @@
+"""Pass: the rewritten graph keeps the contract of the original one."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from mctf_compile.errors import PassError
+
+
+def verify(before: fx.GraphModule, after: fx.GraphModule) -> None:
+    """Outputs have the shapes, dtypes and devices they had; the graph is well formed.
+
+    Raises ``PassError`` otherwise: never a wrong graph to the inner compiler.
+    """
+    after.graph.lint()
+    old, new = (_outputs(gm) for gm in (before, after))
+    if len(old) != len(new):
+        raise PassError(f"the rewritten graph has {len(new)} outputs instead of {len(old)}")
+    for i, (a, b) in enumerate(zip(old, new)):
+        if isinstance(a, torch.Tensor):
+            same = _shape(a) == _shape(b) and a.dtype == b.dtype and a.device == b.device
+            if not same:
+                raise PassError(
+                    f"output {i} of the rewritten graph is {b.dtype}{_shape(b)} on {b.device} "
+                    f"instead of {a.dtype}{_shape(a)} on {a.device}"
+                )
+
+
+def _outputs(gm: fx.GraphModule) -> list:
+    node = next(n for n in gm.graph.nodes if n.op == "output")
+    values: list = []
+    fx.node.map_arg(node.args[0], lambda n: values.append(n.meta.get("val")))
+    return values
+
+
+def _shape(value: torch.Tensor) -> tuple[str, ...]:
+    """The shape as expressions; comparing SymInts themselves would install guards."""
+    return tuple(str(s) for s in value.shape)
