@@ -211,7 +211,8 @@ class AxisTable:
 class Tokens:
     """A token axis: ``lead`` prefix positions, the ``body`` that may be fused, ``tail`` suffix positions.
 
-    ``batch`` are the axes that number the images.
+    ``batch`` are the axes that number the images. ``positional`` prefix tokens are not protected (the user
+    said so) and yet read by their position: whatever token stands there then is read.
     """
 
     body: Dim
@@ -219,6 +220,7 @@ class Tokens:
     lead: int
     tail: int
     batch: Dim
+    positional: int = 0
 
     @property
     def total(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import networkx as nx
 import torch
@@ -204,7 +204,7 @@ def _tokens(axis: Dim, protected: int | None) -> Tokens | str:
     largest = sizes.index(max(sizes))
     lead, tail = sum(sizes[:largest]), sum(sizes[largest + 1 :])
     if protected is not None and protected < lead:
-        return Tokens(axis, sum(sizes), 0, 0, ())
+        return Tokens(axis, sum(sizes), 0, 0, (), lead)
     return Tokens(parts[largest][1], sizes[largest], lead, tail, ())
 
 
@@ -220,4 +220,4 @@ def _with_batch(tokens: Tokens, dims: Dims) -> Tokens | str:
     batch += [part for part in (place.before, place.after) if part]
     if len(batch) > 1:
         return "the residual stream has more than one axis beside tokens and channels (windows or frames)"
-    return Tokens(tokens.body, tokens.size, tokens.lead, tokens.tail, batch[0] if batch else ())
+    return replace(tokens, batch=batch[0] if batch else ())

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mctf_compile.errors import Declined
+from mctf_compile.kernels.pooling.aten import combine
 from mctf_compile.passes.axes import Dims, Place, Tokens, places
 
 
@@ -32,8 +33,7 @@ class Value:
 class Fusion:
     """One fusion over a token axis with ``lead`` and ``tail`` protected tokens: old N -> new M.
 
-    ``weight`` [B, N] are the normalised pooling weights, None to combine by the maximum; ``row_weight``
-    those of the queries of a pooled attention map, which always average.
+    ``weight`` [B, N] are the normalised pooling weights, None to combine by the maximum.
     """
 
     keep: Tensor
@@ -41,7 +41,6 @@ class Fusion:
     into: Tensor
     index: Tensor
     weight: Tensor | None
-    row_weight: Tensor
     size: Tensor
     lead: int
     tail: int
@@ -70,7 +69,6 @@ class Fusion:
             into=self.into + shift,
             index=ends(self.index[:, body_n], lead, new_m),
             weight=None if self.weight is None else ones(self.weight[:, body_n]),
-            row_weight=ones(self.row_weight[:, body_n]),
             size=ones(self.size[:, body_m]),
             lead=lead,
             tail=tail,
@@ -115,23 +113,31 @@ class Stream:
             self._maps[key] = last if new == old + 1 else last.gather(1, self.map(new - 1, old, lead, tail))
         return self._maps[key]
 
-    def raise_to(self, value: Value, generation: int, rows: bool = False) -> Value:
-        """Fuse an older value up to ``generation`` through the maps, with the tokens' own weights.
-
-        ``rows``: the value is the output of attention, whose rows average even where tokens take maxima.
-        """
+    def raise_to(self, value: Value, generation: int) -> Value:
+        """Fuse an older value up to ``generation`` through the maps, with the tokens' own weights."""
         while value.generation < generation:
             step = value.generation + 1
 
             def pool(x: Tensor, dim: int, place: Place, step: int = step) -> Tensor:
                 f = self.fusion(step, place.lead, place.tail)
-                return torch.ops.mctf.pool(x, f.row_weight if rows else f.weight, f.keep, f.gone, f.into, dim)
+                return torch.ops.mctf.pool(x, f.weight, f.keep, f.gone, f.into, dim)
 
             if not value.tensor.dtype.is_floating_point:
                 raise Declined(f"values of dtype {value.tensor.dtype} cannot be fused")
             tensor = self._each_place(value, pool)
             value = Value(tensor, value.dims, self, step)
         return value
+
+    def pooled_map(self, weights: Value) -> Value:
+        """Attention weights of one generation for the next: columns summed, rows by their maxima."""
+        generation = weights.generation + 1
+
+        def pool(x: Tensor, dim: int, place: Place) -> Tensor:
+            f = self.fusion(generation, place.lead, place.tail)
+            how = "sum" if place.dim == weights.mass else "amax"
+            return combine(x, f.keep, f.gone, f.into, dim, how)
+
+        return Value(self._each_place(weights, pool), weights.dims, self, generation, weights.mass)
 
     def lower_to(self, value: Value, generation: int) -> Value:
         """Give a younger value's tokens back as they were in ``generation``: every member its group's value."""

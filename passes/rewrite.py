@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -272,7 +272,7 @@ class Rewriter:
             v = self._young(self.again(site.value, entry, x), x)
             fusion = x.stream.fusion(x.generation, place.lead, place.tail)
             out = torch.ops.mctf.ahead(
-                state, v.tensor, fusion.index, fusion.row_weight, fusion.keep, fusion.gone, fusion.into,
+                state, v.tensor, fusion.index, fusion.weight, fusion.keep, fusion.gone, fusion.into,
                 call.args["dropout_p"],
             )
             return Value(out, self.axes.of(node), x.stream, x.generation)
@@ -287,12 +287,24 @@ class Rewriter:
         if self.plan.site is Site.AHEAD:
             x = self._fuse(block, self._entry(block), self._importance[node])
             v = self._young(self.again(site.value, entry, x), x)
+            if x.stream.fusions[-1].weight is None:
+                return self._attend_by_maxima(node, block, v)
             repeated = x.stream.lower_to(v, x.generation - 1)
             out = self.evaluate(node, ChainMap({site.value: repeated}, self.env))
-            return x.stream.raise_to(out, x.generation, rows=True)
+            return x.stream.raise_to(out, x.generation)
         if self.plan.site is Site.BEFORE:
             return self.again(node, entry, self._fuse(block, self._entry(block), self._importance[node]))
         return self.evaluate(node, self.env)
+
+    def _attend_by_maxima(self, node: fx.Node, block: PlannedBlock, v: Value) -> Value:
+        """The pooled map itself times the values: maxima over rows are no linear map."""
+        site = block.block.attention
+        factor = next(n for n in node.all_input_nodes if n is not site.value)
+        weights = self.env[factor]
+        if weights.mass is None:
+            # Weights of the original tokens: their keys run along the last dimension.
+            weights = replace(weights, mass=len(weights.dims) - 1)
+        return self.evaluate(node, ChainMap({site.value: v, factor: v.stream.pooled_map(weights)}, self.env))
 
     def _young(self, value: Value, x: Value) -> Value:
         return x.stream.raise_to(value, x.generation)
@@ -322,7 +334,7 @@ class Rewriter:
         )
         index, weight, size = torch.ops.mctf.group(choice.weight, size, choice.keep, choice.gone, choice.into)
         stream.fusions.append(
-            Fusion(choice.keep, choice.gone, choice.into, index, None if choice.maximum else weight, weight,
+            Fusion(choice.keep, choice.gone, choice.into, index, None if choice.maximum else weight,
                    size, place.lead, place.tail)
         )
         return stream.raise_to(x, x.generation + 1)

@@ -9,22 +9,23 @@ from mctf_compile.kernels.unmerge.op import unmerge
 
 
 @composite(
-    "ahead(Tensor state, Tensor v, Tensor index, Tensor weight, Tensor keep, Tensor gone, Tensor into, "
+    "ahead(Tensor state, Tensor v, Tensor index, Tensor? weight, Tensor keep, Tensor gone, Tensor into, "
     "float dropout_p) -> Tensor"
 )
 def ahead(
-    state: Tensor, v: Tensor, index: Tensor, weight: Tensor, keep: Tensor, gone: Tensor, into: Tensor,
+    state: Tensor, v: Tensor, index: Tensor, weight: Tensor | None, keep: Tensor, gone: Tensor, into: Tensor,
     dropout_p: float,
 ) -> Tensor:
     """A' V, where A' = R A S is the attention of the unfused tokens pooled to the fused ones.
 
     S sums the columns of each group and R pools the rows, so A' V = R (A (Sᵀ V)), and Sᵀ V repeats each
-    fused value for its members: one attention pass, and A' is never built.
+    fused value for its members: one attention pass, and A' is never built. Pooling by the maximum takes
+    maxima over the rows of A S instead, which is no linear map: there A' is built.
 
     Args:
         state: what ``mctf::importance`` kept: A [B, H, N, N]; differentiable.
         v: [B, H, M, D], values of the fused tokens; differentiable.
-        index [B, N], weight [B, N]: the map, from ``mctf::group``.
+        index [B, N], weight [B, N]: the map, from ``mctf::group``; no weight pools by the maximum.
         keep [B, M], gone [B, r], into [B, r]: the matching.
         dropout_p: dropout probability of the attention weights.
 
@@ -35,5 +36,8 @@ def ahead(
     """
     if dropout_p:
         state = torch.nn.functional.dropout(state, dropout_p)
+    if weight is None:
+        columns = pooling.combine(state, keep, gone, into, 3, "sum")
+        return pooling.combine(columns, keep, gone, into, 2, "amax") @ v
     out = state @ unmerge(v, index, 2)
     return pooling.pool(out, weight, keep, gone, into, 2)

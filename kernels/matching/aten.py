@@ -42,7 +42,9 @@ def match(
     r1 = r // 2 if bidirectional else r
     best, column = w.max(-1)
     order = best.argsort(stable=True, dim=-1, descending=True)
-    row_gone, row_kept = order[:, :r1], order[:, r1:].sort(-1).values
+    row_gone, row_kept = order[:, :r1], order[:, r1:]
+    if lead or tail:
+        row_kept = row_kept.sort(-1).values
     keep = [2 * row_kept]
     gone = [2 * row_gone]
     target = [2 * column.gather(1, row_gone) + 1]

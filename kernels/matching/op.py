@@ -29,7 +29,8 @@ def match(
 
     Returns:
         keep: int64 [B, N - r], the old position of each new token's carrier. Order: protected prefix,
-            even positions ascending, odd positions by descending score (one-way: ascending), suffix.
+            even positions ascending (by descending score where nothing is protected, as the official
+            code has it), odd positions by descending score (one-way: ascending), suffix.
         gone: int64 [B, r], old positions of the tokens that left.
         into: int64 [B, r], the new position each went into.
         All three are constants for autograd.

@@ -58,9 +58,9 @@ def match_image(
     r1 = r // 2 if bidirectional else r
     target: dict[int, int] = {}
     best = {i: max(beta, key=lambda j: score(i, j)) for i in alpha} if beta else {}
-    for i in sorted(best, key=lambda i: -score(i, best[i]))[:r1]:
-        target[i] = best[i]
-    kept_alpha = [i for i in alpha if i not in target]
+    order = sorted(best, key=lambda i: -score(i, best[i])) if best else alpha
+    target.update({i: best[i] for i in order[:r1]})
+    kept_alpha = sorted(order[r1:]) if protected else order[r1:]
     kept_beta = beta
     if bidirectional:
         best = {j: max(kept_alpha, key=lambda i: score(i, j)) for j in beta}

@@ -25,7 +25,7 @@ def choose(evidence: Evidence, r: int, lead: int, tail: int, config: FusionConfi
         "attention": importance * size,
         "size": size,
         "mean": torch.ones_like(size),
-        "max": size,
+        "max": torch.ones_like(size),
     }[config.pooling]
     return Choice(keep, gone, into, weight, config.pooling == "max")
 

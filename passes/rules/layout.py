@@ -92,7 +92,7 @@ def select_prefix(call) -> "Value":  # noqa: F821
     """Reading one protected token: its position is the same in every generation."""
     dim, index = call.wrapped("dim"), call.args["index"]
     place = call.place("self", dim)
-    if place.before or place.after or not 0 <= index < place.lead:
+    if place.before or place.after or not 0 <= index < max(place.lead, call.tokens.positional):
         raise Declined(f"position {index} of the token axis is read")
     return call.emit(mass_lost=True)
 
