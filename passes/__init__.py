@@ -1,6 +1,9 @@
 """Graph in, graph out: the passes, in the order in which they run.
 
 graph -> normalize -> token_axes -> blocks -> plan -> projections -> rewrite -> verify -> inner compiler
+
+Data flows one way, with one exception: where the rewrite finds that a planned fusion is undone before
+it could pay, it says so in ``State.findings`` and the plan is made again.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from mctf_compile.passes import projections as _projections
 from mctf_compile.passes import rewrite as _rewrite
 from mctf_compile.passes import token_axes as _token_axes
 from mctf_compile.passes import verify as _verify
-from mctf_compile.passes.pipeline import Pass, State, graph_pass, run_passes
+from mctf_compile.passes.pipeline import Findings, Pass, State, graph_pass, run_passes
 
 
 @graph_pass(requires=("gm", "inputs"), ensures=("normal",))
@@ -36,7 +39,8 @@ def blocks(state: State) -> None:
 
 @graph_pass(requires=("blocks",), ensures=("plan",))
 def plan(state: State) -> None:
-    state.plan = _plan.make_plan(state.blocks, state.axes, state.config)
+    findings = state.findings
+    state.plan = _plan.make_plan(state.blocks, state.axes, state.config, findings.declined, findings.whole)
 
 
 @graph_pass(requires=("plan",))
@@ -53,8 +57,12 @@ def projections(state: State) -> None:
 
 
 @graph_pass(requires=("plan",), ensures=("result",))
-def rewrite(state: State) -> None:
-    state.result, state.unmerges = _rewrite.rewrite_graph(state.normal, state.inputs, state.axes, state.plan)
+def rewrite(state: State) -> str | None:
+    outcome = _rewrite.rewrite_graph(state.normal, state.inputs, state.axes, state.plan)
+    state.result, state.unmerges = outcome.graph, outcome.unmerges
+    known = state.findings
+    state.findings = Findings(known.declined | outcome.wasted, known.whole | outcome.whole)
+    return None if state.findings == known else "plan"
 
 
 @graph_pass(requires=("result",))
@@ -64,4 +72,4 @@ def verify(state: State) -> None:
 
 PIPELINE: tuple[Pass, ...] = (normalize, token_axes, blocks, plan, projections, rewrite, verify)
 
-__all__ = ["PIPELINE", "Pass", "State", "graph_pass", "run_passes"]
+__all__ = ["PIPELINE", "Findings", "Pass", "State", "graph_pass", "run_passes"]

@@ -54,12 +54,12 @@ class Fusion:
 
         def ends(body: Tensor, first: int, last: int) -> Tensor:
             position = torch.arange(max(first, last) + tail, device=body.device)
-            front = position[:lead].expand(len(body), -1)
-            back = position[last : last + tail].expand(len(body), -1)
+            front = position[:lead].expand(body.shape[0], -1)
+            back = position[last : last + tail].expand(body.shape[0], -1)
             return torch.cat([front, body + shift, back], 1)
 
         def ones(body: Tensor) -> Tensor:
-            return torch.cat([body.new_ones(len(body), lead), body, body.new_ones(len(body), tail)], 1)
+            return torch.cat([body.new_ones(body.shape[0], lead), body, body.new_ones(body.shape[0], tail)], 1)
 
         body_n, body_m = slice(self.lead, n - self.tail), slice(self.lead, m - self.tail)
         new_n, new_m = n - self.tail + shift, m - self.tail + shift

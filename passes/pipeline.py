@@ -19,6 +19,18 @@ from mctf_compile.passes.rewrite import Unmerge
 from mctf_compile.passes.token_axes import Axes
 
 
+@dataclass(frozen=True)
+class Findings:
+    """What the rewrite learned that only the plan can act on.
+
+    ``declined``: blocks that are not worth fusing, with the reason. ``whole``: blocks that get the
+    original tokens back, because an operator between them and the block before needs those.
+    """
+
+    declined: dict[int, str] = field(default_factory=dict)
+    whole: frozenset[int] = frozenset()
+
+
 @dataclass
 class State:
     """What flows through the passes: each reads what earlier ones have set, and sets its own."""
@@ -29,6 +41,7 @@ class State:
     normal: fx.GraphModule | None = None
     axes: Axes | None = None
     blocks: list[Block] | None = None
+    findings: Findings = Findings()
     plan: Plan | None = None
     result: fx.GraphModule | None = None
     unmerges: list[Unmerge] = field(default_factory=list)
@@ -47,11 +60,14 @@ class Pass:
     name: str
     requires: tuple[str, ...]
     ensures: tuple[str, ...]
-    run: Callable[[State], None]
+    run: Callable[[State], str | None]
 
 
 def graph_pass(*, requires: tuple[str, ...], ensures: tuple[str, ...] = ()) -> Callable[[Callable], Pass]:
-    """Make a function on ``State`` a pass with a contract, checked on every run."""
+    """Make a function on ``State`` a pass with a contract, checked on every run.
+
+    The function may return the name of an earlier pass to go back to, having changed ``findings``.
+    """
     return lambda function: Pass(function.__name__, requires, ensures, function)
 
 
@@ -62,26 +78,36 @@ def run_passes(passes: Sequence[Pass], state: State) -> State:
     Raises ``PassError`` that names the passes already run, ``ConfigError`` as it is.
     """
     done: list[str] = []
-    for number, step in enumerate(passes):
-        missing = [name for name in step.requires if getattr(state, name) is None]
-        if missing:
-            raise PassError(f"pass {step.name} needs {', '.join(missing)}; passes run: {', '.join(done) or 'none'}")
-        start = time.perf_counter()
-        try:
-            step.run(state)
-        except (ConfigError, PassError):
-            raise
-        except Exception as error:
-            raise PassError(f"pass {step.name} failed after {', '.join(done) or 'no other pass'}: {error!r}") from error
-        unset = [name for name in step.ensures if getattr(state, name) is None]
-        if unset:
-            raise PassError(f"pass {step.name} did not set {', '.join(unset)}")
+    names = [step.name for step in passes]
+    number = 0
+    while number < len(passes):
+        step = passes[number]
+        back = _run_one(step, state, done)
         done.append(step.name)
-        state.seconds[step.name] = time.perf_counter() - start
         _dump(number, step.name, state)
         if state.plan is not None and not state.plan.fusing:
             break
+        number = number + 1 if back is None else names.index(back)
     return state
+
+
+def _run_one(step: Pass, state: State, done: list[str]) -> str | None:
+    """Run one pass under its contract, timed."""
+    missing = [name for name in step.requires if getattr(state, name) is None]
+    if missing:
+        raise PassError(f"pass {step.name} needs {', '.join(missing)}; passes run: {', '.join(done) or 'none'}")
+    start = time.perf_counter()
+    try:
+        back = step.run(state)
+    except (ConfigError, PassError):
+        raise
+    except Exception as error:
+        raise PassError(f"pass {step.name} failed after {', '.join(done) or 'no other pass'}: {error!r}") from error
+    unset = [name for name in step.ensures if getattr(state, name) is None]
+    if unset:
+        raise PassError(f"pass {step.name} did not set {', '.join(unset)}")
+    state.seconds[step.name] = state.seconds.get(step.name, 0.0) + time.perf_counter() - start
+    return back
 
 
 def _dump(number: int, name: str, state: State) -> None:

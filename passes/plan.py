@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from torch import fx
 
@@ -50,10 +52,17 @@ class Plan:
         return [b for b in self.blocks if b.reason is None]
 
 
-def make_plan(blocks: list[Block], axes: Axes, config: FusionConfig, declined: dict[int, str] | None = None) -> Plan:
+def make_plan(
+    blocks: list[Block],
+    axes: Axes,
+    config: FusionConfig,
+    declined: Mapping[int, str] = MappingProxyType({}),
+    whole: frozenset[int] = frozenset(),
+) -> Plan:
     """Schedule the reduction over the blocks.
 
-    ``declined`` are blocks that later passes found not worth fusing, with their reasons.
+    ``declined`` and ``whole`` are what an earlier rewrite found: blocks not worth fusing, with their
+    reasons, and blocks that get the original tokens back before they run.
     Raises ``ConfigError`` where ``r`` or ``layers`` do not fit the number of blocks.
     """
     method = get_method(config.method)
@@ -65,12 +74,14 @@ def make_plan(blocks: list[Block], axes: Axes, config: FusionConfig, declined: d
     entries: dict[fx.Node, int] = {}
     planned = []
     for i, block in enumerate(blocks):
-        reason = block.problem or (declined or {}).get(i) or _unsupported(block, axes)
+        reason = block.problem or declined.get(i) or _unsupported(block, axes)
         if reason is not None or block.tokens is None:
             size = _static_size(block, axes)
             planned.append(PlannedBlock(i, block, size, size, reason))
             continue
         (place,) = places(axes.of(block.entry), block.tokens)
+        if i in whole:
+            counts[block.tokens.body] = block.tokens.size
         body = counts.setdefault(block.tokens.body, block.tokens.size)
         tokens = place.lead + body + place.tail
         lead = place.lead if config.protected == "auto" else config.protected

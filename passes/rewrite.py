@@ -36,9 +36,21 @@ class Unmerge:
     reason: str
 
 
-def rewrite_graph(
-    gm: fx.GraphModule, inputs: Sequence[Any], axes: Axes, plan: Plan
-) -> tuple[fx.GraphModule, list[Unmerge]]:
+@dataclass(frozen=True)
+class Outcome:
+    """A rewritten graph and what was learned on the way.
+
+    ``wasted``: blocks whose fusion was undone before their MLP had run, with the reason; ``whole``:
+    blocks that got the original tokens back although an earlier block had fused them.
+    """
+
+    graph: fx.GraphModule
+    unmerges: list[Unmerge]
+    wasted: dict[int, str]
+    whole: frozenset[int]
+
+
+def rewrite_graph(gm: fx.GraphModule, inputs: Sequence[Any], axes: Axes, plan: Plan) -> Outcome:
     """Fuse tokens at each planned block and make everything downstream size-weighted.
 
     Before::  x1 = add(x0, proj(sdpa(q, k, v)))
@@ -60,7 +72,7 @@ def rewrite_graph(
     # What was computed of the old tokens alone and is read no more.
     result.graph.eliminate_dead_code()
     result.recompile()
-    return result, rewriter.unmerges
+    return Outcome(result, rewriter.unmerges, rewriter.wasted(), frozenset(rewriter.whole))
 
 
 class Rewriter:
@@ -70,21 +82,36 @@ class Rewriter:
         self.gm, self.axes, self.plan = gm, axes, plan
         self.order = {node: i for i, node in enumerate(gm.graph.nodes)}
         self.unmerges: list[Unmerge] = []
+        self.whole: set[int] = set()
         self._reset()
 
     def _reset(self) -> None:
         self.streams: dict[Tokens, Stream] = {}
         self.env: dict[fx.Node, Any] = {}
+        self._sources: dict[tuple[Stream, int], fx.Node] = {}
+        self._fused: dict[fx.Node, Value] = {}
         self._raised: dict[tuple[fx.Node, int, int], Value] = {}
         self._projected: dict[tuple[fx.Node, int, int, int], Tensor] = {}
         self._importance: dict[fx.Node, Tensor] = {}
         self.unmerges.clear()
+        self.whole.clear()
         self._at_node = {b.block.attention.node: b for b in self.plan.fusing}
         self._at_weights = {
             b.block.attention.weights: b for b in self.plan.fusing if b.block.attention.weights is not None
         }
         after = {Site.AFTER: "exit", Site.BETWEEN: "middle"}.get(self.plan.site)
         self._at_end = {getattr(b.block, after): b for b in self.plan.fusing} if after else {}
+
+    def wasted(self) -> dict[int, str]:
+        """The blocks in which tokens were given back between the fusion and the end of the MLP."""
+        found = {}
+        for planned in self.plan.fusing:
+            block = planned.block
+            first, last = self.order[block.attention.node], self.order[block.exit]
+            for unmerge in self.unmerges:
+                if first < self.order[unmerge.node] <= last:
+                    found[planned.index] = f"the fused tokens would be given back within the block: {unmerge.reason}"
+        return found
 
     def run(self, *inputs: Any) -> Any:
         """The rewritten program; call it under a tracer."""
@@ -182,6 +209,18 @@ class Rewriter:
                 local[n] = self.evaluate(n, local)
         return local[node]
 
+    def _descends(self, node: fx.Node, source: fx.Node) -> bool:
+        """Whether ``node`` is computed from ``source``."""
+        stack, seen = [node], set()
+        while stack:
+            n = stack.pop()
+            if n is source:
+                return n is not node
+            if n not in seen and self.order[n] > self.order[source]:
+                seen.add(n)
+                stack.extend(n.all_input_nodes)
+        return False
+
     # Moving values between generations.
 
     def lift(self, node: fx.Node, value: Value, stream: Stream, generation: int, like: Value) -> Value:
@@ -190,6 +229,13 @@ class Rewriter:
             return value
         key = (node, id(value.tensor), generation)
         if key not in self._raised:
+            source = self._sources.get((stream, generation))
+            if source is not None and value.generation == generation - 1 and self._descends(node, source):
+                # What was derived from the tokens before they were fused is derived from the fused ones.
+                value = self.again(node, source, self._fused[source])
+                if value.generation == generation:
+                    self._raised[key] = value
+                    return value
             if stream.tokens.batch and not _has_batch(value.dims, stream.tokens):
                 value = _with_images(value, stream, like)
             self._raised[key] = stream.raise_to(stream.intensive(value), generation)
@@ -250,8 +296,13 @@ class Rewriter:
     # Fusing.
 
     def _stream(self, block: PlannedBlock) -> Stream:
-        tokens = block.block.tokens
-        return self.streams.setdefault(tokens, Stream(tokens))
+        """The stream of a block's tokens; a new one where they came back unfused since the last fusion."""
+        tokens, value = block.block.tokens, self._entry(block)
+        if value.stream is not None:
+            return value.stream
+        if tokens not in self.streams or self.streams[tokens].fusions:
+            self.streams[tokens] = Stream(tokens)
+        return self.streams[tokens]
 
     def _entry(self, block: PlannedBlock) -> Value:
         return self.env[block.block.entry]
@@ -322,6 +373,8 @@ class Rewriter:
         """Choose and pool the block's tokens: a new generation. Returns ``x`` in it."""
         stream = self._stream(block)
         (place,) = stream.places(x.dims)
+        if stream.body(x.generation) + place.lead + place.tail != block.tokens_in:
+            self.whole.add(block.index)
         x = Value(x.tensor, x.dims, stream, x.generation)
         tokens = stream.canonical(x, place)
         dtype = working_dtype(x.tensor.dtype)
@@ -337,7 +390,11 @@ class Rewriter:
             Fusion(choice.keep, choice.gone, choice.into, index, None if choice.maximum else weight,
                    size, place.lead, place.tail)
         )
-        return stream.raise_to(x, x.generation + 1)
+        fused = stream.raise_to(x, x.generation + 1)
+        if self.plan.site in (Site.AHEAD, Site.BEFORE):
+            self._sources[stream, fused.generation] = block.block.entry
+            self._fused[block.block.entry] = fused
+        return fused
 
     def places(self, node: fx.Node, stream: Stream) -> list[Place]:
         return stream.places(self.axes.of(node))

@@ -57,7 +57,7 @@ def match(
         gone.append(2 * column_gone + 1)
         target.append(2 * row_kept.gather(1, row.gather(1, column_gone)))
     else:
-        keep.append(position[1::2].expand(len(x), -1))
+        keep.append(position[1::2].expand(x.shape[0], -1))
 
     kept = fixed_outside(torch.cat(keep, 1), n, lead, tail)
     place = new_positions(kept, n)
@@ -81,4 +81,4 @@ def fixed_outside(keep: Tensor, n: int, lead: int, tail: int) -> Tensor:
 def new_positions(keep: Tensor, n: int) -> Tensor:
     """[B, N]: where each kept token went; 0 for the others."""
     m = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
-    return keep.new_zeros(len(keep), n).scatter(1, keep, m)
+    return keep.new_zeros(keep.shape[0], n).scatter(1, keep, m)

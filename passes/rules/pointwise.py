@@ -35,3 +35,9 @@ def pointwise(call: Call) -> Flow:
 def same_layout(call: Call) -> Flow:
     """The result has the axes of the first tensor, and nothing else is read by position."""
     return Flow(call.dims_of(call.tensors()[0]))
+
+
+@rule(aten.new_empty, aten.new_zeros, aten.new_ones, aten.new_full, ignores=("self",))
+def new(call: Call) -> Flow:
+    """A new tensor takes dtype and device from its operand and nothing else."""
+    return Flow(call.table.fresh_dims(call.shape))
