@@ -59,7 +59,7 @@ def make_report(state: State) -> Report:
         blocks=[BlockReport(b.index, b.tokens_in, b.tokens_out, b.reason, b.note) for b in planned],
         macs_before=before,
         macs_after=count_macs(state.result) if fused else before,
-        unmerged=[f"{u.node.name}: {u.reason}" for u in state.unmerges],
+        unmerged=list(dict.fromkeys(f"{u.node.name}: {u.reason}" for u in state.unmerges)),
         reason=reason,
         method=state.plan.method.name,
         seconds=state.seconds,

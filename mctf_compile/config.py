@@ -129,5 +129,24 @@ class FusionConfig:
     def _inductor(self) -> dict[str, Any]:
         if not isinstance(self.inductor, Mapping) or not all(isinstance(k, str) for k in self.inductor):
             raise ConfigError(f"inductor={self.inductor!r} must be a dict of Inductor config patches.")
+        if self.inductor and self.inner != "inductor":
+            raise ConfigError(f"inductor={dict(self.inductor)!r} has no effect with inner={self.inner!r}.")
+        if self.inductor:
+            _check_inductor(self.inductor)
         return dict(self.inductor)
+
+
+def _check_inductor(patches: Mapping[str, Any]) -> None:
+    """Raise ``ConfigError`` for a mode or a patch that Inductor does not know."""
+    from torch import _inductor
+
+    modes, known = _inductor.list_mode_options(), _inductor.config.get_config_copy()
+    for name, value in patches.items():
+        allowed = modes if name == "mode" else known
+        asked = value if name == "mode" else name
+        if asked not in allowed:
+            near = difflib.get_close_matches(str(asked), allowed, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            kind = "mode" if name == "mode" else "config entry"
+            raise ConfigError(f"inductor: {asked!r} is no Inductor {kind}{hint}")
 

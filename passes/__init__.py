@@ -18,6 +18,7 @@ from mctf_compile.passes import projections as _projections
 from mctf_compile.passes import rewrite as _rewrite
 from mctf_compile.passes import token_axes as _token_axes
 from mctf_compile.passes import verify as _verify
+from mctf_compile.passes.macs import count_macs
 from mctf_compile.passes.pipeline import Findings, Pass, State, graph_pass, run_passes
 
 
@@ -61,7 +62,11 @@ def rewrite(state: State) -> str | None:
     outcome = _rewrite.rewrite_graph(state.normal, state.inputs, state.axes, state.plan)
     state.result, state.unmerges = outcome.graph, outcome.unmerges
     known = state.findings
-    state.findings = Findings(known.declined | outcome.wasted, known.whole | outcome.whole)
+    declined = known.declined | outcome.wasted
+    if outcome.unmerges and not outcome.wasted and count_macs(state.result) >= count_macs(state.normal):
+        reason = "giving the original tokens back for later operators costs more than the fusion saves"
+        declined = declined | {block.index: reason for block in state.plan.fusing}
+    state.findings = Findings(declined, known.whole | outcome.whole)
     return None if state.findings == known else "plan"
 
 

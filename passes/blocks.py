@@ -216,6 +216,8 @@ def _with_batch(tokens: Tokens, dims: Dims) -> Tokens | str:
     if len(found) != 1 or found[0].dim == len(dims) - 1:
         return "the residual stream has no token axis apart from its channels"
     (place,) = found
+    if any(axis.size == 0 for dim in dims for axis in dim):
+        return "the batch is empty"
     batch = [dim for d, dim in enumerate(dims[:-1]) if dim and d != place.dim]
     batch += [part for part in (place.before, place.after) if part]
     if len(batch) > 1:

@@ -7,10 +7,11 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.nn import functional as F
 
 
 def fake_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Any]:
@@ -41,9 +42,10 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     Before::  x.view(B, N, C), torch.nn.functional.linear(x, w), x + y, operator.add(x, y)
     After::   aten.view(x, [B, N, C]), aten.linear(x, w, None), aten.add.Tensor(x, y)
 
-    linear, layer_norm, scaled_dot_product_attention, reshape, gelu and dropout stay single nodes.
+    linear, layer_norm, scaled_dot_product_attention, reshape, gelu and dropout stay single nodes. The
+    inference fast path of ``nn.TransformerEncoderLayer``, one opaque node, is opened.
     """
-    normal = trace(fx.Interpreter(gm).run, inputs)
+    normal = trace(_Opener(gm).run, inputs)
     for old, new in zip(_placeholders(gm), _placeholders(normal)):
         new.meta.update({k: v for k, v in old.meta.items() if k in ("stack_trace", "nn_module_stack")})
         new.name = old.name
@@ -52,3 +54,47 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
 
 def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:
     return [n for n in gm.graph.nodes if n.op == "placeholder"]
+
+
+class _Opener(fx.Interpreter):
+    """Runs a graph, with opaque operators replaced by what they compute."""
+
+    def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
+        if target is torch._transformer_encoder_layer_fwd:
+            opened = _encoder_layer(*args, **kwargs)
+            if opened is not None:
+                return opened
+        return super().call_function(target, args, kwargs)
+
+
+def _encoder_layer(
+    x: Tensor, width: int, heads: int, qkv_weight: Tensor, qkv_bias: Tensor, proj_weight: Tensor,
+    proj_bias: Tensor, use_gelu: bool, norm_first: bool, eps: float, norm1_weight: Tensor, norm1_bias: Tensor,
+    norm2_weight: Tensor, norm2_bias: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor,
+    fc2_bias: Tensor, mask: Tensor | None = None, mask_type: int | None = None,
+) -> Tensor | None:
+    """``aten._transformer_encoder_layer_fwd`` on [B, N, C] as plain operators; None with a mask."""
+    if mask is not None:
+        return None
+
+    def attend(y: Tensor) -> Tensor:
+        qkv = F.linear(y, qkv_weight, qkv_bias).unflatten(-1, (3, heads, width // heads))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return F.linear(out, proj_weight, proj_bias)
+
+    def mlp(y: Tensor) -> Tensor:
+        hidden = F.linear(y, fc1_weight, fc1_bias)
+        return F.linear(F.gelu(hidden) if use_gelu else F.relu(hidden), fc2_weight, fc2_bias)
+
+    def norm1(y: Tensor) -> Tensor:
+        return F.layer_norm(y, (width,), norm1_weight, norm1_bias, eps)
+
+    def norm2(y: Tensor) -> Tensor:
+        return F.layer_norm(y, (width,), norm2_weight, norm2_bias, eps)
+
+    if norm_first:
+        x = x + attend(norm1(x))
+        return x + mlp(norm2(x))
+    x = norm1(x + attend(x))
+    return norm2(x + mlp(x))

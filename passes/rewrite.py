@@ -54,11 +54,11 @@ def rewrite_graph(gm: fx.GraphModule, inputs: Sequence[Any], axes: Axes, plan: P
     """Fuse tokens at each planned block and make everything downstream size-weighted.
 
     Before::  x1 = add(x0, proj(sdpa(q, k, v)))
-    After::   importance, state = mctf.importance(q, k, log_size, None, scale)
+    After::   importance, weights, norm = mctf.importance(q, k, log_size, None, scale)
               keep, gone, into = mctf.match(x0, importance, size, r, ...)
               index, weight, size = mctf.group(importance * size, size, keep, gone, into)
               y0 = mctf.pool(x0, weight, keep, gone, into, 1)
-              y1 = add(y0, proj(mctf.ahead(state, v(y0), index, weight, keep, gone, into, 0.0)))
+              y1 = add(y0, proj(mctf.ahead(weights, norm, v(y0), index, weight, keep, gone, into, 0.0)))
 
     1. Each value keeps its generation: how many fusions its tokens have been through.
     2. Operands of different generations meet in the youngest; older ones are fused through the maps.
@@ -317,21 +317,22 @@ class Rewriter:
         bias = None if call.args.get("attn_mask") is None else call.intensive("attn_mask").tensor
         (place,) = self.places(entry, call.stream)
         log_size = call.log_sizes(place)
-        importance, state = torch.ops.mctf.importance(q, k, log_size, bias, scale_of(call.call))
+        importance, weights, norm = torch.ops.mctf.importance(q, k, log_size, bias, scale_of(call.call))
         if self.plan.site is Site.AHEAD:
             x = self._fuse(block, self._entry(block), importance)
             v = self._young(self.again(site.value, entry, x), x)
             fusion = x.stream.fusion(x.generation, place.lead, place.tail)
             out = torch.ops.mctf.ahead(
-                state, v.tensor, fusion.index, fusion.weight, fusion.keep, fusion.gone, fusion.into,
+                weights, norm, v.tensor, fusion.index, fusion.weight, fusion.keep, fusion.gone, fusion.into,
                 call.args["dropout_p"],
             )
             return Value(out, self.axes.of(node), x.stream, x.generation)
         if self.plan.site is Site.BEFORE:
             return self.again(node, entry, self._fuse(block, self._entry(block), importance))
         self._importance[node] = importance
-        state = torch.nn.functional.dropout(state, call.args["dropout_p"])
-        return call.result(state @ call.intensive("value").tensor)
+        v = call.intensive("value").tensor
+        rows = torch.nn.functional.dropout(weights, call.args["dropout_p"]) @ v
+        return call.result((rows * norm).to(v.dtype))
 
     def _attend_spelled_out(self, node: fx.Node, block: PlannedBlock) -> Value:
         site, entry = block.block.attention, block.block.entry
@@ -512,7 +513,7 @@ class FusedCall:
         vals = vals if isinstance(vals, (tuple, list)) else [vals]
         shapes = [self.expected_shape(d, v.shape) for d, v in zip(all_dims, vals)]
         if any(shape is None for shape in shapes):
-            raise Declined(f"{self.node.target} takes the token axis apart")
+            raise Declined(f"the tokens are regrouped to {tuple(vals[0].shape)} (windows or a grid)")
         mass = self._mass(all_dims)
 
         def operand(n: fx.Node) -> Any:

@@ -9,12 +9,12 @@ from mctf_compile.kernels.unmerge.op import unmerge
 
 
 @composite(
-    "ahead(Tensor state, Tensor v, Tensor index, Tensor? weight, Tensor keep, Tensor gone, Tensor into, "
+    "ahead(Tensor weights, Tensor norm, Tensor v, Tensor index, Tensor? weight, Tensor keep, Tensor gone, Tensor into, "
     "float dropout_p) -> Tensor"
 )
 def ahead(
-    state: Tensor, v: Tensor, index: Tensor, weight: Tensor | None, keep: Tensor, gone: Tensor, into: Tensor,
-    dropout_p: float,
+    weights: Tensor, norm: Tensor, v: Tensor, index: Tensor, weight: Tensor | None, keep: Tensor, gone: Tensor,
+    into: Tensor, dropout_p: float,
 ) -> Tensor:
     """A' V, where A' = R A S is the attention of the unfused tokens pooled to the fused ones.
 
@@ -23,7 +23,7 @@ def ahead(
     maxima over the rows of A S instead, which is no linear map: there A' is built.
 
     Args:
-        state: what ``mctf::importance`` kept: A [B, H, N, N]; differentiable.
+        weights [B, H, N, N], norm [B, H, N, 1]: A = weights * norm, from ``mctf::importance``; differentiable.
         v: [B, H, M, D], values of the fused tokens; differentiable.
         index [B, N], weight [B, N]: the map, from ``mctf::group``; no weight pools by the maximum.
         keep [B, M], gone [B, r], into [B, r]: the matching.
@@ -35,9 +35,9 @@ def ahead(
     Source: Lee et al., CVPR 2024, section 3.4, eq. 9-10.
     """
     if dropout_p:
-        state = torch.nn.functional.dropout(state, dropout_p)
+        weights = torch.nn.functional.dropout(weights, dropout_p)
     if weight is None:
-        columns = pooling.combine(state, keep, gone, into, 3, "sum")
+        columns = pooling.combine(weights * norm.to(weights.dtype), keep, gone, into, 3, "sum")
         return pooling.combine(columns, keep, gone, into, 2, "amax") @ v
-    out = state @ unmerge(v, index, 2)
-    return pooling.pool(out, weight, keep, gone, into, 2)
+    rows = (weights @ unmerge(v, index, 2)) * norm
+    return pooling.pool(rows, weight, keep, gone, into, 2).to(v.dtype)

@@ -6,21 +6,22 @@ from torch import Tensor
 from mctf_compile.kernels.library import working_dtype
 
 
-def probabilities(q: Tensor, k: Tensor, log_size: Tensor | None, bias: Tensor | None, scale: float) -> Tensor:
-    """A [B, H, Nq, Nk] in the working dtype."""
-    logits = ((q * scale) @ k.transpose(-2, -1)).to(working_dtype(q.dtype))
+def importance(
+    q: Tensor, k: Tensor, log_size: Tensor | None, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention weights are left unnormalised: dividing the output of N x D is cheaper than the map of N x N."""
+    dtype = working_dtype(q.dtype)
+    logits = (q @ k.transpose(-2, -1)).to(dtype) * scale
     if bias is not None:
         logits = logits + bias
     if log_size is not None:
         logits = logits + log_size[:, None, None, :]
-    return logits.softmax(-1)
-
-
-def importance(
-    q: Tensor, k: Tensor, log_size: Tensor | None, bias: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    a = probabilities(q, k, log_size, bias, scale)
-    return a.detach().mean((1, 2)), a.to(q.dtype)
+    weights = torch.exp(logits - logits.detach().amax(-1, keepdim=True))
+    norm = weights.sum(-1, keepdim=True).reciprocal()
+    with torch.autocast(q.device.type, enabled=False):
+        received = norm.detach().flatten(1, 2).transpose(1, 2) @ weights.detach().flatten(1, 2)
+    heads, queries = weights.shape[1:3]
+    return received[:, 0] / (heads * queries), weights.to(q.dtype), norm
 
 
 def attention(

@@ -30,11 +30,11 @@ def attention(
 
 
 @composite(
-    "importance(Tensor q, Tensor k, Tensor? log_size, Tensor? bias, float scale) -> (Tensor, Tensor)"
+    "importance(Tensor q, Tensor k, Tensor? log_size, Tensor? bias, float scale) -> (Tensor, Tensor, Tensor)"
 )
 def importance(
     q: Tensor, k: Tensor, log_size: Tensor | None, bias: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The mean attention that each token receives, before any value is computed.
 
     Args: as for ``mctf::attention``.
@@ -42,7 +42,8 @@ def importance(
     Returns:
         importance: [B, Nk], mean over heads and queries of the attention weights; sums to 1; a constant
             for autograd; float32 or wider.
-        state: what the kernel keeps for ``mctf::ahead``: the weights [B, H, Nq, Nk], differentiable.
+        weights: [B, H, Nq, Nk], unnormalised attention weights in the dtype of ``q``; differentiable.
+        norm: [B, H, Nq, 1], the reciprocals of their row sums: A = weights * norm; differentiable.
 
     Source: Lee et al., CVPR 2024, section 3.2 (informativeness) and 3.4 (one step ahead).
     """
