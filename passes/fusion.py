@@ -137,7 +137,8 @@ class Stream:
             how = "sum" if place.dim == weights.mass else "amax"
             return combine(x, f.keep, f.gone, f.into, dim, how)
 
-        return Value(self._each_place(weights, pool), weights.dims, self, generation, weights.mass)
+        keys_first = sorted(self.places(weights.dims), key=lambda p: p.dim != weights.mass)
+        return Value(self._each_place(weights, pool, keys_first), weights.dims, self, generation, weights.mass)
 
     def lower_to(self, value: Value, generation: int) -> Value:
         """Give a younger value's tokens back as they were in ``generation``: every member its group's value."""
@@ -204,10 +205,12 @@ class Stream:
         x = x.permute([batch, token, *rest])
         return x if len(rest) == 1 else x.reshape(x.shape[0], x.shape[1], -1)
 
-    def _each_place(self, value: Value, function: Callable[[Tensor, int, Place], Tensor]) -> Tensor:
-        """Apply ``function`` to [B, ..., tokens, ...] at every place of the token axis."""
+    def _each_place(
+        self, value: Value, function: Callable[[Tensor, int, Place], Tensor], order: list[Place] | None = None
+    ) -> Tensor:
+        """Apply ``function`` to [B, ..., tokens, ...] at every place of the token axis, one after another."""
         tensor = value.tensor
-        for place in self.places(value.dims):
+        for place in order or self.places(value.dims):
             current = Value(tensor, value.dims, value.stream, value.generation)
             shape, joined, batch, token = self._pieces(current, place)
             if batch is None and self.tokens.batch:
