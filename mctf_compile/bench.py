@@ -24,7 +24,8 @@ Call = Callable[[], object]
 # Told of what begins, of how many steps are done and of how many there are.
 Progress = Callable[[str, int, int], None]
 
-EAGER, INDUCTOR, MCTF = "dense eager", "dense Inductor", "mctf"
+EAGER, INDUCTOR, MCTF = "eager", "inductor", "mctf"
+LABELS = {EAGER: "dense eager", INDUCTOR: "dense Inductor", MCTF: "mctf"}
 
 
 class WrongOutputError(MctfError, RuntimeError):
@@ -109,12 +110,12 @@ class BenchResult:
     def table(self) -> Table:
         """The comparison as a rich table."""
         table = Table(title=self.report.summary, title_justify="left", caption=self._caption(), caption_justify="left")
-        for name in ("", "median ms", "spread ms", "mctf is faster by", "realized", "first call s"):
+        for name in ("", "median ms", "spread ms", "speed-up", "realized", "first call s"):
             table.add_column(name, justify="right" if name else "left")
         for name, timing in self.timings.items():
             compared = ("", "") if name == MCTF else (f"{self.speedup(name):.2f}x", f"{self.realized(name):.0%}")
             table.add_row(
-                name + (" (the better dense)" if name == self.best_dense else ""),
+                LABELS[name] + (" *" if name == self.best_dense else ""),
                 f"{timing.median:.1f}", f"{timing.spread:.1f}", *compared, f"{self.first_call[name]:.1f}",
             )
         return table
@@ -122,8 +123,8 @@ class BenchResult:
     def _caption(self) -> str:
         rounds = len(self.timings[MCTF].milliseconds)
         return (
-            f"Medians and interquartile ranges of {rounds} interleaved rounds; realized = speed-up / "
-            f"ratio of MACs ({self.macs_ratio:.2f})."
+            f"Medians and interquartile ranges of {rounds} interleaved rounds. Speed-up: of mctf over this one. "
+            f"Realized: speed-up / ratio of MACs ({self.macs_ratio:.2f}). *: the better dense one."
         )
 
 
@@ -185,7 +186,7 @@ def first_calls(
     expected: list[Tensor] | None = None
     for name, call in candidates.items():
         if progress is not None:
-            progress(f"first call of {name}", 0, 1)
+            progress(f"first call of {LABELS.get(name, name)}", 0, 1)
         output, elapsed = _timed(call, device)
         tensors = [x for x in tree_leaves(output) if isinstance(x, Tensor)]
         check_output(name, tensors, tensors if expected is None else expected)

@@ -98,8 +98,17 @@ def make_plan(
             entries[block.entry] = i
             counts[block.tokens.body] = body - outcome.r
         left = tokens if reason is not None else tokens - outcome.r
-        planned.append(PlannedBlock(i, block, tokens, left, reason, outcome.note, lead, place.tail))
+        notes = [outcome.note, _exposed(block, config)]
+        note = "; ".join(n for n in notes if n) or None
+        planned.append(PlannedBlock(i, block, tokens, left, reason, note, lead, place.tail))
     return Plan(config, method, site, planned)
+
+
+def _exposed(block: Block, config: FusionConfig) -> str | None:
+    """What a user should know who leaves a prefix token unprotected that the model reads by its place."""
+    if not block.tokens.positional:
+        return None
+    return f"protected={config.protected} lets prefix tokens be fused; position 0 may then hold another token"
 
 
 def _layers(config: FusionConfig, method: Method, depth: int) -> set[int]:

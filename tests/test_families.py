@@ -52,7 +52,7 @@ def images_for(model: nn.Module, kinds: int = 1) -> torch.Tensor:
     return repeated_patches(2, grid, kinds, seed=0, patch=patch)
 
 
-@pytest.mark.parametrize(("name", "arguments", "prefix"), FAMILIES, ids=lambda v: str(v) if not isinstance(v, int) else f"p{v}")
+@pytest.mark.parametrize(("name", "arguments", "prefix"), FAMILIES, ids=str)
 def test_a_timm_family_fuses_everywhere_and_duplicates_change_nothing(name, arguments, prefix):
     model = build(name, arguments)
     images = images_for(model)

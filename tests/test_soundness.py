@@ -39,8 +39,11 @@ def only_duplicates_fused(index: torch.Tensor, kinds: torch.Tensor) -> bool:
     return True
 
 
+WEIGHTED = fusion_options(pooling=("attention", "size"))
+
+
 @QUICK
-@given(spec=vit_specs(), options=fusion_options(pooling=("attention", "size")), kinds=st.integers(1, 2), seed=st.integers(0, 99))
+@given(spec=vit_specs(), options=WEIGHTED, kinds=st.integers(1, 2), seed=st.integers(0, 99))
 def test_fusing_exact_duplicates_changes_nothing(spec, options, kinds, seed):
     model, images = build(spec, seed), repeated_patches(2, spec.grid, kinds, seed)
     recorder = Recorder({**options, **ONLY_SIMILARITY})

@@ -1,9 +1,17 @@
 """Scaled dot-product attention over tokens that have sizes."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 
 from mctf_compile.errors import Declined
 from mctf_compile.passes.rules.base import Call, Flow, rule
+
+if TYPE_CHECKING:
+    from mctf_compile.passes.fused_call import FusedCall
+    from mctf_compile.passes.fusion import Value
 
 aten = torch.ops.aten
 
@@ -14,7 +22,7 @@ def scale_of(call: Call) -> float:
     return call.args["query"].meta["val"].shape[-1] ** -0.5 if given is None else given
 
 
-def sized_attention(call) -> "Value":  # noqa: F821
+def sized_attention(call: FusedCall) -> Value:
     """Attention in which key j occurs s_j times: ``mctf.attention``."""
     q, k, v = (call.intensive(name).tensor for name in ("query", "key", "value"))
     if call.args.get("is_causal"):

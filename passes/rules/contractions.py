@@ -1,12 +1,19 @@
 """Matrix products. A contraction over fused tokens weights each by its size, once."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 
 from mctf_compile.errors import Declined
 from mctf_compile.passes.axes import Dim, Dims
 from mctf_compile.passes.rules.base import Call, Flow, rule
+
+if TYPE_CHECKING:
+    from mctf_compile.passes.fused_call import FusedCall
+    from mctf_compile.passes.fusion import Value
 
 aten = torch.ops.aten
 
@@ -18,7 +25,7 @@ def operands(names: Iterable[str]) -> tuple[str, str]:
     return ("mat1", "mat2") if "mat1" in names else ("self", "mat2" if "mat2" in names else "other")
 
 
-def contracted(call) -> "Value":  # noqa: F821
+def contracted(call: FusedCall) -> Value:
     """Σ_t s_t x_t y_t. Attention weights hold the sizes already: they are the mass of all copies."""
     left, right = operands(call.args)
     x, y = call.value(left), call.value(right)
@@ -54,7 +61,7 @@ def matmul(call: Call) -> Flow:
     return Flow(out, (x[-1], y[-2]) if agree else (*x, *y))
 
 
-def contracted_einsum(call) -> "Value":  # noqa: F821
+def contracted_einsum(call: FusedCall) -> Value:
     """An einsum that contracts the token axis of two operands, by the same rule as a matrix product."""
     terms, out = letters(call.args["equation"])
     nodes = list(call.args["tensors"])

@@ -1,10 +1,18 @@
 """Operators that only move or regroup positions: reshape, permute, cat, slice, …"""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 
 from mctf_compile.errors import Declined
 from mctf_compile.passes.axes import Dims, product, size_of
 from mctf_compile.passes.rules.base import Call, Flow, rule, wrap
+
+if TYPE_CHECKING:
+    from mctf_compile.passes.fused_call import FusedCall
+    from mctf_compile.passes.fusion import Value
 
 aten = torch.ops.aten
 
@@ -88,7 +96,7 @@ def repeat(call: Call) -> Flow:
     return Flow(tuple(kept), tuple(dim for dim, time in zip(source, times) if time != 1))
 
 
-def select_prefix(call) -> "Value":  # noqa: F821
+def select_prefix(call: FusedCall) -> Value:
     """Reading one protected token: its position is the same in every generation."""
     dim, index = call.wrapped("dim"), call.args["index"]
     place = call.place("self", dim)
@@ -108,7 +116,7 @@ def select(call: Call) -> Flow:
     return Flow(dims[:d] + dims[d + 1 :], (dims[d],))
 
 
-def slice_parts(call) -> "Value":  # noqa: F821
+def slice_parts(call: FusedCall) -> Value:
     """A slice that is the protected prefix, or all that follows it."""
     dim = call.wrapped("dim")
     place = call.place("self", dim)
@@ -183,7 +191,7 @@ def unbind(call: Call) -> Flow:
     return Flow([dims[:d] + dims[d + 1 :]] * len(call.node.meta["val"]), (dims[d],))
 
 
-def cat_parts(call) -> "Value":  # noqa: F821
+def cat_parts(call: FusedCall) -> Value:
     """Concatenating along the token axis: prefix and body, each whole, make the fused axis again."""
     return call.emit()
 

@@ -1,10 +1,18 @@
 """Reductions over positions. Over fused tokens each position counts as often as its size says."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 
 from mctf_compile.errors import Declined
 from mctf_compile.passes.axes import Dims
 from mctf_compile.passes.rules.base import Call, Flow, rule, wrap
+
+if TYPE_CHECKING:
+    from mctf_compile.passes.fused_call import FusedCall
+    from mctf_compile.passes.fusion import Value
 
 aten = torch.ops.aten
 
@@ -26,7 +34,7 @@ def flow(call: Call) -> Flow:
     return Flow(out, tuple(dims[d] for d in gone))
 
 
-def weighted_sum(call) -> "Value":  # noqa: F821
+def weighted_sum(call: FusedCall) -> Value:
     """Σ s x, and for a mean Σ s x / Σ s (the number of tokens does not change)."""
     x = call.intensive("self")
     gone, _ = reduced(call.call)
@@ -57,7 +65,7 @@ def other(call: Call) -> Flow:
     return flow(call)
 
 
-def weighted_softmax(call) -> "Value":  # noqa: F821
+def weighted_softmax(call: FusedCall) -> Value:
     """softmax(l + log s): the weight of a token is that of all its copies together."""
     dim = call.wrapped("dim")
     logits = call.intensive("self")

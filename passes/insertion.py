@@ -1,0 +1,161 @@
+"""Inserting the fusion at a planned block: attention, matching, pooling."""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, fx
+
+from mctf_compile.kernels.library import working_dtype
+from mctf_compile.methods import Evidence, Site
+from mctf_compile.passes.axes import Tokens
+from mctf_compile.passes.fused_call import FusedCall
+from mctf_compile.passes.fusion import Fusion, Stream, Value
+from mctf_compile.passes.plan import PlannedBlock
+from mctf_compile.passes.rules import find_rule
+from mctf_compile.passes.rules.attention import scale_of
+from mctf_compile.passes.rules.base import wrap
+
+if TYPE_CHECKING:
+    from mctf_compile.passes.rewrite import Rewriter
+
+
+class Insertion:
+    """Runs the planned attentions of a rewrite, and fuses.
+
+    ``fused`` and ``sources`` keep, for each generation that a residual stream was fused into, that stream
+    and its node: values derived from it before are derived again. ``whole`` collects the blocks that
+    turned out to get the original tokens.
+    """
+
+    def __init__(self, rewriter: Rewriter) -> None:
+        self.rewriter, self.plan = rewriter, rewriter.plan
+        self.streams: dict[Tokens, Stream] = {}
+        self.sources: dict[tuple[Stream, int], fx.Node] = {}
+        self.fused: dict[fx.Node, Value] = {}
+        self.whole: set[int] = set()
+        self._importance: dict[fx.Node, Tensor] = {}
+        self._at_node = {b.block.attention.node: b for b in self.plan.fusing}
+        self._at_weights = {
+            b.block.attention.weights: b for b in self.plan.fusing if b.block.attention.weights is not None
+        }
+        after = {Site.AFTER: "exit", Site.BETWEEN: "middle"}.get(self.plan.site)
+        self._at_end = {getattr(b.block, after): b for b in self.plan.fusing} if after else {}
+
+    def emit(self, node: fx.Node) -> object:
+        """The value of ``node`` in the rewritten program, with whatever fusion the plan has there."""
+        rewriter = self.rewriter
+        planned = self._at_node.get(node)
+        result = rewriter.evaluate(node, rewriter.env) if planned is None else self._attend(node, planned)
+        if node in self._at_weights:
+            planned = self._at_weights[node]
+            self._importance[planned.block.attention.node] = self._mean_received(result, planned)
+        if node in self._at_end:
+            planned = self._at_end[node]
+            result = self._fuse(planned, result, self._importance[planned.block.attention.node])
+        return result
+
+    def _stream(self, block: PlannedBlock) -> Stream:
+        """The stream of a block's tokens; a new one where they came back unfused since the last fusion."""
+        tokens, value = block.block.tokens, self._entry(block)
+        if value.stream is not None:
+            return value.stream
+        if tokens not in self.streams or self.streams[tokens].fusions:
+            self.streams[tokens] = Stream(tokens)
+        return self.streams[tokens]
+
+    def _entry(self, block: PlannedBlock) -> Value:
+        return self.rewriter.env[block.block.entry]
+
+    def _attend(self, node: fx.Node, block: PlannedBlock) -> Value:
+        """A planned attention, with the fusion that belongs to it."""
+        site, entry = block.block.attention, block.block.entry
+        if site.weights is not None:
+            return self._attend_spelled_out(node, block)
+        call = FusedCall(self.rewriter, find_rule(node.target), node, self._stream(block), self._entry(block).generation, self.rewriter.env)
+        q, k = (call.intensive(name).tensor for name in ("query", "key"))
+        bias = None if call.args.get("attn_mask") is None else call.intensive("attn_mask").tensor
+        (place,) = call.places_of(entry)
+        log_size = call.log_sizes(place)
+        importance, weights, norm = torch.ops.mctf.importance(q, k, log_size, bias, scale_of(call.call))
+        if self.plan.site is Site.AHEAD:
+            x = self._fuse(block, self._entry(block), importance)
+            v = self._young(self.rewriter.again(site.value, entry, x), x)
+            fusion = x.stream.fusion(x.generation, place.lead, place.tail)
+            out = torch.ops.mctf.ahead(
+                weights, norm, v.tensor, fusion.index, fusion.weight, fusion.keep, fusion.gone, fusion.into,
+                call.args["dropout_p"],
+            )
+            return Value(out, self.rewriter.axes.of(node), x.stream, x.generation)
+        if self.plan.site is Site.BEFORE:
+            return self.rewriter.again(node, entry, self._fuse(block, self._entry(block), importance))
+        self._importance[node] = importance
+        v = call.intensive("value").tensor
+        rows = torch.nn.functional.dropout(weights, call.args["dropout_p"]) @ v
+        return call.result((rows * norm).to(v.dtype))
+
+    def _attend_spelled_out(self, node: fx.Node, block: PlannedBlock) -> Value:
+        site, entry = block.block.attention, block.block.entry
+        if self.plan.site is Site.AHEAD:
+            x = self._fuse(block, self._entry(block), self._importance[node])
+            v = self._young(self.rewriter.again(site.value, entry, x), x)
+            if x.stream.fusions[-1].weight is None:
+                return self._attend_by_maxima(node, block, v)
+            repeated = x.stream.lower_to(v, x.generation - 1)
+            out = self.rewriter.evaluate(node, ChainMap({site.value: repeated}, self.rewriter.env))
+            return x.stream.raise_to(out, x.generation)
+        if self.plan.site is Site.BEFORE:
+            return self.rewriter.again(node, entry, self._fuse(block, self._entry(block), self._importance[node]))
+        return self.rewriter.evaluate(node, self.rewriter.env)
+
+    def _attend_by_maxima(self, node: fx.Node, block: PlannedBlock, v: Value) -> Value:
+        """The pooled map itself times the values: maxima over rows are no linear map."""
+        site = block.block.attention
+        factor = next(n for n in node.all_input_nodes if n is not site.value)
+        weights = self.rewriter.env[factor]
+        if weights.mass is None:
+            # Weights of the original tokens: their keys run along the last dimension.
+            weights = replace(weights, mass=len(weights.dims) - 1)
+        return self.rewriter.evaluate(node, ChainMap({site.value: v, factor: v.stream.pooled_map(weights)}, self.rewriter.env))
+
+    def _young(self, value: Value, x: Value) -> Value:
+        return x.stream.raise_to(value, x.generation)
+
+    def _mean_received(self, weights: Value, block: PlannedBlock) -> Tensor:
+        """[B, N] mean over heads and queries of attention weights, whatever their layout."""
+        stream = self._stream(block)
+        dim = wrap(block.block.attention.weights.args[1], len(weights.dims))
+        place = next(p for p in stream.places(weights.dims) if p.dim == dim)
+        tensor = weights.tensor.detach()
+        return stream.canonical(Value(tensor.to(working_dtype(tensor.dtype)), weights.dims, stream,
+                                      weights.generation), place).mean(-1)
+
+    def _fuse(self, block: PlannedBlock, x: Value, importance: Tensor) -> Value:
+        """Choose and pool the block's tokens: a new generation. Returns ``x`` in it."""
+        stream = self._stream(block)
+        (place,) = stream.places(x.dims)
+        if stream.body(x.generation) + place.lead + place.tail != block.tokens_in:
+            self.whole.add(block.index)
+        x = Value(x.tensor, x.dims, stream, x.generation)
+        tokens = stream.canonical(x, place)
+        dtype = working_dtype(x.tensor.dtype)
+        if x.generation:
+            size = stream.fusion(x.generation, place.lead, place.tail).size
+        else:
+            size = torch.ones_like(importance, dtype=dtype)
+        choice = self.plan.method.choose(
+            Evidence(tokens, size, importance.to(dtype)), block.removed, block.lead, block.tail, self.plan.config
+        )
+        index, weight, size = torch.ops.mctf.group(choice.weight, size, choice.keep, choice.gone, choice.into)
+        stream.fusions.append(
+            Fusion(choice.keep, choice.gone, choice.into, index, None if choice.maximum else weight,
+                   size, place.lead, place.tail)
+        )
+        fused = stream.raise_to(x, x.generation + 1)
+        if self.plan.site in (Site.AHEAD, Site.BEFORE):
+            self.sources[stream, fused.generation] = block.block.entry
+            self.fused[block.block.entry] = fused
+        return fused
