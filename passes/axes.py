@@ -152,7 +152,7 @@ class AxisTable:
         """
         queue = [axis for dim in dims for axis in self.canonical(dim)][::-1]
         result: list[Dim] = []
-        for position, size in enumerate(sizes):
+        for size in sizes:
             taken: list[Axis] = []
             need: Size = size
             while need != 1:

@@ -224,7 +224,7 @@ class Stream:
                 x = function(x.movedim(batch, 0), token + (token < batch), place).movedim(0, batch)
             if joined != [1] * len(value.dims):
                 i, target = 0, []
-                for d, count in enumerate(joined):
+                for count in joined:
                     size = 1
                     for j in range(i, i + count):
                         size = size * x.shape[j]
@@ -273,7 +273,7 @@ class Stream:
             if position < len(dim):
                 sizes.append((_static(dim[position:]), None))
             known = 1
-            for s, kind in sizes:
+            for s, _ in sizes:
                 known = known * s if s is not None else known
             for s, kind in sizes:
                 if kind == "batch":

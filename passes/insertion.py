@@ -75,7 +75,8 @@ class Insertion:
         site, entry = block.block.attention, block.block.entry
         if site.weights is not None:
             return self._attend_spelled_out(node, block)
-        call = FusedCall(self.rewriter, find_rule(node.target), node, self._stream(block), self._entry(block).generation, self.rewriter.env)
+        stream, generation = self._stream(block), self._entry(block).generation
+        call = FusedCall(self.rewriter, find_rule(node.target), node, stream, generation, self.rewriter.env)
         q, k = (call.intensive(name).tensor for name in ("query", "key"))
         bias = None if call.args.get("attn_mask") is None else call.intensive("attn_mask").tensor
         (place,) = call.places_of(entry)
@@ -83,7 +84,7 @@ class Insertion:
         importance, weights, norm = torch.ops.mctf.importance(q, k, log_size, bias, scale_of(call.call))
         if self.plan.site is Site.AHEAD:
             x = self._fuse(block, self._entry(block), importance)
-            v = self._young(self.rewriter.again(site.value, entry, x), x)
+            v = x.stream.raise_to(self.rewriter.again(site.value, entry, x), x.generation)
             fusion = x.stream.fusion(x.generation, place.lead, place.tail)
             out = torch.ops.mctf.ahead(
                 weights, norm, v.tensor, fusion.index, fusion.weight, fusion.keep, fusion.gone, fusion.into,
@@ -101,7 +102,7 @@ class Insertion:
         site, entry = block.block.attention, block.block.entry
         if self.plan.site is Site.AHEAD:
             x = self._fuse(block, self._entry(block), self._importance[node])
-            v = self._young(self.rewriter.again(site.value, entry, x), x)
+            v = x.stream.raise_to(self.rewriter.again(site.value, entry, x), x.generation)
             if x.stream.fusions[-1].weight is None:
                 return self._attend_by_maxima(node, block, v)
             repeated = x.stream.lower_to(v, x.generation - 1)
@@ -119,10 +120,8 @@ class Insertion:
         if weights.mass is None:
             # Weights of the original tokens: their keys run along the last dimension.
             weights = replace(weights, mass=len(weights.dims) - 1)
-        return self.rewriter.evaluate(node, ChainMap({site.value: v, factor: v.stream.pooled_map(weights)}, self.rewriter.env))
-
-    def _young(self, value: Value, x: Value) -> Value:
-        return x.stream.raise_to(value, x.generation)
+        pooled = {site.value: v, factor: v.stream.pooled_map(weights)}
+        return self.rewriter.evaluate(node, ChainMap(pooled, self.rewriter.env))
 
     def _mean_received(self, weights: Value, block: PlannedBlock) -> Tensor:
         """[B, N] mean over heads and queries of attention weights, whatever their layout."""
@@ -130,8 +129,8 @@ class Insertion:
         dim = wrap(block.block.attention.weights.args[1], len(weights.dims))
         place = next(p for p in stream.places(weights.dims) if p.dim == dim)
         tensor = weights.tensor.detach()
-        return stream.canonical(Value(tensor.to(working_dtype(tensor.dtype)), weights.dims, stream,
-                                      weights.generation), place).mean(-1)
+        wide = replace(weights, tensor=tensor.to(working_dtype(tensor.dtype)), stream=stream)
+        return stream.canonical(wide, place).mean(-1)
 
     def _fuse(self, block: PlannedBlock, x: Value, importance: Tensor) -> Value:
         """Choose and pool the block's tokens: a new generation. Returns ``x`` in it."""

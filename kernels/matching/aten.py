@@ -10,13 +10,15 @@ def scores(
     x: Tensor, a: Tensor | None, s: Tensor, alpha: slice, beta: slice,
     tau_sim: float, tau_info: float, tau_size: float,
 ) -> Tensor:
-    """W [B, |alpha|, |beta|] up to a positive factor per image, which no choice depends on."""
+    """W [B, |alpha|, |beta|] up to a positive factor, which no choice depends on."""
     dtype = working_dtype(x.dtype)
     # The outer products of two criteria factor into one number per token.
     emphasis = torch.ones_like(s, dtype=dtype)
     for criterion, tau in ((a, tau_info), (s, tau_size)):
         if tau and criterion is not None:
-            emphasis = emphasis * criterion.to(dtype).clamp(min=torch.finfo(dtype).tiny) ** (-1 / tau)
+            criterion = criterion.to(dtype).clamp(min=torch.finfo(dtype).tiny)
+            # The least one over each: at most 1, whatever the temperature.
+            emphasis = emphasis * (criterion.amin(-1, keepdim=True) / criterion) ** (1 / tau)
     if not tau_sim:
         return emphasis[:, alpha, None] * emphasis[:, None, beta]
     x = torch.nn.functional.normalize(x.to(dtype), dim=-1, eps=1e-8)
