@@ -11,10 +11,8 @@
 ==================  ==============================================================================
 """
 
-from mctf_compile.kernels.ahead import op as ahead
-from mctf_compile.kernels.attention import op as attention
-from mctf_compile.kernels.matching import op as matching
-from mctf_compile.kernels.pooling import op as pooling
-from mctf_compile.kernels.unmerge import op as unmerge
-
-__all__ = ["ahead", "attention", "matching", "pooling", "unmerge"]
+import mctf_compile.kernels.ahead.op
+import mctf_compile.kernels.attention.op
+import mctf_compile.kernels.matching.op
+import mctf_compile.kernels.pooling.op
+import mctf_compile.kernels.unmerge.op  # noqa: F401

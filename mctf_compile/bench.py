@@ -111,7 +111,7 @@ class BenchResult:
         """The comparison as a rich table."""
         table = Table(title=self.report.summary, title_justify="left", caption=self._caption(), caption_justify="left")
         for name in ("", "median ms", "spread ms", "speed-up", "realized", "first call s"):
-            table.add_column(name, justify="right" if name else "left")
+            table.add_column(name, justify="right" if name else "left", no_wrap=not name)
         for name, timing in self.timings.items():
             compared = ("", "") if name == MCTF else (f"{self.speedup(name):.2f}x", f"{self.realized(name):.0%}")
             table.add_row(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -193,23 +193,23 @@ def stages() -> Iterator[Callable[[str, int, int], None]]:
     Yields ``progress(what, done, total)``: another ``what`` begins another stage.
     """
     console = Console(stderr=True)
-    columns = (SpinnerColumn(finished_text="[green]✓"), TextColumn("{task.description}"),
-               BarColumn(bar_width=20), TimeElapsedColumn())
+    columns = (SpinnerColumn(finished_text="[green]✓"), TextColumn("{task.description}{task.fields[steps]}"),
+               TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as display:
-        current: dict[str, Any] = {}
+        current: list[str] = []
 
         def progress(what: str, done: int, total: int) -> None:
-            if current.get("what") != what:
+            if current[-1:] != [what]:
                 finish()
-                current.update(what=what, task=display.add_task(what, total=None if total == 1 else total))
+                current.append(what)
+                display.add_task(what, total=1, steps="")
                 if not console.is_terminal:
                     console.print(f"{what} …", markup=False, highlight=False)
-            display.update(current["task"], completed=done)
+            display.update(len(current) - 1, steps=f" {done}/{total}" if total > 1 else "")
 
         def finish() -> None:
             if current:
-                task = display.tasks[current["task"]]
-                display.update(task.id, total=task.total or 1, completed=task.total or 1)
+                display.update(len(current) - 1, completed=1)
 
         yield progress
         finish()

@@ -33,7 +33,7 @@ def match(
             code has it), odd positions by descending score (one-way: ascending), suffix.
         gone: int64 [B, r], old positions of the tokens that left.
         into: int64 [B, r], the new position each went into.
-        All three are constants for autograd.
+        All three are constants for autograd. Of equal scores, the token at the lower position wins.
 
     Source: Lee et al., CVPR 2024 (arXiv 2403.10030), section 3.2 and 3.3.
     """

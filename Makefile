@@ -1,0 +1,33 @@
+# Everything runs in .venv, which is made on first use and kept while pyproject.toml is unchanged.
+PYTHON ?= python3
+PIP_FLAGS ?=
+ARGS ?=
+ready := .venv/.installed
+
+.PHONY: demo test clean
+
+demo: $(ready)
+	.venv/bin/python examples/demo.py $(ARGS)
+
+test: $(ready)
+	.venv/bin/python -m pytest $(ARGS)
+
+clean:
+	rm -rf .venv build dist *.egg-info demo-output .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(ready): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "Python 3.10 or newer is needed; name one with: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@test -x .venv/bin/python || $(PYTHON) -m venv --without-pip .venv
+	@.venv/bin/python -m pip --version >/dev/null 2>&1 || { $(get_pip); }
+	.venv/bin/python -m pip install $(PIP_FLAGS) -e '.[test,demo]'
+	@touch $@
+
+# Debian keeps ensurepip in python3-venv; where that is missing, pip comes from its own project.
+define get_pip
+.venv/bin/python -m ensurepip >/dev/null 2>&1 || { \
+	.venv/bin/python -c 'import urllib.request as u; u.urlretrieve("https://bootstrap.pypa.io/get-pip.py", ".venv/get-pip.py")' \
+	&& .venv/bin/python .venv/get-pip.py --quiet; \
+} || { echo "Python has no pip; install python3-venv, then try again." >&2; exit 1; }
+endef
