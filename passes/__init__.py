@@ -1,6 +1,7 @@
 """Graph in, graph out: the passes, in the order in which they run.
 
-graph -> normalize -> token_axes -> blocks -> plan -> projections -> rewrite -> verify -> inner compiler
+graph -> normalize -> token_axes -> blocks -> plan -> projections -> rewrite -> biases -> verify -> inner
+compiler
 
 Data flows one way, with one exception: where the rewrite finds that a planned fusion is undone before
 it could pay, it says so in ``State.findings`` and the plan is made again.
@@ -11,6 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mctf_compile.methods import Site
+from mctf_compile.passes import biases as _biases
 from mctf_compile.passes import blocks as _blocks
 from mctf_compile.passes import normalize as _normalize
 from mctf_compile.passes import plan as _plan
@@ -71,10 +73,16 @@ def rewrite(state: State) -> str | None:
 
 
 @graph_pass(requires=("result",))
+def biases(state: State) -> None:
+    if state.config.inner == "inductor":
+        _biases.loosen_biases(state.result)
+
+
+@graph_pass(requires=("result",))
 def verify(state: State) -> None:
     _verify.verify(state.normal, state.result)
 
 
-PIPELINE: tuple[Pass, ...] = (normalize, token_axes, blocks, plan, projections, rewrite, verify)
+PIPELINE: tuple[Pass, ...] = (normalize, token_axes, blocks, plan, projections, rewrite, biases, verify)
 
 __all__ = ["PIPELINE", "Findings", "Pass", "State", "graph_pass", "run_passes"]

@@ -248,5 +248,5 @@ def test_dumps_every_pass(tmp_path, monkeypatch):
     mctf_compile.explain(tiny(), IMAGES, r=8)
     names = sorted(p.name for p in tmp_path.iterdir())
     assert names == [f"{i}-{n}.txt" for i, n in enumerate(
-        ["normalize", "token_axes", "blocks", "plan", "projections", "rewrite", "verify"])]
+        ["normalize", "token_axes", "blocks", "plan", "projections", "rewrite", "biases", "verify"])]
     assert "mctf.ahead" in (tmp_path / "5-rewrite.txt").read_text()
