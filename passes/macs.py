@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+
+def _attention_flops(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
+    return sdpa_flop_count(q, k, v)
+
+
+# The counter of older releases does not know attention on the CPU.
+COUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
 
 
 def count_macs(gm: fx.GraphModule) -> int:
@@ -17,7 +25,7 @@ def count_macs(gm: fx.GraphModule) -> int:
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         inputs = [_concrete(n.meta.get("val")) for n in gm.graph.nodes if n.op == "placeholder"]
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter, torch.no_grad():
             fx.Interpreter(gm).run(*inputs)
     return counter.get_total_flops() // 2
 
