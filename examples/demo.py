@@ -84,7 +84,8 @@ def main() -> None:
     # Several threads wait for one another, so another program on one of the cores would distort every time.
     torch.set_num_threads(1)
 
-    console.rule(f"A photograph through {MODEL}, four images, one CPU thread")
+    weights = "trained" if args.pretrained else "random"
+    console.rule(f"Photographs through {MODEL}: {weights} weights, batch of 4, one CPU thread")
     run_photo(console, args.pretrained, args.rounds, args.output)
     console.rule("A small ViT trained here and now, fused without retraining")
     console.print(digits_table(run_digits()))

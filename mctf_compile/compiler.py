@@ -10,7 +10,7 @@ from torch import fx
 
 import mctf_compile.kernels  # noqa: F401  registers torch.ops.mctf
 from mctf_compile.config import FusionConfig
-from mctf_compile.errors import NothingFusedError
+from mctf_compile.errors import MctfError, NothingFusedError
 from mctf_compile.passes import PIPELINE, State, run_passes
 from mctf_compile.passes.macs import count_macs
 from mctf_compile.passes.normalize import fake_inputs
@@ -87,4 +87,6 @@ def explain(model: torch.nn.Module, *inputs: Any, **options: Any) -> Report:
     torch._dynamo.reset()
     torch.compile(model, backend=capture, dynamic=False)(*inputs)
     torch._dynamo.reset()
+    if not reports:
+        raise MctfError("Dynamo captured no graph of this model: it runs no tensor operation that can be compiled.")
     return max(reports, key=lambda r: r.macs_before)

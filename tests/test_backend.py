@@ -250,3 +250,8 @@ def test_dumps_every_pass(tmp_path, monkeypatch):
     assert names == [f"{i}-{n}.txt" for i, n in enumerate(
         ["normalize", "token_axes", "blocks", "plan", "projections", "rewrite", "biases", "verify"])]
     assert "mctf.ahead" in (tmp_path / "5-rewrite.txt").read_text()
+
+
+def test_explaining_what_has_no_graph_is_a_clear_error():
+    with pytest.raises(mctf_compile.MctfError, match="captured no graph"):
+        mctf_compile.explain(torch.nn.Identity(), 3)
