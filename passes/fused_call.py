@@ -131,7 +131,7 @@ class FusedCall:
         table = self.rewriter.axes.table
         return [table.canonical_dims(d) for d in (out if isinstance(out, list) else [out])]
 
-    def emit(self, intensive: bool = False, mass_lost: bool = False) -> Any:
+    def emit(self) -> Any:
         """Run the operator as it is, on lifted operands, with the sizes among its arguments shrunk."""
         all_dims = self.out_dims()
         vals = self.node.meta["val"]

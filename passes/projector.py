@@ -19,7 +19,7 @@ class Projector:
 
     def __init__(self, axes: Axes, plan: Plan) -> None:
         self.axes, self.plan = axes, plan
-        self._projected: dict[tuple[fx.Node, int, int, int], Tensor] = {}
+        self._projected: dict[tuple[fx.Node, Tensor, int, int], Tensor] = {}
         sites = [b.block.attention for b in plan.fusing]
         self._ends = {site.node for site in sites}
         self._wanted = {node for site in sites for node in (site.query, site.key)}
@@ -32,7 +32,7 @@ class Projector:
         projection = self.plan.projections[node]
         x = env[projection.linear.args[0]]
         start, stop = self._range(projection) if x is first else (projection.start, projection.stop)
-        key = (projection.linear, id(x.tensor), start, stop)
+        key = (projection.linear, x.tensor, start, stop)
         if key not in self._projected:
             weight, bias = (self._arg(projection.linear, i, env) for i in (1, 2))
             bias = None if bias is None else bias[start:stop]

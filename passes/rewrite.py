@@ -82,7 +82,7 @@ class Rewriter:
         self.env: dict[fx.Node, Any] = {}
         self.insertion = Insertion(self)
         self._projector = Projector(axes, plan)
-        self._raised: dict[tuple[fx.Node, int, int], Value] = {}
+        self._raised: dict[tuple[fx.Node, Tensor, int], Value] = {}
 
     def wasted(self) -> dict[int, str]:
         """The blocks in which tokens were given back between the fusion and the end of the MLP."""
@@ -102,14 +102,16 @@ class Rewriter:
             if node.op == "placeholder":
                 self.env[node] = self._dense(node, next(feed))
             elif node.op == "output":
-                return fx.node.map_arg(node.args[0], lambda n: self._output(n))
+                return fx.node.map_arg(node.args[0], lambda n: self._plain(self.env[n]))
             else:
                 with set_current_meta(node):
                     self.env[node] = self.insertion.emit(node)
         raise AssertionError("a graph without an output")
 
-    def _output(self, node: fx.Node) -> Any:
-        value = self.env[node]
+    def _plain(self, value: Any) -> Any:
+        """What the original program would hold: tensors over the original tokens."""
+        if isinstance(value, list):
+            return [self._plain(v) for v in value]
         return self._lower(value).tensor if isinstance(value, Value) else value
 
     def _dense(self, node: fx.Node, result: Any) -> Any:
@@ -145,13 +147,7 @@ class Rewriter:
             return self._run_dense(node, env)
 
     def _run_dense(self, node: fx.Node, env: Env) -> Any:
-        def dense(n: fx.Node) -> Any:
-            value = env[n]
-            if isinstance(value, list):
-                return [self._lower(v).tensor if isinstance(v, Value) else v for v in value]
-            return self._lower(value).tensor if isinstance(value, Value) else value
-
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), dense)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self._plain(env[n]))
         return self._dense(node, node.target(*args, **kwargs))
 
     def _run_fused(self, node: fx.Node, stream: Stream, generation: int, env: Env) -> Any:
@@ -197,7 +193,8 @@ class Rewriter:
         """``value`` in ``generation``; unchanged where it has no token axis. ``like`` shows where images are."""
         if value.generation == generation or not mentions(value.dims, stream.tokens):
             return value
-        key = (node, id(value.tensor), generation)
+        # Tensors hash by identity; the key keeps its own alive, so that no other takes its place.
+        key = (node, value.tensor, generation)
         if key not in self._raised:
             source = self.insertion.sources.get((stream, generation))
             if source is not None and value.generation == generation - 1 and self._descends(node, source):
@@ -211,10 +208,11 @@ class Rewriter:
             self._raised[key] = stream.raise_to(stream.intensive(value), generation)
         return self._raised[key]
 
-    def _lower(self, value: Value, generation: int = 0) -> Value:
+    def _lower(self, value: Value) -> Value:
         if value.stream is None:
             return value
-        return value.stream.lower_to(value.stream.intensive(value), generation)
+        return value.stream.lower_to(value.stream.intensive(value), 0)
+
 
 def _has_batch(dims: Dims, tokens: Tokens) -> bool:
     width = len(tokens.batch)

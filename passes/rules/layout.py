@@ -102,7 +102,7 @@ def select_prefix(call: FusedCall) -> Value:
     place = call.place("self", dim)
     if place.before or place.after or not 0 <= index < max(place.lead, call.tokens.positional):
         raise Declined(f"position {index} of the token axis is read")
-    return call.emit(mass_lost=True)
+    return call.emit()
 
 
 @rule(aten.select, fused=select_prefix)

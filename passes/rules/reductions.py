@@ -54,7 +54,7 @@ def total(call: Call) -> Flow:
     return flow(call)
 
 
-@rule(aten.amax, aten.amin, fused=lambda call: call.emit(intensive=True))
+@rule(aten.amax, aten.amin, fused=lambda call: call.emit())
 def extreme(call: Call) -> Flow:
     """A maximum over copies is the maximum over tokens."""
     return flow(call)
