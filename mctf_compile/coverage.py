@@ -1,0 +1,89 @@
+"""``mctf coverage``: what fuses in a zoo of models, and whether every rewrite is sound."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from rich.table import Table
+
+from mctf_compile.testing.soundness import Soundness, check_rewrite
+from mctf_compile.testing.zoo import Entry
+
+# Enough to fuse in every scheduled block, few enough that duplicates suffice.
+OPTIONS = {"r": 0.15, "min_tokens": 4}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one model of the zoo did. ``error``: what it raised, else None."""
+
+    entry: Entry
+    found: Soundness | None
+    error: str | None
+    seconds: float
+
+    @property
+    def sound(self) -> bool:
+        return self.found is not None and not self.found.problems
+
+    def cells(self) -> list[str]:
+        """The row of the table, as text."""
+        name = [self.entry.kind, f"{self.entry.library} {self.entry.name}"]
+        if self.found is None:
+            return [*name, "", "", "", "", "", f"failed: {self.error}"]
+        blocks = [b for report in self.found.reports for b in report.blocks]
+        fused = [b for b in blocks if b.reason is None]
+        tokens = f"{fused[0].tokens_in} → {fused[-1].tokens_out}" if fused else ""
+        before = sum(r.macs_before for r in self.found.reports)
+        after = sum(r.macs_after for r in self.found.reports)
+        ratio = f"{before / after:.2f}" if fused else ""
+        theorem = "" if not fused else "n/a" if self.found.duplicates is None else f"{self.found.duplicates:.0e}"
+        return [*name, f"{len(fused)}/{len(blocks)}", tokens, ratio, f"{self.found.at_zero:g}", theorem, self.remarks()]
+
+    def remarks(self) -> str:
+        """What is wrong, else why blocks are dense, each reason with the number of its blocks."""
+        if self.found.problems:
+            return "UNSOUND: " + "; ".join(self.found.problems)
+        blocks = [b for report in self.found.reports for b in report.blocks]
+        if not blocks:
+            return self.found.report.reason or ""
+        reasons = Counter(b.reason for b in blocks if b.reason is not None)
+        return "; ".join(f"{count} × {reason}" for reason, count in reasons.items())
+
+
+HEADINGS = ("", "model", "fused", "tokens", "MACs ratio", "r=0", "duplicates", "remarks")
+
+
+def survey(entries: Iterable[Entry]) -> Iterator[Row]:
+    """Rewrite and check each model; what one raises is its row's, and the others go on."""
+    for entry in entries:
+        start = time.perf_counter()
+        found, error = None, None
+        try:
+            with torch.no_grad():
+                found = check_rewrite(entry.make(), *entry.inputs(), **OPTIONS)
+        except Exception as raised:
+            error = f"{type(raised).__name__}: {str(raised).splitlines()[0] if str(raised) else ''}"[:300]
+        torch._dynamo.reset()
+        yield Row(entry, found, error, time.perf_counter() - start)
+
+
+def markdown(rows: Iterable[Row]) -> str:
+    """The rows as a Markdown table."""
+    lines = ["| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row.cells()) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def table(rows: Iterable[Row]) -> Table:
+    """The rows as a rich table."""
+    result = Table(title="coverage")
+    for heading in HEADINGS:
+        result.add_column(heading)
+    for row in rows:
+        result.add_row(*row.cells())
+    return result
