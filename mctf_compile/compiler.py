@@ -36,7 +36,7 @@ def rewrite(
         NothingFusedError: ``strict`` is set and nothing could be fused.
     """
     config = config or FusionConfig()
-    state = run_passes(PIPELINE, State(gm, fake_inputs(gm, example_inputs), config))
+    state = run_passes(PIPELINE, State(gm, fake_inputs(gm, example_inputs), config, example_inputs))
     report = make_report(state)
     if config.strict and not report.fused:
         reasons = "\n".join(f"  block {b.index}: {b.reason}" for b in report.blocks)

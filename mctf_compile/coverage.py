@@ -67,7 +67,9 @@ def survey(entries: Iterable[Entry]) -> Iterator[Row]:
             with torch.no_grad():
                 found = check_rewrite(entry.make(), *entry.inputs(), **OPTIONS)
         except Exception as raised:
-            error = f"{type(raised).__name__}: {str(raised).splitlines()[0] if str(raised) else ''}"[:300]
+            # torch.compile wraps what a backend raises.
+            cause = getattr(raised, "inner_exception", raised)
+            error = f"{type(cause).__name__}: {next(iter(str(cause).splitlines()), '')}"[:300]
         torch._dynamo.reset()
         yield Row(entry, found, error, time.perf_counter() - start)
 

@@ -85,14 +85,16 @@ def _one(value: Any, name: str) -> int | float:
     return value
 
 
-def removal(request: int | float, tokens: int, protected: int, min_tokens: int) -> Removal:
+def removal(request: int | float, tokens: int, protected: int, min_tokens: int, spare: int = 0) -> Removal:
     """The effective r of a block: the request, clamped to the floor and to half of the unprotected tokens.
+
+    ``spare``: tokens of that half that must stay.
 
     Source: official MCTF, ``parse_r`` and the clamps of its matching; the floor here holds for ratios too.
     """
     free = tokens - protected
     r = int(request * free) if isinstance(request, float) else request
-    floor, half = max(tokens - min_tokens, 0), max(free // 2, 0)
+    floor, half = max(tokens - min_tokens, 0), max(free // 2 - spare, 0)
     effective = max(min(r, floor, half), 0)
     if effective == r:
         return Removal(r)

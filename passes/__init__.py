@@ -43,7 +43,8 @@ def blocks(state: State) -> None:
 @graph_pass(requires=("blocks",), ensures=("plan",))
 def plan(state: State) -> None:
     findings = state.findings
-    state.plan = _plan.make_plan(state.blocks, state.axes, state.config, findings.declined, findings.whole)
+    values = _normalize.constants(state.gm, state.normal, state.examples)
+    state.plan = _plan.make_plan(state.blocks, state.axes, state.config, findings.declined, findings.whole, values)
 
 
 @graph_pass(requires=("plan",))

@@ -18,6 +18,9 @@ import torch
 
 Size = sympy.Expr | int
 
+# The name of axes that number the output features of a layer; no token is ever numbered by one.
+FEATURES = "c"
+
 
 @dataclass(frozen=True)
 class Atom:
@@ -231,13 +234,18 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a token axis stands in a value: dimension, axes before and after it, and its ends."""
+    """Where a token axis stands in a value: dimension, axes before and after it, and its ends.
+
+    ``rest``: further dimensions that hold the inner axes of a body laid out as a grid, as in B,H,W,C.
+    Fused tokens have no grid: they all stand in ``dim``, and those dimensions become 1.
+    """
 
     dim: int
     before: Dim
     after: Dim
     lead: int
     tail: int
+    rest: tuple[int, ...] = ()
 
 
 def mentions(dims: Dims, tokens: Tokens) -> bool:
@@ -248,27 +256,46 @@ def mentions(dims: Dims, tokens: Tokens) -> bool:
 
 def places(dims: Dims, tokens: Tokens) -> list[Place] | None:
     """Every place of the token axis in ``dims``, or None where it occurs in any other form as well."""
-    body, width = tokens.body, len(tokens.body)
-    inside = set(atoms(body))
-    found = []
-    for d, dim in enumerate(dims):
-        if not any(axis in inside for axis in atoms(dim)):
-            continue
-        for i in range(len(dim)):
-            place = None
-            if dim[i : i + width] == body:
-                place = Place(d, dim[:i], dim[i + width :], 0, 0)
-            elif isinstance(dim[i], Cat):
-                ends = _ends(dim[i], body)
-                place = ends and Place(d, dim[:i], dim[i + 1 :], *ends)
-            if place:
-                break
-        else:
-            return None
-        if any(axis in inside for axis in atoms(place.before + place.after)):
-            return None
-        found.append(place)
+    inside = set(atoms(tokens.body))
+    found: list[Place] = []
+    d = 0
+    while d < len(dims):
+        if any(axis in inside for axis in atoms(dims[d])):
+            place = _place(dims[d], d, tokens.body) or _grid(dims, d, tokens.body)
+            if place is None or any(axis in inside for axis in atoms(place.before + place.after)):
+                return None
+            found.append(place)
+            d = max(d, *place.rest) if place.rest else d
+        d += 1
     return found
+
+
+def _place(dim: Dim, d: int, body: Dim) -> Place | None:
+    """The whole body within one dimension."""
+    for i in range(len(dim)):
+        if dim[i : i + len(body)] == body:
+            return Place(d, dim[:i], dim[i + len(body) :], 0, 0)
+        if isinstance(dim[i], Cat):
+            ends = _ends(dim[i], body)
+            if ends is not None:
+                return Place(d, dim[:i], dim[i + 1 :], *ends)
+    return None
+
+
+def _grid(dims: Dims, first: int, body: Dim) -> Place | None:
+    """The axes of the body over several dimensions, in their order and alone in each."""
+    inside = set(atoms(body))
+    left, used = body, []
+    for d in range(first, len(dims)):
+        if not any(axis in inside for axis in atoms(dims[d])):
+            continue
+        if dims[d] != left[: len(dims[d])]:
+            return None
+        used.append(d)
+        left = left[len(dims[d]) :]
+        if not left:
+            return Place(first, (), (), 0, 0, tuple(used[1:]))
+    return None
 
 
 def _ends(axis: Cat, body: Dim) -> tuple[int, int] | None:

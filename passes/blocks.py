@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import networkx as nx
 import torch
 from torch import fx
 
-from mctf_compile.passes.axes import Cat, Dim, Dims, Tokens, atoms, mentions, places
+from mctf_compile.passes.axes import FEATURES, Cat, Dim, Dims, Tokens, atoms, mentions, places
 from mctf_compile.passes.rules import schema_arguments
-from mctf_compile.passes.rules.contractions import letters, operands
+from mctf_compile.passes.rules.contractions import operands
 from mctf_compile.passes.token_axes import Axes
 
 aten = torch.ops.aten
@@ -22,14 +23,15 @@ ADDS = (aten.add, aten.add_)
 class Attention:
     """A softmax over a token axis contracted with values over that axis.
 
-    ``node`` contracts; ``weights`` is the softmax where it is a node of its own, with the dimension of
-    its keys. ``query``, ``key``, ``value`` are the operands of the two products.
+    ``node`` contracts. ``query``, ``key``, ``value`` are the operands of the two products. Where the
+    attention is spelled out, ``product`` is q kᵀ and ``weights`` the softmax; else both are None.
     """
 
     node: fx.Node
     query: fx.Node
     key: fx.Node
     value: fx.Node
+    product: fx.Node | None
     weights: fx.Node | None
     key_axis: Dim
     query_axis: Dim
@@ -75,75 +77,85 @@ def find_blocks(graph: fx.Graph, axes: Axes, protected: int | None = None) -> li
 
 
 def _attention(node: fx.Node, axes: Axes) -> Attention | None:
+    """The self-attention over tokens at a node, if it is one.
+
+    Attention over channels (cross-covariance) softmaxes an axis of features. Queries that are protected
+    tokens alone (class attention) read the tokens, and there is nothing behind them to fuse.
+    """
     packet = getattr(node.target, "overloadpacket", None)
     if node not in axes.dims:
         return None
     if packet is aten.scaled_dot_product_attention:
         args = schema_arguments(node)
         q, k, v = args["query"], args["key"], args["value"]
-        site = Attention(node, q, k, v, None, axes.of(k)[-2], axes.of(q)[-2])
+        site = Attention(node, q, k, v, None, None, axes.of(k)[-2], axes.of(q)[-2])
     elif packet is aten.softmax:
         site = _spelled_out(node, axes)
     else:
         return None
     if site is None or not site.key_axis:
         return None
-    return site if set(atoms(site.key_axis)) & set(atoms(site.query_axis)) else None
+    keys, queries = set(atoms(site.key_axis)), set(atoms(site.query_axis))
+    tokens = _tokens(site.key_axis, None)
+    over_tokens = isinstance(tokens, str) or bool(queries & set(atoms(tokens.body)))
+    features = all(atom.name == FEATURES for atom in keys)
+    return site if keys & queries and over_tokens and not features else None
 
 
 def _spelled_out(softmax: fx.Node, axes: Axes) -> Attention | None:
     """softmax(q kᵀ …) v as nodes: the product before the softmax and the one after it."""
     dims = axes.of(softmax)
     dim = softmax.args[1] % len(dims)
-    before = _walk(softmax.args[0], lambda n: [a for a in n.all_input_nodes if len(axes.dims.get(a, ())) > 1])
-    after = _walk(softmax, lambda n: list(n.users), skip_first=True)
-    if before is None or after is None or not dims[dim]:
-        return None
-    q, k = _factors(before)
-    values = [n for n in _factors(after) if not _descends(n, softmax)]
-    if len(values) != 1:
-        return None
     keys = set(atoms(dims[dim]))
     query_axis = next((d for i, d in enumerate(dims) if i != dim and set(atoms(d)) & keys), ())
-    return Attention(after, q, k, values[0], softmax, dims[dim], query_axis)
+    if not keys or not query_axis:
+        return None
+
+    def is_map(node: fx.Node) -> bool:
+        """Whether a value has an entry for every pair of query and key."""
+        held = axes.dims.get(node)
+        return isinstance(held, tuple) and sum(bool(set(atoms(d)) & keys) for d in axes.of(node)) > 1
+
+    def is_product(node: fx.Node) -> bool:
+        return getattr(node.target, "overloadpacket", None) in CONTRACTIONS
+
+    def makes_map(node: fx.Node) -> bool:
+        return is_product(node) and not any(map(is_map, _factors(node)))
+
+    before = _walk([softmax.args[0]], is_map, makes_map, lambda n: n.all_input_nodes)
+    after = _walk(list(softmax.users), lambda n: any(map(is_map, n.all_input_nodes)),
+                  lambda n: is_product(n) and not is_map(n), lambda n: list(n.users))
+    if before is None or after is None or len(_factors(before)) != 2:
+        return None
+    q, k = _factors(before)
+    values = [n for n in _factors(after) if not is_map(n)]
+    return Attention(after, q, k, values[0], before, softmax, dims[dim], query_axis) if len(values) == 1 else None
 
 
-def _walk(start: fx.Node, step, skip_first: bool = False) -> fx.Node | None:
-    """The nearest matrix product in one direction, through pointwise and layout operators."""
-    seen, queue = set(), step(start) if skip_first else [start]
-    for _ in range(64):
-        if not queue:
-            return None
+def _walk(
+    queue: list[fx.Node],
+    passes: Callable[[fx.Node], bool],
+    found: Callable[[fx.Node], bool],
+    step: Callable[[fx.Node], Iterable[fx.Node]],
+) -> fx.Node | None:
+    """The nearest node that ``found`` takes in one direction, through nodes that ``passes`` takes."""
+    seen: set[fx.Node] = set()
+    while queue:
         node = queue.pop(0)
-        if node in seen or not isinstance(node.meta.get("val"), torch.Tensor):
+        if node in seen or not passes(node):
             continue
         seen.add(node)
-        packet = getattr(node.target, "overloadpacket", None)
-        if packet in CONTRACTIONS:
+        if found(node):
             return node
-        if packet in (aten.linear, aten.layer_norm, aten.scaled_dot_product_attention):
-            continue
-        queue.extend(step(node))
+        queue = [*queue, *step(node)]
     return None
 
 
 def _factors(product: fx.Node) -> list[fx.Node]:
     args = schema_arguments(product)
     if "tensors" in args:
-        terms, _ = letters(args["equation"])
-        return list(args["tensors"]) if len(terms) == 2 else []
+        return list(args["tensors"]) if len(args["tensors"]) == 2 else []
     return [args[name] for name in operands(args)]
-
-
-def _descends(node: fx.Node, ancestor: fx.Node) -> bool:
-    """Whether ``node`` is ``ancestor`` or reaches it within a few single-operand steps."""
-    for _ in range(8):
-        if node is ancestor:
-            return True
-        if not node.all_input_nodes:
-            return False
-        node = node.all_input_nodes[0]
-    return False
 
 
 def _block(site, following, flow, order, axes, protected) -> Block:
@@ -158,7 +170,7 @@ def _block(site, following, flow, order, axes, protected) -> Block:
     if found is None:
         return Block(site, None, problem="no residual connection leads around this attention")
     entry, middle = found
-    tokens = _with_batch(tokens, axes.of(entry))
+    tokens = _with_batch(tokens, axes.of(entry), axes.of(site.query))
     if isinstance(tokens, str):
         return Block(site, None, entry, middle, problem=tokens)
     after = nx.descendants(flow, middle) | {middle}
@@ -208,17 +220,24 @@ def _tokens(axis: Dim, protected: int | None) -> Tokens | str:
     return Tokens(parts[largest][1], sizes[largest], lead, tail, ())
 
 
-def _with_batch(tokens: Tokens, dims: Dims) -> Tokens | str:
-    """Add the batch axes, read off the residual stream: all that is neither tokens nor channels."""
-    found = places(dims, tokens)
-    if found is None or not mentions(dims, tokens):
-        return "the residual stream keeps its tokens in another layout than attention does (windows or a grid)"
-    if len(found) != 1 or found[0].dim == len(dims) - 1:
-        return "the residual stream has no token axis apart from its channels"
+def _with_batch(tokens: Tokens, stream: Dims, query: Dims) -> Tokens | str:
+    """Add the batch axes: those that the residual stream has beside its tokens and shares with the queries.
+
+    What it does not share are its channels; where all are shared (q is the stream itself) the last are.
+    """
+    found = places(stream, tokens)
+    if found is None or not mentions(stream, tokens):
+        return "the residual stream keeps its tokens in windows or in another order than this attention does"
+    if len(found) != 1:
+        return "the residual stream has the token axis twice"
     (place,) = found
-    if any(axis.size == 0 for dim in dims for axis in dim):
+    if any(axis.size == 0 for dim in stream for axis in dim):
         return "the batch is empty"
-    batch = [dim for d, dim in enumerate(dims[:-1]) if dim and d != place.dim]
+    shared = set(atoms(tuple(axis for dim in query for axis in dim)))
+    others = [dim for d, dim in enumerate(stream) if dim and d not in (place.dim, *place.rest)]
+    batch = [dim for dim in others if set(atoms(dim)) <= shared]
+    if others and len(batch) == len(others):
+        batch = batch[:-1]
     batch += [part for part in (place.before, place.after) if part]
     if len(batch) > 1:
         return "the residual stream has more than one axis beside tokens and channels (windows or frames)"

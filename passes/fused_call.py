@@ -47,6 +47,12 @@ class FusedCall:
         values = [v for v in flat_values(self.env[n] for n in self.node.all_input_nodes) if v.generation]
         return max(values, key=lambda v: len(v.dims)) if values else self.env[self.node.all_input_nodes[0]]
 
+    @property
+    def operand(self) -> str:
+        """The name of the first tensor argument."""
+        first = self.call.tensors()[0]
+        return next(name for name, value in self.args.items() if value is first)
+
     def lifted(self, node: fx.Node) -> Value:
         return self.rewriter.lift(node, self.env[node], self.stream, self.generation, self._like())
 
@@ -62,6 +68,10 @@ class FusedCall:
     def dims(self, name: str) -> Dims:
         return self.rewriter.axes.of(self.args[name])
 
+    def dims_out(self, i: int) -> Dims:
+        """The dims of a result."""
+        return self.out_dims()[i]
+
     def wrapped(self, name: str) -> int:
         """A dimension argument as a non-negative number."""
         return wrap(self.args[name], len(self.call.dims_of(self.call.tensors()[0])))
@@ -70,10 +80,12 @@ class FusedCall:
         return self.stream.places(self.rewriter.axes.of(node))
 
     def place(self, name: str, dim: int) -> Place:
-        """The place of the token axis at one dimension of an argument."""
-        found = [p for p in self.places_of(self.args[name]) if p.dim == dim]
+        """The place of the token axis at one dimension of an argument, where it is whole."""
+        found = [p for p in self.places_of(self.args[name]) if dim in (p.dim, *p.rest)]
         if not found:
             raise Declined("the token axis meets another axis")
+        if found[0].rest:
+            raise Declined("rows and columns of the token grid are told apart")
         return found[0]
 
     def only_place(self, name: str) -> Place:
@@ -122,8 +134,10 @@ class FusedCall:
         removed = self.tokens.size - self.stream.body(self.generation)
         for p in found:
             whole = self.tokens.size + p.lead + p.tail
-            size = shape[p.dim]
-            shape[p.dim] = size // whole * (whole - removed)
+            for d in p.rest:
+                shape[p.dim] = shape[p.dim] * shape[d]
+                shape[d] = 1
+            shape[p.dim] = shape[p.dim] // whole * (whole - removed)
         return shape
 
     def out_dims(self) -> list[Dims]:
@@ -181,14 +195,14 @@ class FusedCall:
         x = args[0]
         if self.rule.resized == "size":
             given = args[1] if isinstance(args[1], (list, tuple)) else list(shape)
-            touched = {p.dim for p in places(dims, self.tokens)}
+            touched = {d for p in places(dims, self.tokens) for d in (p.dim, *p.rest)}
             return torch.ops.aten.expand(x, [shape[d] if d in touched else s for d, s in enumerate(given)])
         unknown = [d for d, s in enumerate(shape) if not isinstance(s, int)]
         if len(unknown) > 1:
             given = args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else None
             if given is None:
                 raise Declined("a reshape with several symbolic sizes meets fused tokens")
-            touched = {p.dim for p in places(dims, self.tokens)}
+            touched = {d for p in places(dims, self.tokens) for d in (p.dim, *p.rest)}
             shape = [s if isinstance(s, int) or d in touched else given[d] for d, s in enumerate(shape)]
             unknown = [d for d in unknown if d in touched or given[d] == -1]
             if len(unknown) > 1:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from mctf_compile.errors import Declined
 from mctf_compile.kernels.pooling.aten import combine
-from mctf_compile.passes.axes import Dims, Place, Tokens, places
+from mctf_compile.passes.axes import Dims, Place, Tokens, places, product
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,9 @@ class Stream:
                 f = self.fusion(step, place.lead, place.tail)
                 return torch.ops.mctf.pool(x, f.weight, f.keep, f.gone, f.into, dim)
 
-            if not value.tensor.dtype.is_floating_point:
-                raise Declined(f"values of dtype {value.tensor.dtype} cannot be fused")
+            dtype = value.tensor.dtype
+            if not (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool):
+                raise Declined(f"values of dtype {dtype} cannot be fused")
             tensor = self._each_place(value, pool)
             value = Value(tensor, value.dims, self, step)
         return value
@@ -149,6 +150,9 @@ class Stream:
             return torch.ops.mctf.unmerge(x, self.map(value.generation, generation, place.lead, place.tail), dim)
 
         tensor = self._each_place(value, unmerge)
+        if generation == 0:
+            for place in self.places(value.dims):
+                tensor = _regrid(tensor, place, value.dims)
         return Value(tensor, value.dims, self if generation else None, generation)
 
     def intensive(self, value: Value) -> Value:
@@ -197,6 +201,7 @@ class Stream:
 
     def canonical(self, value: Value, place: Place) -> Tensor:
         """``value`` as [B, M, C]: the images, the tokens, everything else."""
+        value = self._off_grid(value)
         shape, _, batch, token = self._pieces(value, place)
         x = value.tensor.reshape(shape)
         rest = [i for i in range(len(shape)) if i not in (batch, token)]
@@ -209,7 +214,7 @@ class Stream:
         self, value: Value, function: Callable[[Tensor, int, Place], Tensor], order: list[Place] | None = None
     ) -> Tensor:
         """Apply ``function`` to [B, ..., tokens, ...] at every place of the token axis, one after another."""
-        tensor = value.tensor
+        tensor = self._off_grid(value).tensor
         for place in order or self.places(value.dims):
             current = Value(tensor, value.dims, value.stream, value.generation)
             shape, joined, batch, token = self._pieces(current, place)
@@ -233,6 +238,19 @@ class Stream:
                 x = x.reshape(target)
             tensor = x
         return tensor
+
+    def _off_grid(self, value: Value) -> Value:
+        """A value of the original tokens with the axes of each grid in one dimension, and 1 in the others."""
+        if value.generation:
+            return value
+        tensor = value.tensor
+        for place in self.places(value.dims):
+            if place.rest:
+                d, width = place.dim, len(place.rest)
+                tensor = tensor.movedim(place.rest, tuple(range(d + 1, d + 1 + width))).flatten(d, d + width)
+                for other in place.rest:
+                    tensor = tensor.unsqueeze(other)
+        return replace(value, tensor=tensor)
 
     def _pieces(self, value: Value, place: Place) -> tuple[list, list[int], int | None, int]:
         """``value``'s shape with images and tokens in dimensions of their own.
@@ -285,6 +303,16 @@ class Stream:
         if token is None:
             raise Declined("the token axis stands in a form that cannot be fused")
         return shape, joined, batch, token
+
+
+def _regrid(tensor: Tensor, place: Place, dims: Dims) -> Tensor:
+    """The inverse of ``Stream._off_grid`` at one place."""
+    if not place.rest:
+        return tensor
+    d, width = place.dim, len(place.rest)
+    sizes = [product(dims[i]) for i in (d, *place.rest)]
+    tensor = tensor.squeeze(place.rest).unflatten(d, sizes)
+    return tensor.movedim(tuple(range(d + 1, d + 1 + width)), place.rest)
 
 
 def _static(axes: tuple) -> int:

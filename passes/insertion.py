@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, fx
 
 from mctf_compile.kernels.library import working_dtype
-from mctf_compile.methods import Evidence, Site
+from mctf_compile.methods import Choice, Evidence, Site
 from mctf_compile.passes.axes import Tokens
 from mctf_compile.passes.fused_call import FusedCall
 from mctf_compile.passes.fusion import Fusion, Stream, Value
+from mctf_compile.passes.masks import MASKED
 from mctf_compile.passes.plan import PlannedBlock
 from mctf_compile.passes.rules import find_rule
-from mctf_compile.passes.rules.attention import scale_of
+from mctf_compile.passes.rules.attention import additive, head_layout, operands, scale_of
 from mctf_compile.passes.rules.base import wrap
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Insertion:
         self.fused: dict[fx.Node, Value] = {}
         self.whole: set[int] = set()
         self._importance: dict[fx.Node, Tensor] = {}
+        self._padding: dict[fx.Node, Tensor] = {}
         self._at_node = {b.block.attention.node: b for b in self.plan.fusing}
         self._at_weights = {
             b.block.attention.weights: b for b in self.plan.fusing if b.block.attention.weights is not None
@@ -53,6 +55,9 @@ class Insertion:
         if node in self._at_weights:
             planned = self._at_weights[node]
             self._importance[planned.block.attention.node] = self._mean_received(result, planned)
+            if planned.padded:
+                logits = rewriter.env[node.args[0]]
+                self._padding[planned.block.attention.node] = self._masked(logits, planned)
         if node in self._at_end:
             planned = self._at_end[node]
             result = self._fuse(planned, result, self._importance[planned.block.attention.node])
@@ -77,26 +82,29 @@ class Insertion:
             return self._attend_spelled_out(node, block)
         stream, generation = self._stream(block), self._entry(block).generation
         call = FusedCall(self.rewriter, find_rule(node.target), node, stream, generation, self.rewriter.env)
-        q, k = (call.intensive(name).tensor for name in ("query", "key"))
-        bias = None if call.args.get("attn_mask") is None else call.intensive("attn_mask").tensor
+        layout = head_layout(call.dims("query"), stream.tokens)
+        given = operands(call, "query", "key")
         (place,) = call.places_of(entry)
-        log_size = call.log_sizes(place)
-        importance, weights, norm = torch.ops.mctf.importance(q, k, log_size, bias, scale_of(call.call))
+        if block.padded:
+            self._padding[node] = self._masked(call.intensive("attn_mask"), block)
+        importance, weights, norm = torch.ops.mctf.importance(
+            given.query, given.key, call.log_sizes(place), given.bias, scale_of(call.call)
+        )
         if self.plan.site is Site.AHEAD:
             x = self._fuse(block, self._entry(block), importance)
             v = x.stream.raise_to(self.rewriter.again(site.value, entry, x), x.generation)
             fusion = x.stream.fusion(x.generation, place.lead, place.tail)
             out = torch.ops.mctf.ahead(
-                weights, norm, v.tensor, fusion.index, fusion.weight, fusion.keep, fusion.gone, fusion.into,
-                call.args["dropout_p"],
+                weights, norm, layout.split(v.tensor), fusion.index, fusion.weight, fusion.keep, fusion.gone,
+                fusion.into, call.args["dropout_p"],
             )
-            return Value(out, self.rewriter.axes.of(node), x.stream, x.generation)
+            return Value(layout.join(out, v.tensor), self.rewriter.axes.of(node), x.stream, x.generation)
         if self.plan.site is Site.BEFORE:
             return self.rewriter.again(node, entry, self._fuse(block, self._entry(block), importance))
         self._importance[node] = importance
         v = call.intensive("value").tensor
-        rows = torch.nn.functional.dropout(weights, call.args["dropout_p"]) @ v
-        return call.result((rows * norm).to(v.dtype))
+        rows = torch.nn.functional.dropout(weights, call.args["dropout_p"]) @ layout.split(v)
+        return call.result(layout.join((rows * norm).to(v.dtype), v))
 
     def _attend_spelled_out(self, node: fx.Node, block: PlannedBlock) -> Value:
         site, entry = block.block.attention, block.block.entry
@@ -132,6 +140,36 @@ class Insertion:
         wide = replace(weights, tensor=tensor.to(working_dtype(tensor.dtype)), stream=stream)
         return stream.canonical(wide, place).mean(-1)
 
+    def _masked(self, logits: Value, block: PlannedBlock) -> Tensor:
+        """bool [B, N]: the tokens that no query may see, from the logits or from what is added to them."""
+        stream = self._stream(block)
+        keys = max(stream.places(logits.dims), key=lambda p: p.dim)
+        if block.block.attention.weights is not None:
+            dim = wrap(block.block.attention.weights.args[1], len(logits.dims))
+            keys = next(p for p in stream.places(logits.dims) if p.dim == dim)
+        logits = replace(logits, tensor=additive(logits.tensor, torch.float32), stream=stream)
+        return stream.canonical(logits, keys).amax(-1) <= MASKED
+
+    def _choose(self, block: PlannedBlock, evidence: Evidence) -> Choice:
+        """The method's choice. With padding the tokens are first sorted by kind, so that each kind is
+        spread over both sides of a bipartite matching and has partners of its own.
+        """
+        ask = lambda e: self.plan.method.choose(e, block.removed, block.lead, block.tail, self.plan.config)  # noqa: E731
+        if not block.padded:
+            return ask(evidence)
+        padding = self._padding[block.block.attention.node].expand_as(evidence.size)
+        n = padding.shape[1]
+        body = padding[:, block.lead : n - block.tail].int().argsort(stable=True, dim=1) + block.lead
+        position = torch.arange(n, device=body.device).expand_as(padding)
+        order = torch.cat([position[:, : block.lead], body, position[:, n - block.tail :]], 1)
+        x = evidence.x.gather(1, order[:, :, None].expand_as(evidence.x))
+        size, importance, padding = (t.gather(1, order) for t in (evidence.size, evidence.importance, padding))
+        # What nothing attends to weighs nothing, and still has a mean.
+        importance = importance.clamp(min=torch.finfo(importance.dtype).tiny)
+        choice = ask(Evidence(x, size, importance, padding))
+        weight = torch.zeros_like(choice.weight).scatter(1, order, choice.weight)
+        return replace(choice, keep=order.gather(1, choice.keep), gone=order.gather(1, choice.gone), weight=weight)
+
     def _fuse(self, block: PlannedBlock, x: Value, importance: Tensor) -> Value:
         """Choose and pool the block's tokens: a new generation. Returns ``x`` in it."""
         stream = self._stream(block)
@@ -145,9 +183,7 @@ class Insertion:
             size = stream.fusion(x.generation, place.lead, place.tail).size
         else:
             size = torch.ones_like(importance, dtype=dtype)
-        choice = self.plan.method.choose(
-            Evidence(tokens, size, importance.to(dtype)), block.removed, block.lead, block.tail, self.plan.config
-        )
+        choice = self._choose(block, Evidence(tokens, size, importance.to(dtype)))
         index, weight, size = torch.ops.mctf.group(choice.weight, size, choice.keep, choice.gone, choice.into)
         stream.fusions.append(
             Fusion(choice.keep, choice.gone, choice.into, index, None if choice.maximum else weight,

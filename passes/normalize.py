@@ -52,6 +52,21 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     return normal
 
 
+def constants(gm: fx.GraphModule, normal: fx.GraphModule, examples: Sequence[Any]) -> dict[fx.Node, Tensor]:
+    """The tensors behind the parameters and buffers among the inputs of a captured graph, where they are known.
+
+    A tensor that the user passes to the model is none: it may be another at the next call.
+    """
+    found = {}
+    for old, new, value in zip(_placeholders(gm), _placeholders(normal), examples):
+        if isinstance(value, Tensor) and not isinstance(value, FakeTensor):
+            source = getattr(old.meta.get("grapharg"), "source", None)
+            held = source is not None and source.guard_source.is_unspecialized_nn_module()
+            if held or isinstance(value, torch.nn.Parameter):
+                found[new] = value
+    return found
+
+
 def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:
     return [n for n in gm.graph.nodes if n.op == "placeholder"]
 

@@ -38,6 +38,8 @@ class State:
     gm: fx.GraphModule
     inputs: Sequence[Any]
     config: FusionConfig
+    # The tensors that Dynamo passes for the graph's inputs, where it does.
+    examples: Sequence[Any] = ()
     normal: fx.GraphModule | None = None
     axes: Axes | None = None
     blocks: list[Block] | None = None

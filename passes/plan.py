@@ -6,15 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from torch import fx
+from torch import Tensor, fx
 
 from mctf_compile.config import FusionConfig
 from mctf_compile.errors import ConfigError
 from mctf_compile.methods import Method, Site, get_method
 from mctf_compile.passes.axes import Dim, places
 from mctf_compile.passes.blocks import Block
+from mctf_compile.passes.masks import Mask, mask_of
 from mctf_compile.passes.projections import Projection
 from mctf_compile.passes.rules import schema_arguments
+from mctf_compile.passes.rules.attention import head_layout
 from mctf_compile.passes.token_axes import Axes
 from mctf_compile.schedule import removal
 
@@ -31,6 +33,8 @@ class PlannedBlock:
     note: str | None = None
     lead: int = 0
     tail: int = 0
+    # Attention masks out padding, which never fuses with other tokens.
+    padded: bool = False
 
     @property
     def removed(self) -> int:
@@ -58,11 +62,13 @@ def make_plan(
     config: FusionConfig,
     declined: Mapping[int, str] = MappingProxyType({}),
     whole: frozenset[int] = frozenset(),
+    values: Mapping[fx.Node, Tensor] = MappingProxyType({}),
 ) -> Plan:
     """Schedule the reduction over the blocks.
 
     ``declined`` and ``whole`` are what an earlier rewrite found: blocks not worth fusing, with their
-    reasons, and blocks that get the original tokens back before they run.
+    reasons, and blocks that get the original tokens back before they run. ``values``: the tensors of the
+    graph's constants.
     Raises ``ConfigError`` where ``r`` or ``layers`` do not fit the number of blocks.
     """
     method = get_method(config.method)
@@ -74,8 +80,9 @@ def make_plan(
     entries: dict[fx.Node, int] = {}
     planned = []
     for i, block in enumerate(blocks):
-        reason = block.problem or declined.get(i) or _unsupported(block, axes)
-        if reason is not None or block.tokens is None:
+        mask = Mask.NONE if block.tokens is None else mask_of(block.attention, axes, values)
+        reason = block.problem or declined.get(i) or _unsupported(block, axes, mask)
+        if reason is not None:
             size = _static_size(block, axes)
             planned.append(PlannedBlock(i, block, size, size, reason))
             continue
@@ -85,7 +92,9 @@ def make_plan(
         body = counts.setdefault(block.tokens.body, block.tokens.size)
         tokens = place.lead + body + place.tail
         lead = place.lead if config.protected == "auto" else config.protected
-        outcome = removal(requests[i], tokens, lead + place.tail, config.min_tokens)
+        # Padding may leave one token of either kind without a partner of its own.
+        spare = 2 if mask is Mask.TOKENS else 0
+        outcome = removal(requests[i], tokens, lead + place.tail, config.min_tokens, spare)
         if i not in chosen:
             reason = "not among the layers that fuse"
         elif block.entry in entries:
@@ -100,7 +109,8 @@ def make_plan(
         left = tokens if reason is not None else tokens - outcome.r
         notes = [outcome.note, _exposed(block, config)]
         note = "; ".join(n for n in notes if n) or None
-        planned.append(PlannedBlock(i, block, tokens, left, reason, note, lead, place.tail))
+        padded = mask is Mask.TOKENS
+        planned.append(PlannedBlock(i, block, tokens, left, reason, note, lead, place.tail, padded))
     return Plan(config, method, site, planned)
 
 
@@ -121,9 +131,11 @@ def _layers(config: FusionConfig, method: Method, depth: int) -> set[int]:
     return set(method.layers(depth)) if preset is None else set(preset)
 
 
-def _unsupported(block: Block, axes: Axes) -> str | None:
+def _unsupported(block: Block, axes: Axes, mask: Mask) -> str | None:
     """Attention that the fused operators do not compute."""
     site = block.attention
+    if mask is Mask.PAIRS:
+        return "attention is masked by pairs of tokens (causal or block by block), which cannot be fused"
     if site.weights is not None:
         return None
     args = schema_arguments(site.node)
@@ -131,12 +143,7 @@ def _unsupported(block: Block, axes: Axes) -> str | None:
         return "causal attention needs the order of the original tokens"
     if args.get("enable_gqa"):
         return "grouped-query attention is not fused"
-    mask = args.get("attn_mask")
-    if mask is not None and not mask.meta["val"].dtype.is_floating_point:
-        return "attention has a boolean mask, which cannot be fused"
-    if site.query.meta["val"].dim() != 4:
-        return "attention is not in the layout [B, H, N, D]"
-    if block.tokens is not None and axes.of(site.query)[0] != block.tokens.batch:
+    if head_layout(axes.of(site.query), block.tokens) is None:
         return "attention numbers its images otherwise than the residual stream does (windows or frames)"
     return None
 

@@ -166,19 +166,31 @@ def _arrange(linear, node, index, start, stop, axes, inside) -> Projection | Non
 
 
 def find_projections(operands: list[fx.Node], entry: fx.Node, axes: Axes) -> dict[fx.Node, Projection]:
-    """The parts of fused projections nearest to ``operands``, behind norms and rotations, up to ``entry``."""
+    """All the parts of the fused projections of ``entry`` that ``operands`` are computed from.
+
+    1. Back from the operands, through norms and rotations, to the linears behind them.
+    2. Forward from each, through layout operators, to the first values that are parts of it: q, k and v,
+       and the MLP's share where one linear serves both.
+    """
     order = {node: i for i, node in enumerate(entry.graph.nodes)}
-    found: dict[fx.Node, Projection] = {}
-    seen: set[fx.Node] = set()
-    queue = list(operands)
+    linears, seen, queue = [], set(), list(operands)
     while queue:
         node = queue.pop()
         if node in seen or order[node] <= order[entry] or not isinstance(node.meta.get("val"), (Tensor, tuple, list)):
             continue
         seen.add(node)
-        projection = find_projection(node, axes) if isinstance(node.meta["val"], Tensor) else None
-        if projection is not None:
-            found[node] = projection
+        if getattr(node.target, "overloadpacket", None) is aten.linear:
+            linears.append(node)
         else:
             queue.extend(node.all_input_nodes)
+    found: dict[fx.Node, Projection] = {}
+    queue = [user for linear in linears for user in linear.users]
+    while queue:
+        node = queue.pop()
+        tensor = isinstance(node.meta.get("val"), Tensor)
+        projection = find_projection(node, axes) if tensor else None
+        if projection is not None:
+            found[node] = projection
+        elif not tensor or _layout_chain(node) is not None:
+            queue.extend(node.users)
     return found

@@ -16,8 +16,15 @@ def importance(
         logits = logits + bias
     if log_size is not None:
         logits = logits + log_size[:, None, None, :]
-    weights = torch.exp(logits - logits.detach().amax(-1, keepdim=True))
-    norm = weights.sum(-1, keepdim=True).reciprocal()
+    peak = logits.detach().amax(-1, keepdim=True)
+    if bias is None:
+        weights = torch.exp(logits - peak)
+        norm = weights.sum(-1, keepdim=True).reciprocal()
+    else:
+        # A row that is masked out as a whole attends to nothing.
+        weights = torch.exp(logits - peak.clamp(min=torch.finfo(dtype).min))
+        total = weights.sum(-1, keepdim=True)
+        norm = (total + (total == 0)).reciprocal()
     with torch.autocast(q.device.type, enabled=False):
         received = norm.detach().flatten(1, 2).transpose(1, 2) @ weights.detach().flatten(1, 2)
     heads, queries = weights.shape[1:3]

@@ -32,7 +32,7 @@ def scores(
 
 def match(
     x: Tensor, a: Tensor | None, s: Tensor, r: int, lead: int, tail: int,
-    tau_sim: float, tau_info: float, tau_size: float, bidirectional: bool,
+    tau_sim: float, tau_info: float, tau_size: float, bidirectional: bool, kind: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``torch.ops.mctf.match`` in ATen. A tie goes to the token at the lower position.
 
@@ -41,7 +41,10 @@ def match(
     n = x.shape[1]
     first, second = lead + lead % 2, lead + 1 - lead % 2
     with torch.autocast(x.device.type, enabled=False):
-        w = scores(x, a, s, slice(first, n - tail, 2), slice(second, n - tail, 2), tau_sim, tau_info, tau_size)
+        alpha, beta = slice(first, n - tail, 2), slice(second, n - tail, 2)
+        w = scores(x, a, s, alpha, beta, tau_sim, tau_info, tau_size)
+    if kind is not None:
+        w = w.masked_fill(kind[:, alpha, None] != kind[:, None, beta], float("-inf"))
     position = torch.arange(n, device=x.device).expand(x.shape[0], -1)
     if 0 in w.shape[1:]:
         # Fewer than two tokens are free: the order alone is left to settle.

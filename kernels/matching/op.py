@@ -9,11 +9,11 @@ from mctf_compile.kernels.matching import aten
 
 @composite(
     "match(Tensor x, Tensor? importance, Tensor size, int r, int lead, int tail, float tau_sim, "
-    "float tau_info, float tau_size, bool bidirectional) -> (Tensor, Tensor, Tensor)"
+    "float tau_info, float tau_size, bool bidirectional, Tensor? kind=None) -> (Tensor, Tensor, Tensor)"
 )
 def match(
     x: Tensor, importance: Tensor | None, size: Tensor, r: int, lead: int, tail: int,
-    tau_sim: float, tau_info: float, tau_size: float, bidirectional: bool,
+    tau_sim: float, tau_info: float, tau_size: float, bidirectional: bool, kind: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Match tokens by similarity, informativeness and size, and choose ``r`` that leave.
 
@@ -26,6 +26,8 @@ def match(
         tau_sim, tau_info, tau_size: temperatures; 0 turns a criterion off.
         bidirectional: r // 2 even-position tokens leave into odd ones, then the others the other way;
             else all leave from even positions.
+        kind: [B, N] of any dtype, or None. Tokens of two kinds (padding and others) go together only where
+            ``r`` leaves no choice.
 
     Returns:
         keep: int64 [B, N - r], the old position of each new token's carrier. Order: protected prefix,
@@ -41,5 +43,5 @@ def match(
     torch._check(0 <= 2 * r <= max(n - lead - tail, 0), lambda: f"match: r={r} of {n} tokens is out of range")
     importance = None if importance is None else importance.detach()
     return aten.match(
-        x.detach(), importance, size.detach(), r, lead, tail, tau_sim, tau_info, tau_size, bidirectional
+        x.detach(), importance, size.detach(), r, lead, tail, tau_sim, tau_info, tau_size, bidirectional, kind
     )

@@ -29,12 +29,14 @@ class Evidence:
     """What a method sees of a block: tensors of the graph.
 
     ``x`` [B, N, C]: the residual stream that is fused; ``size`` [B, N]: token sizes;
-    ``importance`` [B, N]: mean attention received, of the block's own attention.
+    ``importance`` [B, N]: mean attention received, of the block's own attention. ``padding``: bool [B, N]
+    where attention masks tokens out, else None; padding and other tokens must not be combined.
     """
 
     x: Tensor
     size: Tensor
     importance: Tensor
+    padding: Tensor | None = None
 
 
 @dataclass(frozen=True)

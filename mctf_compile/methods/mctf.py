@@ -20,6 +20,7 @@ def choose(evidence: Evidence, r: int, lead: int, tail: int, config: FusionConfi
     keep, gone, into = torch.ops.mctf.match(
         x, importance, size, r, lead, tail,
         config.tau_sim, config.tau_info, config.tau_size, config.matching == "bidirectional",
+        evidence.padding,
     )
     weight = {
         "attention": importance * size,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from mctf_compile.errors import Declined
+from mctf_compile.passes.axes import Dims, Tokens, product
 from mctf_compile.passes.rules.base import Call, Flow, rule
 
 if TYPE_CHECKING:
@@ -22,26 +25,93 @@ def scale_of(call: Call) -> float:
     return call.args["query"].meta["val"].shape[-1] ** -0.5 if given is None else given
 
 
-def sized_attention(call: FusedCall) -> Value:
-    """Attention in which key j occurs s_j times: ``mctf.attention``."""
-    q, k, v = (call.intensive(name).tensor for name in ("query", "key", "value"))
+@dataclass(frozen=True)
+class HeadLayout:
+    """How the leading dimensions of q, k and v hold images and heads.
+
+    ``apart``: images first, then any number of others; ``single``: images alone; ``joined``: images outside
+    and ``heads`` inside one dimension.
+    """
+
+    kind: str
+    heads: int = 1
+
+    def split(self, x: Tensor) -> Tensor:
+        """[..., N, D] -> [B, H, N, D]."""
+        if self.kind == "single":
+            return x.unsqueeze(1)
+        if self.kind == "joined":
+            return x.unflatten(0, (-1, self.heads))
+        return x if x.dim() == 4 else x.flatten(1, -3)
+
+    def join(self, x: Tensor, like: Tensor) -> Tensor:
+        """[B, H, N, D] -> the leading dimensions of ``like``."""
+        return x if like.dim() == 4 else x.reshape(*like.shape[:-2], *x.shape[-2:])
+
+
+def head_layout(dims: Dims, tokens: Tokens) -> HeadLayout | None:
+    """The layout of a query with these dims; None where images cannot be told from the rest."""
+    lead, batch = dims[:-2], tokens.batch
+    if lead and lead[0] == batch:
+        return HeadLayout("apart" if len(lead) > 1 else "single")
+    if len(lead) == 1 and lead[0][: len(batch)] == batch:
+        heads = product(lead[0][len(batch) :])
+        return HeadLayout("joined", heads) if isinstance(heads, int) else None
+    return None
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Operands of attention in the layout [B, H, N, D], and an additive ``bias`` for its logits."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor | None
+    bias: Tensor | None
+
+
+def operands(call: FusedCall, *names: str) -> Operands:
+    """The operands named, in the generation of ``call``, with the bias."""
     if call.args.get("is_causal"):
         raise Declined("causal attention needs the order of the original tokens")
-    if q.dim() != 4 or q.shape[1] != k.shape[1]:
-        raise Declined("attention over fused tokens needs the layout [B, H, N, D]")
+    if call.args.get("enable_gqa"):
+        raise Declined("grouped-query attention is not fused")
+    layout = head_layout(call.dims("query"), call.tokens)
+    if layout is None or layout != head_layout(call.dims("key"), call.tokens):
+        raise Declined("attention numbers its images otherwise than the residual stream does (windows or frames)")
+    given = {name: call.intensive(name).tensor for name in names}
     bias = None
     if call.args.get("attn_mask") is not None:
-        bias = call.intensive("attn_mask").tensor
-        if not bias.dtype.is_floating_point:
-            raise Declined("a boolean attention mask cannot be fused")
-    keys = next((p for p in call.places_of(call.args["key"]) if p.dim == 2), None)
+        query = given["query"]
+        bias = additive(call.intensive("attn_mask").tensor, query.dtype)
+        if query.dim() != 4:
+            bias = layout.split(bias.expand(*query.shape[:-2], *bias.shape[-2:]))
+    return Operands(layout.split(given["query"]), layout.split(given["key"]),
+                    layout.split(given["value"]) if "value" in given else None, bias)
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask (True: take part) as a bias of 0 and -inf; a bias as it is."""
+    if mask.dtype is not torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, float("-inf"))
+
+
+def sized_attention(call: FusedCall) -> Value:
+    """Attention in which key j occurs s_j times: ``mctf.attention``."""
+    given = operands(call, "query", "key", "value")
+    last = len(call.dims("key")) - 2
+    keys = next((p for p in call.places_of(call.args["key"]) if p.dim == last), None)
     log_size = None
     if keys is not None:
-        if keys.before or keys.after or call.batch_dim("key") != 0:
-            raise Declined("attention over fused tokens needs the layout [B, H, N, D]")
+        if keys.before or keys.after or keys.rest:
+            raise Declined("attention meets the token axis inside a product of axes")
         log_size = call.log_sizes(keys)
-    out = torch.ops.mctf.attention(q, k, v, log_size, bias, scale_of(call.call), call.args["dropout_p"])
-    return call.result(out)
+    out = torch.ops.mctf.attention(
+        given.query, given.key, given.value, log_size, given.bias, scale_of(call.call), call.args["dropout_p"]
+    )
+    layout = head_layout(call.dims("query"), call.tokens)
+    return call.result(layout.join(out, call.value("query").tensor))
 
 
 @rule(aten.scaled_dot_product_attention, fused=sized_attention)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import string
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,29 +24,29 @@ def operands(names: Iterable[str]) -> tuple[str, str]:
     """The names of the two factors among an operator's arguments."""
     if "batch1" in names:
         return "batch1", "batch2"
-    return ("mat1", "mat2") if "mat1" in names else ("self", "mat2" if "mat2" in names else "other")
+    if "mat1" in names:
+        return "mat1", "mat2"
+    return "self", next(name for name in ("mat2", "other", "vec") if name in names)
 
 
 def contracted(call: FusedCall) -> Value:
     """Σ_t s_t x_t y_t. Attention weights hold the sizes already: they are the mass of all copies."""
     left, right = operands(call.args)
     x, y = call.value(left), call.value(right)
-    if "batch1" in call.args or "mat1" in call.args:
-        raise Declined("a matrix product with an added operand contracts the token axis")
     inner_x, inner_y = len(call.dims(left)) - 1, max(len(call.dims(right)) - 2, 0)
     place_x, place_y = call.place(left, inner_x), call.place(right, inner_y)
     if place_x.before or place_x.after or (place_x.lead, place_x.tail) != (place_y.lead, place_y.tail):
         raise Declined("a matrix product contracts the token axis together with other axes")
-    if x.mass == inner_x and y.mass is None:
+    if not (x.mass == inner_x and y.mass is None or y.mass == inner_y and x.mass is None):
+        x, y = call.intensive(left), call.intensive(right)
+        y = replace(y, tensor=y.tensor * call.sizes_like(right, place_y).to(y.tensor.dtype))
+    if "self" in (left, right):
         return call.result(call.target(x.tensor, y.tensor))
-    if y.mass == inner_y and x.mass is None:
-        return call.result(call.target(x.tensor, y.tensor))
-    x, y = call.intensive(left), call.intensive(right)
-    weighted = y.tensor * call.sizes_like(right, place_y).to(y.tensor.dtype)
-    return call.result(call.target(x.tensor, weighted))
+    factors = {name: call.args[name] for name in ("beta", "alpha")}
+    return call.result(call.target(call.intensive("self").tensor, x.tensor, y.tensor, **factors))
 
 
-@rule(aten.matmul, aten.bmm, aten.mm, aten.baddbmm, aten.addmm, fused=contracted)
+@rule(aten.matmul, aten.bmm, aten.mm, aten.mv, aten.baddbmm, aten.addmm, fused=contracted)
 def matmul(call: Call) -> Flow:
     left, right = (call.dims(name) for name in operands(call.args))
     x = left if len(left) > 1 else ((), *left)
@@ -58,18 +60,21 @@ def matmul(call: Call) -> Flow:
             agree &= call.table.unify(a, b)
         batch.append(a or b)
     out: Dims = (*batch, *((x[-2],) if len(left) > 1 else ()), *((y[-1],) if len(right) > 1 else ()))
+    if "beta" in call.args:
+        added = call.dims("self")
+        agree &= all(not a or call.table.unify(a, b) for a, b in zip(added[::-1], out[::-1]))
     return Flow(out, (x[-1], y[-2]) if agree else (*x, *y))
 
 
 def contracted_einsum(call: FusedCall) -> Value:
     """An einsum that contracts the token axis of two operands, by the same rule as a matrix product."""
-    terms, out = letters(call.args["equation"])
     nodes = list(call.args["tensors"])
+    terms, out = letters(call.args["equation"], [len(call.rewriter.axes.of(node)) for node in nodes])
     values = [call.lifted(node) for node in nodes]
     inner = set()
     for term, node in zip(terms, nodes):
         for place in call.places_of(node):
-            if place.before or place.after:
+            if place.before or place.after or place.rest:
                 raise Declined("an einsum meets the token axis inside a product of axes")
             if term[place.dim] not in out:
                 inner.add(term[place.dim])
@@ -89,22 +94,28 @@ def contracted_einsum(call: FusedCall) -> Value:
     return call.result(call.target(call.args["equation"], tensors))
 
 
-def letters(equation: str) -> tuple[list[str], str]:
-    """The index letters of an einsum's operands and of its result."""
+def letters(equation: str, ranks: Sequence[int] = ()) -> tuple[list[str], str]:
+    """The index letters of an einsum's operands and of its result; an ellipsis as letters of its own."""
     left, _, right = equation.replace(" ", "").partition("->")
     terms = left.split(",")
     if "->" not in equation:
-        joined = left.replace(",", "")
-        right = "".join(sorted(c for c in set(joined) if joined.count(c) == 1))
+        joined = left.replace(",", "").replace("...", "")
+        right = "..." * ("..." in left) + "".join(sorted(c for c in set(joined) if joined.count(c) == 1))
+    if "..." in left:
+        free = [c for c in string.ascii_letters if c not in equation]
+        hidden = [rank - len(term) + 3 if "..." in term else 0 for term, rank in zip(terms, ranks)]
+        names = "".join(free[: max(hidden, default=0)])
+        terms = [term.replace("...", names[len(names) - n :]) for term, n in zip(terms, hidden)]
+        right = right.replace("...", names)
     return terms, right
 
 
 @rule(aten.einsum, fused=contracted_einsum)
 def einsum(call: Call) -> Flow:
-    terms, out = letters(call.args["equation"])
     nodes = list(call.args["tensors"])
+    terms, out = letters(call.args["equation"], [len(call.dims_of(node)) for node in nodes])
     everything = tuple(dim for node in nodes for dim in call.dims_of(node))
-    if "..." in call.args["equation"] or any(len(set(term)) < len(term) for term in terms):
+    if any(len(set(term)) < len(term) for term in terms):
         return Flow(call.table.fresh_dims(call.shape), everything)
     axes: dict[str, Dim] = {}
     agree = True

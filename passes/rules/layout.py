@@ -29,7 +29,7 @@ def regroup(call: Call) -> Flow:
     return reshape(call)
 
 
-@rule(aten.transpose, aten.swapaxes)
+@rule(aten.transpose, aten.swapaxes, aten.swapdims)
 def transpose(call: Call) -> Flow:
     dims = list(call.dims("self"))
     names = ("dim0", "dim1") if "dim0" in call.args else ("axis0", "axis1")
@@ -52,7 +52,7 @@ def permute(call: Call) -> Flow:
     return Flow(tuple(dims[d] for d in call.args["dims"]))
 
 
-@rule(aten.movedim)
+@rule(aten.movedim, aten.moveaxis)
 def movedim(call: Call) -> Flow:
     dims = call.dims("self")
     listed = lambda v: [wrap(d, len(dims)) for d in (v if isinstance(v, (list, tuple)) else [v])]  # noqa: E731
@@ -88,12 +88,45 @@ def expand(call: Call) -> Flow:
     return Flow(tuple(dim or call.table.fresh(size) for dim, size in zip(source, call.shape)))
 
 
-@rule(aten.repeat)
+@rule(aten.repeat, aten.tile)
 def repeat(call: Call) -> Flow:
-    source, times = call.dims("self"), call.args["repeats"]
+    """Tiling puts an axis of its own outside what it repeats."""
+    source = call.dims("self")
+    times = list(call.args["repeats"] if "repeats" in call.args else call.args["dims"])
+    times = [1] * (len(call.shape) - len(times)) + times
     source = ((),) * (len(times) - len(source)) + source
-    kept = [dim if time == 1 else call.table.fresh(size) for dim, time, size in zip(source, times, call.shape)]
-    return Flow(tuple(kept), tuple(dim for dim, time in zip(source, times) if time != 1))
+    tiled = [call.table.fresh(size_of(time), "r") + dim for dim, time in zip(source, times)]
+    return Flow(tuple(tiled), tuple(dim for dim, time in zip(source, times) if time != 1))
+
+
+@rule(aten.repeat_interleave)
+def repeat_interleave(call: Call) -> Flow:
+    dims, times, d = call.dims_of(call.tensors()[0]), call.args.get("repeats"), call.args.get("dim")
+    if d is None or not isinstance(times, int):
+        return Flow(call.table.fresh_dims(call.shape), dims)
+    d = wrap(d, len(dims))
+    return Flow((*dims[:d], dims[d] + call.table.fresh(times, "r"), *dims[d + 1 :]), (dims[d],))
+
+
+@rule(aten.view_as_complex)
+def as_complex(call: Call) -> Flow:
+    dims = call.dims("self")
+    return Flow(dims[:-1], dims[-1:])
+
+
+@rule(aten.view_as_real)
+def as_real(call: Call) -> Flow:
+    return Flow((*call.dims("self"), call.table.fresh(2)))
+
+
+@rule(aten.constant_pad_nd, aten.pad)
+def pad(call: Call) -> Flow:
+    """Padded dimensions are new axes; the others stay."""
+    dims = call.dims("self")
+    width = list(call.args["pad"])
+    padded = {len(dims) - 1 - i // 2 for i, amount in enumerate(width) if amount != 0}
+    out = tuple(call.table.fresh(size) if d in padded else dim for d, (dim, size) in enumerate(zip(dims, call.shape)))
+    return Flow(out, tuple(dims[d] for d in padded))
 
 
 def select_prefix(call: FusedCall) -> Value:
@@ -167,7 +200,7 @@ def slice_(call: Call) -> Flow:
     return Flow((*dims[:d], part, *dims[d + 1 :]), () if whole else (dims[d],))
 
 
-@rule(aten.split, aten.split_with_sizes, aten.chunk, aten.tensor_split)
+@rule(aten.split, aten.split_with_sizes, aten.chunk, aten.tensor_split, aten.unsafe_split, aten.unsafe_chunk)
 def split(call: Call) -> Flow:
     dims = call.dims("self")
     d = wrap(call.args["dim"], len(dims))

@@ -29,7 +29,8 @@ def pointwise(call: Call) -> Flow:
 
 @rule(
     aten.dropout, aten.feature_dropout, aten.contiguous, aten.clone, aten.alias, aten.detach, aten.to,
-    aten._to_copy, aten.type_as, aten.zeros_like, aten.ones_like, aten.bernoulli, aten.lift_fresh_copy,
+    aten._to_copy, aten.type_as, aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like, aten.rand_like,
+    aten.randn_like, aten.bernoulli, aten.lift_fresh_copy, aten.resolve_conj, aten.alpha_dropout,
     ignores=("other",),
 )
 def same_layout(call: Call) -> Flow:
