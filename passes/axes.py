@@ -136,6 +136,8 @@ class AxisTable:
         a, b = self.canonical(a), self.canonical(b)
         if a == b:
             return True
+        if product(a) != product(b):
+            return False
         for one, other in ((a, b), (b, a)):
             if len(one) == 1 and isinstance(one[0], Atom) and one[0] not in atoms(other):
                 self._refined[one[0]] = other
@@ -146,6 +148,13 @@ class AxisTable:
             same = [x[0] for x in a[0].parts] == [y[0] for y in b[0].parts]
             return same and all(self.unify(x[1], y[1]) for x, y in zip(a[0].parts, b[0].parts))
         return False
+
+    def align(self, a: Dim, b: Dim) -> tuple[Dim, ...]:
+        """Identify two dimensions whose positions meet one to one; one of size 1 is spread over the other.
+
+        Returns both where their structures do not agree: then neither can be followed beyond this point.
+        """
+        return () if not a or not b or self.unify(a, b) else (a, b)
 
     def reshape(self, dims: Dims, sizes: Sequence[Size]) -> tuple[Dims, tuple[Dim, ...]]:
         """Distribute the axes of ``dims`` over new sizes, in row-major order.
@@ -252,6 +261,12 @@ def mentions(dims: Dims, tokens: Tokens) -> bool:
     """Whether any dimension has an axis of the token body, in whatever form."""
     body = set(atoms(tokens.body))
     return any(axis in body for dim in dims for axis in atoms(dim))
+
+
+def has_batch(dims: Dims, tokens: Tokens) -> bool:
+    """Whether the axes that number the images stand together in some dimension."""
+    width = len(tokens.batch)
+    return any(dim[i : i + width] == tokens.batch for dim in dims for i in range(len(dim) + 1))
 
 
 def places(dims: Dims, tokens: Tokens) -> list[Place] | None:

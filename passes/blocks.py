@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from mctf_compile.passes.axes import FEATURES, Cat, Dim, Dims, Tokens, atoms, mentions, places
+from mctf_compile.passes.reasons import name_of
 from mctf_compile.passes.rules import schema_arguments
 from mctf_compile.passes.rules.contractions import operands
 from mctf_compile.passes.token_axes import Axes
@@ -168,8 +169,11 @@ def _block(site, following, flow, order, axes, protected) -> Block:
     sources = set.intersection(*(nx.ancestors(flow, n) for n in (site.query, site.key, site.value)))
     found = _residual(site.node, sources, following, flow, order, axes)
     if found is None:
-        return Block(site, None, problem="no residual connection leads around this attention")
+        return Block(site, None, problem="no residual connection leads around this attention with the tokens in its order")
     entry, middle = found
+    if not mentions(axes.of(entry), tokens):
+        problem = _between(site.key, entry, flow, order, axes)
+        return Block(site, None, entry, middle, problem=problem)
     tokens = _with_batch(tokens, axes.of(entry), axes.of(site.query))
     if isinstance(tokens, str):
         return Block(site, None, entry, middle, problem=tokens)
@@ -202,6 +206,19 @@ def _sum(start, accept, following, flow, order, axes) -> fx.Node | None:
     return None
 
 
+def _between(key: fx.Node, entry: fx.Node, flow: nx.DiGraph, order: dict, axes: Axes) -> str:
+    """What makes new tokens of those in the residual stream before attention sees them."""
+    stream = {atom for dim in axes.of(entry) for atom in atoms(dim)}
+    between = nx.descendants(flow, entry) & nx.ancestors(flow, key)
+    for node in sorted(between, key=order.__getitem__):
+        dims = axes.dims.get(node)
+        if isinstance(dims, tuple) and len(dims) > 2 and order[node] > order[entry]:
+            held = [{atom for atom in atoms(dim)} & stream for dim in axes.of(node)]
+            if sum(map(bool, held)) < 2:
+                return f"{name_of(node)} makes other tokens of those in the residual stream before attention"
+    return "attention runs over other tokens than those in the residual stream"
+
+
 def _tokens(axis: Dim, protected: int | None) -> Tokens | str:
     """Prefix, body and suffix of a token axis, as far as the axis itself tells."""
     if not all(isinstance(a.size, int) for a in axis):
@@ -226,8 +243,8 @@ def _with_batch(tokens: Tokens, stream: Dims, query: Dims) -> Tokens | str:
     What it does not share are its channels; where all are shared (q is the stream itself) the last are.
     """
     found = places(stream, tokens)
-    if found is None or not mentions(stream, tokens):
-        return "the residual stream keeps its tokens in windows or in another order than this attention does"
+    if found is None:
+        return f"attention runs within windows or groups of {tokens.total} tokens of a larger grid"
     if len(found) != 1:
         return "the residual stream has the token axis twice"
     (place,) = found

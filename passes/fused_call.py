@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, fx
 
 from mctf_compile.errors import Declined
-from mctf_compile.passes.axes import Dims, Place, Tokens, mentions, places
+from mctf_compile.passes.axes import Dims, Place, Tokens, has_batch, mentions, places
 from mctf_compile.passes.fusion import Stream, Value
+from mctf_compile.passes.reasons import name_of, regrouped
 from mctf_compile.passes.rules import Call, Rule
 from mctf_compile.passes.rules.base import wrap
 
@@ -152,13 +153,13 @@ class FusedCall:
         vals = vals if isinstance(vals, (tuple, list)) else [vals]
         shapes = [self.expected_shape(d, v.shape) for d, v in zip(all_dims, vals)]
         if any(shape is None for shape in shapes):
-            raise Declined(f"the tokens are regrouped to {tuple(vals[0].shape)} (windows or a grid)")
+            raise Declined(regrouped(self.node, vals[0].shape))
         mass = self._mass(all_dims)
 
         def operand(n: fx.Node) -> Any:
             value = self.env[n]
             if isinstance(value, list):
-                raise Declined(f"{self.node.target} takes a list of results")
+                raise Declined(f"{name_of(self.node)} takes a list of results")
             if not isinstance(value, Value):
                 return value
             if any(self.args.get(name) is n for name in self.rule.ignores):
@@ -215,13 +216,15 @@ class FusedCall:
             not (isinstance(g, int) and isinstance(w, int)) or g == w for g, w in zip(got, want)
         )
         if not agree:
-            raise Declined(f"{self.node.target} gives {tuple(got)} on fused tokens where {tuple(want)} is due")
+            raise Declined(f"{name_of(self.node)} gives {tuple(got)} on fused tokens where {tuple(want)} is due")
 
     def result(self, tensor: Tensor, mass: int | None = None, dims: Dims | None = None) -> Value:
         """A value of this call's generation, where its axes hold the tokens; else an ordinary one."""
         dims = self.out_dims()[0] if dims is None else dims
         if not mentions(dims, self.tokens):
             return Value(tensor, dims)
+        if not has_batch(dims, self.tokens):
+            raise Declined("the images are regrouped")
         stream = self.stream if self.generation else None
         return Value(tensor, dims, stream, self.generation, mass if self.generation else None)
 

@@ -6,14 +6,15 @@ One-step-ahead attention computes q and k of the old tokens and v of the fused o
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
-from mctf_compile.passes.axes import Atom, Dims, atoms
-from mctf_compile.passes.rules import schema_arguments
+from mctf_compile.passes.axes import Axis, Dims, atoms
+from mctf_compile.passes.rules import schema_arguments, sources
 from mctf_compile.passes.rules.base import wrap
 from mctf_compile.passes.token_axes import Axes
 
@@ -43,7 +44,7 @@ def find_projection(node: fx.Node, axes: Axes) -> Projection | None:
         return None
     linear = chain[0]
     features = axes.of(linear)[-1]
-    inside = set(atoms(features))
+    inside = {*features, *atoms(features)}
     index = _feature_indices(chain, axes, inside)
     if index is None:
         return None
@@ -68,17 +69,19 @@ def _layout_chain(node: fx.Node) -> list[fx.Node] | None:
     return None
 
 
-def _feature_indices(chain: list[fx.Node], axes: Axes, inside: set[Atom]) -> Tensor | None:
+def _feature_indices(chain: list[fx.Node], axes: Axes, inside: set[Axis]) -> Tensor | None:
     """Replay the chain on the numbers of the features, every other dimension shrunk to 1."""
     value: Tensor | tuple = torch.arange(_int(chain[0].meta["val"].shape[-1]))
-    value = value.reshape(_shrunk(axes.of(chain[0]), inside))
-    for node in chain[1:]:
+    for node in chain:
         packet = getattr(node.target, "overloadpacket", node.target)
-        if packet is operator.getitem:
+        if node is chain[0]:
+            value = value.expand(*[1] * (len(axes.of(node)) - 1), -1)
+        elif packet is operator.getitem:
             value = value[node.args[1]]
         elif packet not in COPIES:
             value = _STEPS[packet](value, node, axes, inside)
-        if value is None:
+        # Features that were cut to pieces have names of their own, and are followed no further.
+        if value is None or isinstance(value, Tensor) and list(value.shape) != _shrunk(axes.of(node), inside):
             return None
     return value
 
@@ -87,19 +90,18 @@ def _int(size: int | torch.SymInt) -> int:
     return size if isinstance(size, int) else 0
 
 
-def _shrunk(dims: Dims, inside: set[Atom]) -> list[int]:
+def _shrunk(dims: Dims, inside: set[Axis]) -> list[int]:
     """The shape that has only the feature axes."""
-    sizes = []
-    for dim in dims:
-        size = 1
-        for axis in dim:
-            size *= axis.size if set(atoms((axis,))) & inside else 1
-        sizes.append(size)
-    return sizes
+    return [math.prod(axis.size for axis in dim if _is_inside(axis, inside)) for dim in dims]
+
+
+def _is_inside(axis: Axis, inside: set[Axis]) -> bool:
+    return axis in inside or any(atom in inside for atom in atoms((axis,)))
 
 
 def _regroup(value, node, axes, inside):
-    return value.reshape(_shrunk(axes.of(node), inside))
+    shape = _shrunk(axes.of(node), inside)
+    return value.reshape(shape) if math.prod(shape) == value.numel() else None
 
 
 def _parts(value, node, axes, inside):
@@ -152,7 +154,7 @@ def _arrange(linear, node, index, start, stop, axes, inside) -> Projection | Non
     order = []
     for d, dim in enumerate(target):
         if d in feature_dims:
-            if any(not set(atoms((axis,))) & inside for axis in dim):
+            if not all(_is_inside(axis, inside) for axis in dim):
                 return None
             order.append(len(source) + feature_dims.index(d))
         else:
@@ -169,28 +171,28 @@ def find_projections(operands: list[fx.Node], entry: fx.Node, axes: Axes) -> dic
     """All the parts of the fused projections of ``entry`` that ``operands`` are computed from.
 
     1. Back from the operands, through norms and rotations, to the linears behind them.
-    2. Forward from each, through layout operators, to the first values that are parts of it: q, k and v,
+    2. Forward from each, through layout operators, to the last values that are parts of it: q, k and v,
        and the MLP's share where one linear serves both.
     """
-    order = {node: i for i, node in enumerate(entry.graph.nodes)}
     linears, seen, queue = [], set(), list(operands)
     while queue:
         node = queue.pop()
-        if node in seen or order[node] <= order[entry] or not isinstance(node.meta.get("val"), (Tensor, tuple, list)):
+        if node in seen or node <= entry or not isinstance(node.meta.get("val"), (Tensor, tuple, list)):
             continue
         seen.add(node)
         if getattr(node.target, "overloadpacket", None) is aten.linear:
             linears.append(node)
         else:
-            queue.extend(node.all_input_nodes)
+            queue.extend(sources(node))
     found: dict[fx.Node, Projection] = {}
     queue = [user for linear in linears for user in linear.users]
     while queue:
         node = queue.pop()
-        tensor = isinstance(node.meta.get("val"), Tensor)
-        projection = find_projection(node, axes) if tensor else None
-        if projection is not None:
+        if _layout_chain(node) is None:
+            continue
+        queue.extend(node.users)
+        projection = find_projection(node, axes) if isinstance(node.meta.get("val"), Tensor) else None
+        # The last one of a chain, so that no view of a view has to be made again.
+        if projection is not None and any(_layout_chain(user) is None for user in node.users):
             found[node] = projection
-        elif not tensor or _layout_chain(node) is not None:
-            queue.extend(node.users)
     return found

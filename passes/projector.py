@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from mctf_compile.passes.blocks import Block
 from mctf_compile.passes.fusion import Value
 from mctf_compile.passes.plan import Plan
 from mctf_compile.passes.projections import Projection
+from mctf_compile.passes.rules import sources
 from mctf_compile.passes.token_axes import Axes
 
 
@@ -20,9 +22,21 @@ class Projector:
     def __init__(self, axes: Axes, plan: Plan) -> None:
         self.axes, self.plan = axes, plan
         self._projected: dict[tuple[fx.Node, Tensor, int, int], Tensor] = {}
-        sites = [b.block.attention for b in plan.fusing]
-        self._ends = {site.node for site in sites}
-        self._wanted = {node for site in sites for node in (site.query, site.key)}
+        self._asked = set().union(*(self._behind(b.block) for b in plan.fusing))
+
+    def _behind(self, block: Block) -> set[fx.Node]:
+        """The parts that a block's query and key are computed from."""
+        found: set[fx.Node] = set()
+        seen: set[fx.Node] = set()
+        stack = [block.attention.query, block.attention.key]
+        while stack:
+            node = stack.pop()
+            if node in self.plan.projections:
+                found.add(node)
+            elif node not in seen and node > block.entry:
+                seen.add(node)
+                stack.extend(sources(node))
+        return found
 
     def evaluate(self, node: fx.Node, env: Mapping[fx.Node, Any], first: Value) -> Value:
         """A part of a fused projection, computed alone; q and k of one input are computed together.
@@ -49,23 +63,10 @@ class Projector:
     def _range(self, projection: Projection) -> tuple[int, int]:
         """The output features to compute at once: this part, and q or k beside it."""
         beside = [
-            p for n, p in self.plan.projections.items() if p.linear is projection.linear and self._feeds(n)
+            p for n, p in self.plan.projections.items() if p.linear is projection.linear and n in self._asked
         ]
         if projection not in beside:
             return projection.start, projection.stop
         start, stop = min(p.start for p in beside), max(p.stop for p in beside)
         solid = sum(p.stop - p.start for p in beside) == stop - start
         return (start, stop) if solid else (projection.start, projection.stop)
-
-    def _feeds(self, node: fx.Node) -> bool:
-        """Whether ``node`` is, or leads through pointwise steps to, a planned query or key."""
-        seen, stack = set(), [node]
-        while stack:
-            n = stack.pop()
-            if n in self._wanted:
-                return True
-            if n in seen or n in self._ends or len(seen) > 64:
-                continue
-            seen.add(n)
-            stack.extend(n.users)
-        return False

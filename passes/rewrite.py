@@ -12,13 +12,14 @@ from torch import Tensor, fx
 from torch.fx.traceback import set_current_meta
 
 from mctf_compile.errors import Declined
-from mctf_compile.passes.axes import Dims, Tokens, mentions
+from mctf_compile.passes.axes import has_batch, mentions
 from mctf_compile.passes.fused_call import FusedCall, flat_values
 from mctf_compile.passes.fusion import Stream, Value
 from mctf_compile.passes.insertion import Insertion
 from mctf_compile.passes.normalize import trace
 from mctf_compile.passes.plan import Plan
 from mctf_compile.passes.projector import Projector
+from mctf_compile.passes.reasons import name_of
 from mctf_compile.passes.rules import find_rule
 from mctf_compile.passes.token_axes import Axes
 
@@ -153,12 +154,12 @@ class Rewriter:
     def _run_fused(self, node: fx.Node, stream: Stream, generation: int, env: Env) -> Any:
         rule = find_rule(node.target)
         if rule is None:
-            raise Declined(f"{node.target} has no rule for fused tokens")
+            raise Declined(f"{name_of(node)} has no rule for fused tokens")
         call = FusedCall(self, rule, node, stream, generation, env)
         if not mentions(self.axes.mixed_by(node), stream.tokens):
             return call.emit()
         if rule.fused is None:
-            raise Declined(f"{node.target} reads the original tokens")
+            raise Declined(f"{name_of(node)} mixes the original tokens")
         return rule.fused(call)
 
     def again(self, node: fx.Node, source: fx.Node, replacement: Value) -> Any:
@@ -203,7 +204,7 @@ class Rewriter:
                 if value.generation == generation:
                     self._raised[key] = value
                     return value
-            if stream.tokens.batch and not _has_batch(value.dims, stream.tokens):
+            if not has_batch(value.dims, stream.tokens):
                 value = _with_images(value, stream, like)
             self._raised[key] = stream.raise_to(stream.intensive(value), generation)
         return self._raised[key]
@@ -212,11 +213,6 @@ class Rewriter:
         if value.stream is None:
             return value
         return value.stream.lower_to(value.stream.intensive(value), 0)
-
-
-def _has_batch(dims: Dims, tokens: Tokens) -> bool:
-    width = len(tokens.batch)
-    return any(dim[i : i + width] == tokens.batch for dim in dims for i in range(len(dim)))
 
 
 def _with_images(value: Value, stream: Stream, like: Value) -> Value:

@@ -56,13 +56,24 @@ def test_a_side_tensor_gets_the_axis_it_is_added_to():
     assert axes.of(nodes["p_1"])[1] == axes.of(nodes["x_1"])[1]
 
 
-def test_tokens_in_a_grid_are_in_no_place():
+def test_tokens_in_a_grid_have_a_place_of_several_dimensions():
     table = AxisTable()
-    dims = table.fresh_dims((2, 4, 4, 8))
-    flat, _ = table.reshape(dims, (2, 16, 8))
+    batch, rows, columns, channels = table.fresh_dims((2, 4, 4, 8))
+    flat, _ = table.reshape((batch, rows, columns, channels), (2, 16, 8))
     tokens = Tokens(flat[1], 16, 0, 0, flat[0])
-    assert places(flat, tokens)[0].dim == 1
-    assert places(dims, tokens) is None
+    assert [(p.dim, p.rest) for p in places(flat, tokens)] == [(1, ())]
+    assert [(p.dim, p.rest) for p in places((batch, rows, columns, channels), tokens)] == [(1, (2,))]
+    assert [(p.dim, p.rest) for p in places((batch, channels, rows, columns), tokens)] == [(2, (3,))]
+
+
+def test_a_transposed_or_partial_grid_is_no_place():
+    table = AxisTable()
+    batch, rows, columns, channels = table.fresh_dims((2, 4, 4, 8))
+    flat, _ = table.reshape((batch, rows, columns, channels), (2, 16, 8))
+    tokens = Tokens(flat[1], 16, 0, 0, flat[0])
+    assert places((batch, columns, rows, channels), tokens) is None
+    assert places((batch, rows, channels), tokens) is None
+    assert places((batch, rows + channels, columns), tokens) is None
 
 
 @pytest.mark.parametrize("head_first", [True, False])

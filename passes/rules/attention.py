@@ -117,16 +117,15 @@ def sized_attention(call: FusedCall) -> Value:
 @rule(aten.scaled_dot_product_attention, fused=sized_attention)
 def attention(call: Call) -> Flow:
     q, k, v = (call.dims(name) for name in ("query", "key", "value"))
-    agree = call.table.unify(k[-2], v[-2]) & call.table.unify(q[-1], k[-1])
+    align = call.table.align
+    mixed = (k[-2], q[-1], *align(k[-2], v[-2]), *align(q[-1], k[-1]))
     if not call.args.get("enable_gqa"):
         for a, b, c in zip(q[:-2], k[:-2], v[:-2]):
-            agree &= (not (a and b) or call.table.unify(a, b)) and (not (b and c) or call.table.unify(b, c))
-    mixed = (k[-2], q[-1])
+            mixed += align(a, b) + align(a, c) + align(b, c)
     mask = call.args.get("attn_mask")
     if mask is not None:
-        logits = (*q[:-1], k[-2])
-        for offset, dim in enumerate(reversed(call.dims_of(mask)), 1):
-            agree &= not dim or call.table.unify(logits[-offset], dim)
+        for a, b in zip(reversed((*q[:-1], k[-2])), reversed(call.dims_of(mask))):
+            mixed += align(a, b)
     if call.args.get("is_causal"):
         mixed += (q[-2],)
-    return Flow((*q[:-1], v[-1]), mixed if agree else (*q, *k, *v))
+    return Flow((*q[:-1], v[-1]), mixed)

@@ -109,6 +109,16 @@ def find_rule(target: Any) -> Rule | None:
     return None
 
 
+def sources(node: fx.Node) -> list[fx.Node]:
+    """The inputs whose values an operator reads; not those that lend only their dtype or shape."""
+    rule = find_rule(node.target)
+    if rule is None or not rule.ignores:
+        return node.all_input_nodes
+    args = schema_arguments(node)
+    lent = [args.get(name) for name in rule.ignores]
+    return [n for n in node.all_input_nodes if n not in lent]
+
+
 def wrap(dim: int, rank: int) -> int:
     """A non-negative dimension number."""
     return dim + rank if dim < 0 else dim

@@ -51,19 +51,18 @@ def matmul(call: Call) -> Flow:
     left, right = (call.dims(name) for name in operands(call.args))
     x = left if len(left) > 1 else ((), *left)
     y = right if len(right) > 1 else (*right, ())
-    agree = call.table.unify(x[-1], y[-2])
+    mixed = (x[-1], y[-2], *call.table.align(x[-1], y[-2]))
     batch: list[Dim] = []
     for i in range(max(len(x), len(y)) - 2, 0, -1):
         a = x[-2 - i] if i <= len(x) - 2 else ()
         b = y[-2 - i] if i <= len(y) - 2 else ()
-        if a and b:
-            agree &= call.table.unify(a, b)
+        mixed += call.table.align(a, b)
         batch.append(a or b)
     out: Dims = (*batch, *((x[-2],) if len(left) > 1 else ()), *((y[-1],) if len(right) > 1 else ()))
     if "beta" in call.args:
-        added = call.dims("self")
-        agree &= all(not a or call.table.unify(a, b) for a, b in zip(added[::-1], out[::-1]))
-    return Flow(out, (x[-1], y[-2]) if agree else (*x, *y))
+        for a, b in zip(reversed(call.dims("self")), reversed(out)):
+            mixed += call.table.align(a, b)
+    return Flow(out, mixed)
 
 
 def contracted_einsum(call: FusedCall) -> Value:
@@ -114,16 +113,13 @@ def letters(equation: str, ranks: Sequence[int] = ()) -> tuple[list[str], str]:
 def einsum(call: Call) -> Flow:
     nodes = list(call.args["tensors"])
     terms, out = letters(call.args["equation"], [len(call.dims_of(node)) for node in nodes])
-    everything = tuple(dim for node in nodes for dim in call.dims_of(node))
     if any(len(set(term)) < len(term) for term in terms):
-        return Flow(call.table.fresh_dims(call.shape), everything)
+        return Flow(call.table.fresh_dims(call.shape), tuple(dim for node in nodes for dim in call.dims_of(node)))
     axes: dict[str, Dim] = {}
-    agree = True
+    mixed: tuple[Dim, ...] = ()
     for term, node in zip(terms, nodes):
         for letter, dim in zip(term, call.dims_of(node)):
-            if axes.get(letter):
-                agree &= not dim or call.table.unify(axes[letter], dim)
-            else:
-                axes[letter] = dim
-    mixed = tuple(dim for letter, dim in axes.items() if letter not in out)
-    return Flow(tuple(axes[letter] for letter in out), mixed if agree else everything)
+            mixed += call.table.align(axes.get(letter, ()), dim)
+            axes[letter] = axes.get(letter) or dim
+    mixed += tuple(dim for letter, dim in axes.items() if letter not in out)
+    return Flow(tuple(axes[letter] for letter in out), mixed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from mctf_compile.errors import Declined
 from mctf_compile.passes.axes import Dims, product, size_of
@@ -151,21 +152,36 @@ def select(call: Call) -> Flow:
 
 def slice_parts(call: FusedCall) -> Value:
     """A slice that is the protected prefix, or all that follows it."""
+    if call.args.get("step", 1) != 1:
+        raise Declined("the token axis is sliced with a stride")
+    return call.result(part(call, *bounds(call.call)))
+
+
+def split_parts(call: FusedCall) -> list[Value]:
+    """A split into protected prefix, body and suffix."""
+    d = call.wrapped("dim")
+    sizes = [value.shape[d] for value in call.node.meta["val"]]
+    edges = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+    pieces = [part(call, start, stop) for start, stop in zip(edges, edges[1:])]
+    return [call.result(piece, dims=dims) for piece, dims in zip(pieces, call.out_dims())]
+
+
+def part(call: FusedCall, start: int, stop: int) -> Tensor:
+    """Positions start:stop of the original token axis, where they hold all of the body or nothing of it."""
     dim = call.wrapped("dim")
     place = call.place("self", dim)
-    x = call.value("self")
-    start, stop = bounds(call.call)
-    total = call.tokens.size + place.lead + place.tail
-    shrunk = x.tensor.shape[dim]
-    if place.before or place.after or call.args.get("step", 1) != 1:
+    x = call.value("self").tensor
+    if place.before or place.after:
         raise Declined("the token axis is sliced together with other axes")
-    if stop <= place.lead:
-        return call.result(torch.ops.aten.slice.Tensor(x.tensor, dim, start, stop))
-    if start >= total - place.tail:
-        return call.result(torch.ops.aten.slice.Tensor(x.tensor, dim, shrunk - total + start, shrunk - total + stop))
-    if start > place.lead or stop < total - place.tail:
-        raise Declined(f"tokens {start}:{stop} are sliced out of {total}")
-    return call.result(torch.ops.aten.slice.Tensor(x.tensor, dim, start, shrunk - (total - stop)))
+    body_end = place.lead + call.tokens.size
+    removed = body_end + place.tail - x.shape[dim]
+    if start >= body_end:
+        start, stop = start - removed, stop - removed
+    elif stop >= body_end and start <= place.lead:
+        stop = stop - removed
+    elif stop > place.lead:
+        raise Declined(f"tokens {start}:{stop} are sliced out of {body_end + place.tail}")
+    return torch.ops.aten.slice.Tensor(x, dim, start, stop)
 
 
 def bounds(call: Call) -> tuple[int, int]:
@@ -194,13 +210,16 @@ def slice_(call: Call) -> Flow:
         new = dims[d] if whole else call.table.fresh(call.shape[d])
         return Flow((*dims[:d], new, *dims[d + 1 :]), () if whole else (dims[d],))
     call.table.cut(dims[d], (start, stop))
-    part = call.table.slice(dims[d], start, stop)
-    whole = part is not None and part == call.table.canonical(dims[d])
-    part = call.table.fresh(call.shape[d]) if part is None else part
-    return Flow((*dims[:d], part, *dims[d + 1 :]), () if whole else (dims[d],))
+    held = call.table.slice(dims[d], start, stop)
+    whole = held is not None and held == call.table.canonical(dims[d])
+    held = call.table.fresh(call.shape[d]) if held is None else held
+    return Flow((*dims[:d], held, *dims[d + 1 :]), () if whole else (dims[d],))
 
 
-@rule(aten.split, aten.split_with_sizes, aten.chunk, aten.tensor_split, aten.unsafe_split, aten.unsafe_chunk)
+@rule(
+    aten.split, aten.split_with_sizes, aten.chunk, aten.tensor_split, aten.unsafe_split, aten.unsafe_chunk,
+    fused=split_parts,
+)
 def split(call: Call) -> Flow:
     dims = call.dims("self")
     d = wrap(call.args["dim"], len(dims))
@@ -211,9 +230,9 @@ def split(call: Call) -> Flow:
     if static:
         call.table.cut(dims[d], edges)
     for size, start, stop in zip(sizes, edges, edges[1:]):
-        part = call.table.slice(dims[d], start, stop) if static else None
-        part = call.table.fresh(size) if part is None else part
-        out.append((*dims[:d], part, *dims[d + 1 :]))
+        held = call.table.slice(dims[d], start, stop) if static else None
+        held = call.table.fresh(size) if held is None else held
+        out.append((*dims[:d], held, *dims[d + 1 :]))
     return Flow(out, (dims[d],))
 
 
@@ -238,18 +257,17 @@ def cat(call: Call) -> Flow:
     # Legacy: a one-dimensional empty tensor is skipped by cat.
     pairs = [(n, dims) for n, dims in zip(nodes, all_dims) if len(dims) == rank]
     out = list(pairs[0][1])
-    agree = all(
-        call.table.unify(out[i], dims[i]) for _, dims in pairs[1:] for i in range(rank) if i != d
-    )
-    parts = [(size_of(n.meta["val"].shape[d]), dims[d]) for n, dims in pairs]
-    out[d] = call.table.cat(parts)
-    return Flow(tuple(out), tuple(part for _, part in parts) + (() if agree else tuple(out)))
+    mixed = tuple(dims[d] for _, dims in pairs)
+    for _, dims in pairs[1:]:
+        for i in range(rank):
+            mixed += call.table.align(out[i], dims[i]) if i != d else ()
+    out[d] = call.table.cat([(size_of(n.meta["val"].shape[d]), dims[d]) for n, dims in pairs])
+    return Flow(tuple(out), mixed)
 
 
 @rule(aten.stack)
 def stack(call: Call) -> Flow:
-    all_dims = [call.dims_of(n) for n in call.args["tensors"]]
+    first, *others = [call.dims_of(n) for n in call.args["tensors"]]
     d = wrap(call.args["dim"], len(call.shape))
-    first = all_dims[0]
-    agree = all([call.table.unify(a, b) for dims in all_dims[1:] for a, b in zip(first, dims)])
-    return Flow((*first[:d], call.table.fresh(call.shape[d]), *first[d:]), () if agree else first)
+    mixed = tuple(dim for dims in others for a, b in zip(first, dims) for dim in call.table.align(a, b))
+    return Flow((*first[:d], call.table.fresh(call.shape[d]), *first[d:]), mixed)

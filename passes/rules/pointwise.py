@@ -2,7 +2,7 @@
 
 import torch
 
-from mctf_compile.passes.axes import Dims
+from mctf_compile.passes.axes import Dim
 from mctf_compile.passes.rules.base import Call, Flow, rule
 
 aten = torch.ops.aten
@@ -12,19 +12,13 @@ aten = torch.ops.aten
 def pointwise(call: Call) -> Flow:
     """Operands broadcast from the right; aligned dimensions are one axis."""
     rank = len(call.shape)
-    out: list = [()] * rank
-    agree = True
+    out: list[Dim] = [()] * rank
+    mixed: tuple[Dim, ...] = ()
     for node in call.tensors():
-        dims = call.dims_of(node)
-        for offset, dim in enumerate(reversed(dims), 1):
-            if not dim:
-                continue
-            if not out[rank - offset]:
-                out[rank - offset] = dim
-            else:
-                agree &= call.table.unify(out[rank - offset], dim)
-    result: Dims = tuple(out)
-    return Flow(result, () if agree else result)
+        for offset, dim in enumerate(reversed(call.dims_of(node)), 1):
+            mixed += call.table.align(out[rank - offset], dim)
+            out[rank - offset] = out[rank - offset] or dim
+    return Flow(tuple(out), mixed)
 
 
 @rule(
