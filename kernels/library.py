@@ -1,6 +1,7 @@
 """The operator namespace ``torch.ops.mctf`` and the one way to put an operator in it."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -21,6 +22,12 @@ def composite(schema: str) -> Callable[[Callable], Callable]:
         return function
 
     return register
+
+
+def without_autocast(device: str) -> AbstractContextManager:
+    """Autocast off, on a device that has it (``meta`` has none)."""
+    available = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if available else nullcontext()
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:

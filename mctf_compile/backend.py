@@ -47,9 +47,24 @@ def mctf(
         if config.strict:
             raise
         reason = str(error)
-    if reason is not None and config.schedule.asks_for_fusion:
-        warnings.warn(f"mctf: the graph stays dense: {reason}", stacklevel=2)
+    if config.schedule.asks_for_fusion:
+        if _split_by_ddp(gm):
+            warnings.warn(SPLIT_BY_DDP, stacklevel=2)
+        elif reason is not None:
+            warnings.warn(f"mctf: the graph stays dense: {reason}", stacklevel=2)
     return inner_compiler(config)(fused, example_inputs)
+
+
+SPLIT_BY_DDP = (
+    "mctf: DistributedDataParallel cuts the model into a graph per gradient bucket, and every cut gives the "
+    "tokens back; set torch._dynamo.config.optimize_ddp = False to fuse them throughout."
+)
+
+
+def _split_by_ddp(gm: fx.GraphModule) -> bool:
+    """Whether Dynamo's DDPOptimizer made this graph of a larger one."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    return "DDPOptimizer" in str(getattr(reason, "reason", ""))
 
 
 def inner_compiler(config: FusionConfig) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]:

@@ -62,7 +62,7 @@ class Report:
         count = sum(block.reason is None for block in self.blocks)
         return (
             f"{self.method}: {count} of {len(self.blocks)} blocks fuse, {self.removed} tokens removed, "
-            f"{before:.3f} -> {after:.3f} GMACs ({self.macs_before / self.macs_after:.2f}x fewer)"
+            f"{before:.3f} -> {after:.3f} GMACs ({self.macs_before / max(self.macs_after, 1):.2f}x fewer)"
         )
 
     def __str__(self) -> str:

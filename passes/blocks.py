@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from mctf_compile.passes.axes import FEATURES, Cat, Dim, Dims, Tokens, atoms, mentions, places
+from mctf_compile.passes.mutations import updates_statistics
 from mctf_compile.passes.reasons import name_of
 from mctf_compile.passes.rules import schema_arguments
 from mctf_compile.passes.rules.contractions import operands
@@ -179,6 +180,9 @@ def _block(site, following, flow, order, axes, protected) -> Block:
         return Block(site, None, entry, middle, problem=tokens)
     after = nx.descendants(flow, middle) | {middle}
     stop = _sum(middle, lambda a, b: a in after and b in after, following, flow, order, axes)
+    between = nx.descendants(flow, entry) & (nx.ancestors(flow, stop or middle))
+    if any(map(updates_statistics, between)):
+        return Block(site, None, entry, middle, problem="batch norm in training takes statistics over the tokens")
     return Block(site, tokens, entry, middle, stop or middle)
 
 

@@ -29,7 +29,7 @@ class Insertion:
 
     ``fused`` and ``sources`` keep, for each generation that a residual stream was fused into, that stream
     and its node: values derived from it before are derived again. ``whole`` collects the blocks that
-    turned out to get the original tokens.
+    turned out to get the original tokens, ``undone`` those that could not be fused, with the reason.
     """
 
     def __init__(self, rewriter: Rewriter) -> None:
@@ -38,6 +38,7 @@ class Insertion:
         self.sources: dict[tuple[Stream, int], fx.Node] = {}
         self.fused: dict[fx.Node, Value] = {}
         self.whole: set[int] = set()
+        self.undone: dict[int, str] = {}
         self._importance: dict[fx.Node, Tensor] = {}
         self._padding: dict[fx.Node, Tensor] = {}
         self._at_node = {b.block.attention.node: b for b in self.plan.fusing}
@@ -51,14 +52,19 @@ class Insertion:
         """The value of ``node`` in the rewritten program, with whatever fusion the plan has there."""
         rewriter = self.rewriter
         planned = self._at_node.get(node)
-        result = rewriter.evaluate(node, rewriter.env) if planned is None else self._attend(node, planned)
-        if node in self._at_weights:
+        if planned is None or planned.index in self.undone:
+            result = rewriter.evaluate(node, rewriter.env)
+        else:
+            result = self._attend(node, planned)
+        if node in self._at_weights and result.generation != self._entry(self._at_weights[node]).generation:
+            self.undone[self._at_weights[node].index] = "attention gets the original tokens back before its softmax"
+        elif node in self._at_weights:
             planned = self._at_weights[node]
             self._importance[planned.block.attention.node] = self._mean_received(result, planned)
             if planned.padded:
                 logits = rewriter.env[node.args[0]]
                 self._padding[planned.block.attention.node] = self._masked(logits, planned)
-        if node in self._at_end:
+        if node in self._at_end and self._at_end[node].index not in self.undone:
             planned = self._at_end[node]
             result = self._fuse(planned, result, self._importance[planned.block.attention.node])
         return result
@@ -164,8 +170,6 @@ class Insertion:
         order = torch.cat([position[:, : block.lead], body, position[:, n - block.tail :]], 1)
         x = evidence.x.gather(1, order[:, :, None].expand_as(evidence.x))
         size, importance, padding = (t.gather(1, order) for t in (evidence.size, evidence.importance, padding))
-        # What nothing attends to weighs nothing, and still has a mean.
-        importance = importance.clamp(min=torch.finfo(importance.dtype).tiny)
         choice = ask(Evidence(x, size, importance, padding))
         weight = torch.zeros_like(choice.weight).scatter(1, order, choice.weight)
         return replace(choice, keep=order.gather(1, choice.keep), gone=order.gather(1, choice.gone), weight=weight)

@@ -26,8 +26,17 @@ def count_macs(gm: fx.GraphModule) -> int:
     with FakeTensorMode(allow_non_fake_inputs=True):
         inputs = [_concrete(n.meta.get("val")) for n in gm.graph.nodes if n.op == "placeholder"]
         with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter, torch.no_grad():
-            fx.Interpreter(gm).run(*inputs)
+            _Numbers(gm).run(*inputs)
     return counter.get_total_flops() // 2
+
+
+class _Numbers(fx.Interpreter):
+    """Runs a graph on tensors without data; a number that is read from one is the one it was traced with."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.target in (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default):
+            return _hint(n.meta.get("val", 1))
+        return super().run_node(n)
 
 
 def _concrete(value: Any) -> Any:
@@ -38,4 +47,7 @@ def _concrete(value: Any) -> Any:
 
 
 def _hint(value: Any) -> Any:
-    return value.node.hint if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else value
+    """A symbol's value at tracing; 2 for one that has none."""
+    if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return value
+    return 2 if value.node.hint is None else value.node.hint

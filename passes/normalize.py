@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from itertools import count
 from typing import Any
 
 import torch
@@ -12,6 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn import functional as F
+from torch.utils.checkpoint import CheckpointPolicy
+
+from mctf_compile.errors import PassError
+from mctf_compile.passes.mutations import functionalize
 
 
 def fake_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Any]:
@@ -43,12 +48,19 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     After::   aten.view(x, [B, N, C]), aten.linear(x, w, None), aten.add.Tensor(x, y)
 
     linear, layer_norm, scaled_dot_product_attention, reshape, gelu and dropout stay single nodes. The
-    inference fast path of ``nn.TransformerEncoderLayer``, one opaque node, is opened.
+    inference fast path of ``nn.TransformerEncoderLayer``, one opaque node, is opened, and so are activation
+    checkpoints, whose nodes then say that they are to be recomputed. In-place operators are replaced.
+
+    Raises ``PassError`` for what has no such form.
     """
+    for node in gm.graph.nodes:
+        if str(getattr(node.target, "__module__", "")).startswith(("torch._functorch", "torch._C._functorch")):
+            raise PassError("a function transform (torch.func: vmap, grad, jvp) is part of the graph")
     normal = trace(_Opener(gm).run, inputs)
     for old, new in zip(_placeholders(gm), _placeholders(normal)):
         new.meta.update({k: v for k, v in old.meta.items() if k in ("stack_trace", "nn_module_stack")})
         new.name = old.name
+    functionalize(normal)
     return normal
 
 
@@ -72,13 +84,34 @@ def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:
 
 
 class _Opener(fx.Interpreter):
-    """Runs a graph, with opaque operators replaced by what they compute."""
+    """Runs a graph, with opaque operators replaced by what they compute.
+
+    ``region`` numbers the activation checkpoint that the graph is the body of. What it runs is marked for
+    AOTAutograd, which recomputes it in the backward pass.
+    """
+
+    _regions = count(1)
+
+    def __init__(self, gm: fx.GraphModule, region: int | None = None) -> None:
+        super().__init__(gm)
+        self.region = region
+
+    def run_node(self, n: fx.Node) -> Any:
+        if self.region is not None:
+            n.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+            n.meta["ac_graph_id"] = self.region
+        return super().run_node(n)
 
     def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
         if target is torch._transformer_encoder_layer_fwd:
             opened = _encoder_layer(*args, **kwargs)
             if opened is not None:
                 return opened
+        if target is torch.ops.higher_order.tag_activation_checkpoint:
+            body, *operands = args
+            if "_checkpoint_context_fn" in body.meta:
+                raise PassError("an activation checkpoint has a policy of its own (context_fn)")
+            return _Opener(body, next(self._regions)).run(*operands)
         return super().call_function(target, args, kwargs)
 
 

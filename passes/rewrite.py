@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.fx.traceback import set_current_meta
 
@@ -23,6 +24,7 @@ from mctf_compile.passes.reasons import name_of
 from mctf_compile.passes.rules import find_rule
 from mctf_compile.passes.token_axes import Axes
 
+aten = torch.ops.aten
 Env = Mapping[fx.Node, Any]
 
 
@@ -87,7 +89,7 @@ class Rewriter:
 
     def wasted(self) -> dict[int, str]:
         """The blocks in which tokens were given back between the fusion and the end of the MLP."""
-        found = {}
+        found = dict(self.insertion.undone)
         for planned in self.plan.fusing:
             block = planned.block
             first, last = self.order[block.attention.node], self.order[block.exit]
@@ -149,7 +151,9 @@ class Rewriter:
 
     def _run_dense(self, node: fx.Node, env: Env) -> Any:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self._plain(env[n]))
-        return self._dense(node, node.target(*args, **kwargs))
+        # Tokens that were given back lie elsewhere in memory than a view was made for.
+        target = aten.reshape.default if node.target is aten.view.default else node.target
+        return self._dense(node, target(*args, **kwargs))
 
     def _run_fused(self, node: fx.Node, stream: Stream, generation: int, env: Env) -> Any:
         rule = find_rule(node.target)

@@ -118,21 +118,24 @@ def test_transformer_encoder_fuses(norm_first, batch_first, train):
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"),
+    ("name", "arguments", "reason"),
     [
-        ("mixer_s32_224", "no self-attention over tokens"),
-        ("resnet18", "no self-attention over tokens"),
-        ("swinv2_tiny_window8_256", "attention runs within windows or groups of 64 tokens of a larger grid"),
+        ("mixer_s32_224", {}, "the graph has no self-attention over tokens"),
+        ("resnet18", {}, "the graph has no self-attention over tokens"),
+        ("xcit_nano_12_p16_224", {"depth": 2}, "the graph has no self-attention over tokens"),
+        ("swin_tiny_patch4_window7_224", {"depths": (2,), "num_heads": (3,)},
+         "attention runs within windows or groups of 49 tokens of a larger grid"),
+        ("pvt_v2_b0", {}, "would be given back within the block: a 3×3 convolution mixes the original tokens"),
     ],
 )
-def test_what_cannot_fuse_stays_dense_with_a_reason(name, reason):
+def test_what_cannot_fuse_stays_dense_with_a_reason(name, arguments, reason):
     torch.manual_seed(0)
-    model = timm.create_model(name).eval()
+    model = timm.create_model(name, **arguments).eval()
     images = torch.randn(1, *model.default_cfg["input_size"])
     recorder = Recorder({"r": 8})
     with torch.no_grad():
         assert torch.equal(recorder.run(model, images), model(images))
-    assert reason in recorder.reports[0].reason
+    assert reason in str(recorder.reports[0])
 
 
 def test_a_convolution_between_stages_gets_the_original_tokens_back():

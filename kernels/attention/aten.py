@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mctf_compile.kernels.library import working_dtype
+from mctf_compile.kernels.library import without_autocast, working_dtype
 
 
 def importance(
@@ -25,7 +25,7 @@ def importance(
         weights = torch.exp(logits - peak.clamp(min=torch.finfo(dtype).min))
         total = weights.sum(-1, keepdim=True)
         norm = (total + (total == 0)).reciprocal()
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device.type):
         received = norm.detach().flatten(1, 2).transpose(1, 2) @ weights.detach().flatten(1, 2)
     heads, queries = weights.shape[1:3]
     return received[:, 0] / (heads * queries), weights.to(q.dtype), norm

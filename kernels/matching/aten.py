@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mctf_compile.kernels.library import working_dtype
+from mctf_compile.kernels.library import without_autocast, working_dtype
 
 
 def scores(
@@ -40,7 +40,7 @@ def match(
     """
     n = x.shape[1]
     first, second = lead + lead % 2, lead + 1 - lead % 2
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         alpha, beta = slice(first, n - tail, 2), slice(second, n - tail, 2)
         w = scores(x, a, s, alpha, beta, tau_sim, tau_info, tau_size)
     if kind is not None:

@@ -25,6 +25,8 @@ def combine(y: Tensor, keep: Tensor, gone: Tensor, into: Tensor, dim: int, how: 
 def group(raw: Tensor, size: Tensor, keep: Tensor, gone: Tensor, into: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     m = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
     index = torch.zeros_like(raw, dtype=torch.long).scatter(1, keep, m).scatter(1, gone, into)
+    # Attention can underflow for every token of a group, which has a mean nevertheless.
+    raw = raw.clamp(min=torch.finfo(raw.dtype).tiny)
     total = combine(raw, keep, gone, into, 1, "sum")
     return index, raw / total.gather(1, index), combine(size, keep, gone, into, 1, "sum")
 

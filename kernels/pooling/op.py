@@ -13,7 +13,8 @@ def group(raw: Tensor, size: Tensor, keep: Tensor, gone: Tensor, into: Tensor) -
     """The map, the pooling weights and the new sizes that a matching gives; constants for autograd.
 
     Args:
-        raw: [B, N] positive pooling weights before normalisation (MCTF: informativeness times size).
+        raw: [B, N] pooling weights before normalisation (MCTF: informativeness times size), raised to the
+            least positive number of their dtype.
         size: [B, N] token sizes.
         keep [B, M], gone [B, r], into [B, r]: a matching, as ``mctf::match`` returns it.
 

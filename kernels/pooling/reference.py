@@ -20,8 +20,9 @@ def group(raw: Tensor, size: Tensor, keep: Tensor, gone: Tensor, into: Tensor) -
     """The reference of ``torch.ops.mctf.group``; see there."""
     g = assignment(keep, gone, into)
     index = g.argmax(1)
-    total = torch.einsum("bmn,bn->bm", g, raw.double())
-    weight = raw.double() / torch.einsum("bmn,bm->bn", g, total)
+    floored = raw.double().clamp(min=torch.finfo(raw.dtype).tiny)
+    total = torch.einsum("bmn,bn->bm", g, floored)
+    weight = floored / torch.einsum("bmn,bm->bn", g, total)
     return index, weight.to(raw.dtype), torch.einsum("bmn,bn->bm", g, size.double()).to(size.dtype)
 
 
@@ -29,7 +30,9 @@ def pool(x: Tensor, weight: Tensor | None, keep: Tensor, gone: Tensor, into: Ten
     """The reference of ``torch.ops.mctf.pool``; see there."""
     g = assignment(keep, gone, into)
     x = x.movedim(dim, 1)
-    if weight is None:
+    if x.dtype is torch.bool:
+        y = torch.stack([row[index] for row, index in zip(x, keep)])
+    elif weight is None:
         members = (g > 0).reshape(*g.shape, *[1] * (x.dim() - 2))
         y = x[:, None].masked_fill(~members, float("-inf")).amax(2)
     else:
