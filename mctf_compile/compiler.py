@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import fx
 
 import mctf_compile.kernels  # noqa: F401  registers torch.ops.mctf
 from mctf_compile.config import FusionConfig
-from mctf_compile.errors import MctfError, NothingFusedError
+from mctf_compile.errors import MctfError, NothingFusedError, UnsupportedGraph
 from mctf_compile.passes import PIPELINE, State, run_passes
 from mctf_compile.passes.macs import count_macs
 from mctf_compile.passes.normalize import fake_inputs
@@ -36,8 +37,11 @@ def rewrite(
         NothingFusedError: ``strict`` is set and nothing could be fused.
     """
     config = config or FusionConfig()
-    state = run_passes(PIPELINE, State(gm, fake_inputs(gm, example_inputs), config, example_inputs))
-    report = make_report(state)
+    state = State(gm, fake_inputs(gm, example_inputs), config, example_inputs)
+    try:
+        report = make_report(run_passes(PIPELINE, state))
+    except UnsupportedGraph as error:
+        report = Report([], lambda: (0, 0), reason=str(error), method=config.method, seconds=state.seconds)
     if config.strict and not report.fused:
         reasons = "\n".join(f"  block {b.index}: {b.reason}" for b in report.blocks)
         raise NothingFusedError(f"no block fuses tokens ({report.reason}).\n{reasons}".rstrip())
@@ -46,7 +50,6 @@ def rewrite(
 
 def make_report(state: State) -> Report:
     """The report of a finished run of the passes."""
-    before = count_macs(state.normal)
     planned = state.plan.blocks
     fused = bool(state.plan.fusing)
     reason = None
@@ -57,13 +60,17 @@ def make_report(state: State) -> Report:
         )
     return Report(
         blocks=[BlockReport(b.index, b.tokens_in, b.tokens_out, b.reason, b.note) for b in planned],
-        macs_before=before,
-        macs_after=count_macs(state.result) if fused else before,
+        count=partial(_count, state.normal, state.result if fused else None),
         unmerged=list(dict.fromkeys(f"{u.node.name}: {u.reason}" for u in state.unmerges)),
         reason=reason,
         method=state.plan.method.name,
         seconds=state.seconds,
     )
+
+
+def _count(before: fx.GraphModule, after: fx.GraphModule | None) -> tuple[int, int]:
+    dense = count_macs(before)
+    return dense, dense if after is None else count_macs(after)
 
 
 def explain(model: torch.nn.Module, *inputs: Any, **options: Any) -> Report:

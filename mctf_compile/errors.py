@@ -17,5 +17,9 @@ class PassError(MctfError, RuntimeError):
     """A pass broke its contract: a bug of this package. The message names the passes already run."""
 
 
+class UnsupportedGraph(MctfError):
+    """A graph does what no rewrite can follow; it stays dense, and the message says why."""
+
+
 class Declined(Exception):
     """A rule cannot run an operator on fused tokens; the tokens are unmerged before it. Never leaves passes."""

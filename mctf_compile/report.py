@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from rich.console import Console
 from rich.table import Table
@@ -29,7 +31,7 @@ class Report:
 
     Attributes:
         blocks: one entry per self-attention, in order of execution.
-        macs_before, macs_after: multiply-accumulates of one run at the inputs' batch size.
+        count: gives the multiply-accumulates of one run at the inputs' batch size, before and after.
         unmerged: where, and why, the original tokens were given back before an operator.
         reason: why the whole graph stayed dense, or None.
         method: the reduction method.
@@ -37,12 +39,26 @@ class Report:
     """
 
     blocks: list[BlockReport]
-    macs_before: int
-    macs_after: int
+    count: Callable[[], tuple[int, int]] = field(repr=False)
     unmerged: list[str] = field(default_factory=list)
     reason: str | None = None
     method: str = "mctf"
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def _macs(self) -> tuple[int, int]:
+        # Counted when first asked for: it takes as long as a pass, and a compile does not need it.
+        return self.count()
+
+    @property
+    def macs_before(self) -> int:
+        """Multiply-accumulates of the original graph."""
+        return self._macs[0]
+
+    @property
+    def macs_after(self) -> int:
+        """Multiply-accumulates of the rewritten graph."""
+        return self._macs[1]
 
     @property
     def removed(self) -> int:

@@ -179,7 +179,10 @@ def _block(site, following, flow, order, axes, protected) -> Block:
     if isinstance(tokens, str):
         return Block(site, None, entry, middle, problem=tokens)
     after = nx.descendants(flow, middle) | {middle}
-    stop = _sum(middle, lambda a, b: a in after and b in after, following, flow, order, axes)
+    stream = axes.of(middle)
+    stop = _sum(
+        middle, lambda a, b: a in after and b in after and axes.of(a) == stream, following, flow, order, axes
+    )
     between = nx.descendants(flow, entry) & (nx.ancestors(flow, stop or middle))
     if any(map(updates_statistics, between)):
         return Block(site, None, entry, middle, problem="batch norm in training takes statistics over the tokens")

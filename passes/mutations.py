@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
-from mctf_compile.errors import PassError
+from mctf_compile.errors import UnsupportedGraph
 from mctf_compile.passes.rules import schema_arguments
 
 aten = torch.ops.aten
@@ -25,14 +25,14 @@ def functionalize(gm: fx.GraphModule) -> None:
 
     1. Every later use of the tensor written to, under any name, reads the new one.
     2. A graph input that is written to is written once, at the end.
-    3. An operator without such a form (``bernoulli_``) stays, on a tensor of the graph's own.
+    3. An operator without such a form (``bernoulli_``) stays, on a tensor of the graph's own; so do writes
+       between values that no input but parameters leads to, which a rewrite leaves alone.
 
-    Raises ``PassError`` where a view of the tensor is read after the write: only the memory itself would
+    Raises ``UnsupportedGraph`` where a view of the tensor is read after the write: only the memory itself would
     carry the change there.
     """
     graph = gm.graph
-    writes = [node for node in graph.nodes if _is_write(node)]
-    if not writes:
+    if not any(map(_is_write, graph.nodes)):
         return
     order = {node: i for i, node in enumerate(graph.nodes)}
     names: dict[fx.Node, list[fx.Node]] = {}
@@ -40,18 +40,22 @@ def functionalize(gm: fx.GraphModule) -> None:
     for node in graph.nodes:
         for storage in _storages(node):
             memory.setdefault(storage, set()).add(node)
+    live = _live(graph)
     written: dict[fx.Node, fx.Node] = {}
-    for node in writes:
+    for node in [n for n in graph.nodes if _is_write(n)]:
+        family = set().union(*(memory[s] for n in (node, *node.all_input_nodes[:1]) for s in _storages(n)))
+        if not family & live:
+            continue
         target = node.args[0] if node.args else None
         if not isinstance(target, fx.Node) or not node.target._schema.name.endswith("_") or target.op == "get_attr":
-            raise PassError(f"{node.target} writes into a tensor in a way that cannot be followed")
+            raise UnsupportedGraph(f"{node.target} writes into a tensor in a way that cannot be followed")
         held = names.pop(target, [target])
         sharing = set().union(*(memory[s] for s in _storages(target))) - set(held) - {node}
         if any(order[user] > order[node] for other in sharing if order[other] < order[node] for user in other.users):
-            raise PassError(f"{node.target} writes into a tensor of which a view is read afterwards")
+            raise UnsupportedGraph(f"{node.target} writes into a tensor of which a view is read afterwards")
         result = _pure(graph, node)
         if result is node and held[0].op == "placeholder":
-            raise PassError(f"{node.target} writes into an input of the graph")
+            raise UnsupportedGraph(f"{node.target} writes into an input of the graph")
         order[result] = order[node]
         for name in (*held, node):
             name.replace_all_uses_with(
@@ -69,6 +73,19 @@ def functionalize(gm: fx.GraphModule) -> None:
     _write_back(graph, written)
     graph.lint()
     gm.recompile()
+
+
+def _live(graph: fx.Graph) -> set[fx.Node]:
+    """The values that depend on an input of the graph other than parameters."""
+    live: set[fx.Node] = set()
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "placeholder":
+            if not isinstance(value, torch.nn.Parameter):
+                live.add(node)
+        elif any(n in live for n in node.all_input_nodes):
+            live.add(node)
+    return live
 
 
 def _is_write(node: fx.Node) -> bool:

@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy
 
-from mctf_compile.errors import PassError
+from mctf_compile.errors import UnsupportedGraph
 from mctf_compile.passes.mutations import functionalize
 
 
@@ -51,11 +51,11 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     inference fast path of ``nn.TransformerEncoderLayer``, one opaque node, is opened, and so are activation
     checkpoints, whose nodes then say that they are to be recomputed. In-place operators are replaced.
 
-    Raises ``PassError`` for what has no such form.
+    Raises ``UnsupportedGraph`` for what has no such form.
     """
     for node in gm.graph.nodes:
         if str(getattr(node.target, "__module__", "")).startswith(("torch._functorch", "torch._C._functorch")):
-            raise PassError("a function transform (torch.func: vmap, grad, jvp) is part of the graph")
+            raise UnsupportedGraph("a function transform (torch.func: vmap, grad, jvp) is part of the graph")
     normal = trace(_Opener(gm).run, inputs)
     for old, new in zip(_placeholders(gm), _placeholders(normal)):
         new.meta.update({k: v for k, v in old.meta.items() if k in ("stack_trace", "nn_module_stack")})
@@ -110,7 +110,7 @@ class _Opener(fx.Interpreter):
         if target is torch.ops.higher_order.tag_activation_checkpoint:
             body, *operands = args
             if "_checkpoint_context_fn" in body.meta:
-                raise PassError("an activation checkpoint has a policy of its own (context_fn)")
+                raise UnsupportedGraph("an activation checkpoint has a policy of its own (context_fn)")
             return _Opener(body, next(self._regions)).run(*operands)
         return super().call_function(target, args, kwargs)
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import fx
 
 from mctf_compile.config import FusionConfig
-from mctf_compile.errors import ConfigError, PassError
+from mctf_compile.errors import ConfigError, PassError, UnsupportedGraph
 from mctf_compile.passes.blocks import Block
 from mctf_compile.passes.plan import Plan
 from mctf_compile.passes.rewrite import Unmerge
@@ -77,7 +77,7 @@ def run_passes(passes: Sequence[Pass], state: State) -> State:
     """Run ``passes`` in order; stops early once a plan fuses nothing.
 
     With ``MCTF_DEBUG=dir`` the graph after each pass goes to ``dir/NN-name.txt``.
-    Raises ``PassError`` that names the passes already run, ``ConfigError`` as it is.
+    Raises ``PassError`` that names the passes already run; ``ConfigError`` and ``UnsupportedGraph`` as they are.
     """
     done: list[str] = []
     names = [step.name for step in passes]
@@ -101,7 +101,7 @@ def _run_one(step: Pass, state: State, done: list[str]) -> str | None:
     start = time.perf_counter()
     try:
         back = step.run(state)
-    except (ConfigError, PassError):
+    except (ConfigError, PassError, UnsupportedGraph):
         raise
     except Exception as error:
         raise PassError(f"pass {step.name} failed after {', '.join(done) or 'no other pass'}: {error!r}") from error

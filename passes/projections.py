@@ -192,7 +192,7 @@ def find_projections(operands: list[fx.Node], entry: fx.Node, axes: Axes) -> dic
             continue
         queue.extend(node.users)
         projection = find_projection(node, axes) if isinstance(node.meta.get("val"), Tensor) else None
-        # The last one of a chain, so that no view of a view has to be made again.
-        if projection is not None and any(_layout_chain(user) is None for user in node.users):
+        if projection is not None:
             found[node] = projection
-    return found
+    # The last one of each chain, where all that is made of another is one too.
+    return {n: p for n, p in found.items() if not n.users or any(user not in found for user in n.users)}

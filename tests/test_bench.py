@@ -38,7 +38,7 @@ def test_median_and_spread(milliseconds: list[float], median: float, spread: flo
 
 def result_of(**medians: float) -> BenchResult:
     timings = {name: Timing(name, [ms]) for name, ms in medians.items()}
-    return BenchResult(timings, dict.fromkeys(medians, 1.0), Report([], macs_before=300, macs_after=200))
+    return BenchResult(timings, dict.fromkeys(medians, 1.0), Report([], lambda: (300, 200)))
 
 
 def test_ratios_are_those_of_the_medians() -> None:

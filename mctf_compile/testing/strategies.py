@@ -6,26 +6,57 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from mctf_compile.testing.models import HEADS, MLPS, NORMS, SPELLINGS, VitSpec
+from mctf_compile.testing.models import (
+    EXTRAS,
+    HEADS,
+    LAYOUTS,
+    MLPS,
+    NORMS,
+    OPEN,
+    SIDES,
+    SKIPS,
+    SPELLINGS,
+    VitSpec,
+)
 
 
 @st.composite
 def vit_specs(draw: st.DrawFn, position: bool = False) -> VitSpec:
-    """A small Vision Transformer; without position information unless ``position``."""
-    prefix = draw(st.sampled_from((0, 1, 2, 5)))
+    """A small Vision Transformer; without position information unless ``position``.
+
+    The first of each choice is the plainest, so that an example shrinks towards a plain model.
+    """
+    layout = draw(st.sampled_from(LAYOUTS))
+    extra_tokens = layout in ("bnc", "nbc")
+    prefix = draw(st.sampled_from((0, 1, 2, 5))) if extra_tokens else 0
+    spelling = draw(st.sampled_from(SPELLINGS))
+    sides = [side for side in SIDES if spelling in OPEN or side in ("none", "scale")]
+    # Only attention that is spelled out can mix a second map into its own.
+    sides = [side for side in sides if side != "gate" or spelling in ("softmax", "einsum", "talking")]
+    side = draw(st.sampled_from(sides))
+    heads = [head for head in HEADS if prefix or head not in ("cls", "class_attention")]
+    if side == "padding":
+        # What is read off padding means nothing.
+        heads = [head for head in heads if head in ("cls", "mean", "dense")]
+    norm = draw(st.sampled_from(NORMS if layout != "bchw" else ("pre", "post")))
     return VitSpec(
         depth=draw(st.integers(2, 4)),
         heads=draw(st.integers(1, 3)),
         head_dim=draw(st.sampled_from((4, 8))),
         grid=draw(st.integers(3, 5)),
         prefix=prefix,
-        suffix=draw(st.sampled_from((0, 0, 2))),
-        spelling=draw(st.sampled_from(SPELLINGS)),
-        norm=draw(st.sampled_from(NORMS)),
+        suffix=draw(st.sampled_from((0, 0, 2))) if extra_tokens else 0,
+        spelling=spelling,
+        norm=norm,
         mlp=draw(st.sampled_from(MLPS)),
-        head=draw(st.sampled_from(HEADS if prefix else HEADS[1:])),
+        head=draw(st.sampled_from(heads)),
+        layout=layout,
+        side=side,
+        skip=draw(st.sampled_from(SKIPS)),
+        extra=draw(st.sampled_from(EXTRAS if side != "padding" else ("none",))),
         layer_scale=draw(st.booleans()),
         qk_norm=draw(st.booleans()),
+        inplace=draw(st.booleans()),
         position=position,
     )
 

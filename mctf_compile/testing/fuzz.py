@@ -1,0 +1,145 @@
+"""Fuzzing of rewrites: models, inputs and options made up by Hypothesis, until one is unsound."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import hypothesis
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from mctf_compile.testing.models import TinyViT, VitSpec
+from mctf_compile.testing.soundness import check_rewrite
+from mctf_compile.testing.strategies import fusion_options, vit_specs
+
+
+@dataclass(frozen=True)
+class Case:
+    """A generated model, what it is given, and how it is fused."""
+
+    spec: VitSpec
+    options: dict[str, Any]
+    kinds: int
+    seed: int
+
+    def make(self) -> tuple[nn.Module, tuple[Tensor, ...]]:
+        torch.manual_seed(self.seed)
+        model = TinyViT(self.spec).eval()
+        return model, model.example(self.kinds, self.seed)
+
+    def program(self) -> str:
+        """A program that fails as this case does."""
+        options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        return "\n".join([
+            "import torch",
+            "from mctf_compile.testing import TinyViT, VitSpec, assert_rewrite_sound",
+            "",
+            f"torch.manual_seed({self.seed})",
+            f"model = TinyViT({self.spec}).eval()",
+            "with torch.no_grad():",
+            f"    assert_rewrite_sound(model, *model.example({self.kinds}, {self.seed}), {options})",
+        ])
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """A given model with generated options."""
+
+    name: str
+    model: nn.Module
+    inputs: tuple[Tensor, ...]
+    options: dict[str, Any]
+
+    def make(self) -> tuple[nn.Module, tuple[Tensor, ...]]:
+        return self.model, self.inputs
+
+    def program(self) -> str:
+        options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        shapes = ", ".join(f"torch.randn({tuple(x.shape)})" for x in self.inputs)
+        return "\n".join([
+            "import timm, torch",
+            "from mctf_compile.testing import assert_rewrite_sound",
+            "",
+            f"model = timm.create_model({self.name!r}).eval()",
+            "with torch.no_grad():",
+            f"    assert_rewrite_sound(model, {shapes}, {options})",
+        ])
+
+
+@dataclass
+class Outcome:
+    """What a run of the fuzzer saw: ``failure`` is the smallest unsound case with its problem, or None.
+
+    ``counts``: examples, those that fused tokens, and those to which the duplicate-token theorem applied.
+    """
+
+    counts: Counter = field(default_factory=Counter)
+    failure: tuple[Case | ModelCase, str] | None = None
+
+
+def cases() -> st.SearchStrategy[Case]:
+    """Generated models; every other one can tell positions apart."""
+    return st.builds(
+        Case, st.booleans().flatmap(lambda position: vit_specs(position)), fusion_options(), st.integers(1, 3),
+        st.integers(0, 999),
+    )
+
+
+def model_cases(name: str, model: nn.Module, inputs: tuple[Tensor, ...]) -> st.SearchStrategy[ModelCase]:
+    """One model with generated options."""
+    return st.builds(ModelCase, st.just(name), st.just(model), st.just(inputs), fusion_options())
+
+
+def fuzz(
+    strategy: st.SearchStrategy,
+    examples: int,
+    seed: int,
+    progress: Callable[[int], None] = lambda done: None,
+    shrink: bool = True,
+) -> Outcome:
+    """Check up to ``examples`` cases; stops at the first unsound one and shrinks it.
+
+    Args:
+        strategy: of ``Case`` or ``ModelCase``.
+        examples: how many to try; fewer where the strategy has no more.
+        seed: makes the run repeatable.
+        progress: called with the number of examples tried.
+        shrink: look for the smallest case that fails too.
+
+    Raises what interrupts it; an exception in a model or a rewrite is a failure of its case.
+    """
+    outcome = Outcome()
+    phases = [Phase.generate, Phase.shrink] if shrink else [Phase.generate]
+
+    @hypothesis.seed(seed)
+    @settings(max_examples=examples, deadline=None, database=None, phases=phases, report_multiple_bugs=False,
+              suppress_health_check=list(HealthCheck))
+    @given(strategy)
+    def run(case: Case | ModelCase) -> None:
+        model, inputs = case.make()
+        outcome.counts["examples"] += 1
+        progress(outcome.counts["examples"])
+        try:
+            with torch.no_grad():
+                found = check_rewrite(model, *inputs, **case.options)
+        except Exception as error:
+            cause = getattr(error, "inner_exception", error)
+            outcome.failure = case, f"{type(cause).__name__}: {cause}"
+            raise
+        outcome.counts["fused"] += any(report.fused for report in found.reports)
+        outcome.counts["duplicates"] += found.duplicates is not None
+        if found.problems:
+            outcome.failure = case, "; ".join(found.problems)
+            raise AssertionError(outcome.failure[1])
+
+    try:
+        run()
+    except Exception:
+        if outcome.failure is None:
+            raise
+    return outcome
