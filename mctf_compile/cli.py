@@ -1,4 +1,4 @@
-"""The command ``mctf``: what fusion would do to a timm model, and what it gains.
+"""The command ``mctf``: what fusion would do to a model, what it gains, and whether it is sound.
 
 torch and timm are imported where they are used, so that ``mctf --help`` does not wait for them.
 """
@@ -9,6 +9,7 @@ import argparse
 import ast
 import difflib
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -26,6 +27,10 @@ USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 
 class CommandError(Exception):
     """A mistake in the command line; the message is one line."""
+
+
+class CheckFailed(Exception):
+    """A check that the command made did not hold; the message is one line."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,7 +52,7 @@ def report_error(error: Exception) -> int:
 
     # torch.compile wraps what a backend raises.
     cause = getattr(error, "inner_exception", error)
-    if not isinstance(cause, (CommandError, MctfError)):
+    if not isinstance(cause, (CommandError, CheckFailed, MctfError)):
         raise error
     print(f"mctf: {cause}", file=sys.stderr)
     return USAGE_ERROR if isinstance(cause, (CommandError, ConfigError)) else FAILURE
@@ -81,6 +86,18 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("--no-inductor", action="store_true", help="leave dense Inductor out")
     measure.add_argument("--json", type=writable, metavar="FILE", help="write the result here too")
     measure.set_defaults(run=run_bench)
+
+    try_out = commands.add_parser("fuzz", help="look for a model and options whose rewrite is unsound")
+    try_out.add_argument("--model", metavar="MODEL", help="a timm model to try options on (default: generated models)")
+    try_out.add_argument("--examples", type=positive, default=500, metavar="N", help="how many to try (default: 500)")
+    try_out.add_argument("--seed", type=int, default=0, metavar="N", help="makes a run repeatable (default: 0)")
+    try_out.set_defaults(run=run_fuzz)
+
+    survey = commands.add_parser("coverage", help="rewrite and check a zoo of models; needs transformers, torchvision")
+    survey.add_argument("pattern", nargs="?", default="", metavar="PATTERN",
+                        help='regular expression for "KIND LIBRARY NAME", as "^A" or "timm swin" (default: all)')
+    survey.add_argument("-o", "--output", type=writable, metavar="FILE", help="write the table here, as Markdown")
+    survey.set_defaults(run=run_coverage)
     return top
 
 
@@ -148,6 +165,55 @@ def run_bench(args: argparse.Namespace) -> None:
         args.json.write_text(json.dumps({**setting, "options": options, **result.to_dict()}, indent=2) + "\n")
 
 
+def run_fuzz(args: argparse.Namespace) -> None:
+    with stages() as progress:
+        progress("load torch", 0, 1)
+        try:
+            from mctf_compile.testing.fuzz import cases, fuzz, model_cases
+        except ImportError as error:
+            raise CommandError(f"mctf fuzz needs the package {error.name}; pip install {error.name}") from error
+        strategy = cases()
+        if args.model is not None:
+            import torch
+
+            torch.manual_seed(0)
+            model = make_model(args.model, None, False).eval()
+            strategy = model_cases(args.model, model, (torch.randn(2, *input_size(model, None)),))
+        outcome = fuzz(strategy, args.examples, args.seed, lambda done: progress("fuzz", done, args.examples))
+    counts = outcome.counts
+    print(f"{counts['examples']} examples: tokens fused in {counts['fused']}, exact duplicates alone in "
+          f"{counts['duplicates']}; {'1 unsound' if outcome.failure else '0 unsound'}")
+    if outcome.failure is not None:
+        case, problem = outcome.failure
+        print(f"\n{problem}\n\n{case.program()}")
+        raise CheckFailed("an unsound rewrite was found; the program above shows it")
+
+
+def run_coverage(args: argparse.Namespace) -> None:
+    try:
+        chosen = re.compile(args.pattern)
+    except re.error as error:
+        raise CommandError(f"{args.pattern!r} is no regular expression: {error}") from error
+    with stages() as progress:
+        progress("load torch", 0, 1)
+        from mctf_compile.coverage import markdown, survey, table
+        from mctf_compile.testing.zoo import ZOO
+
+        entries = [e for e in ZOO if chosen.search(f"{e.kind} {e.library} {e.name}")]
+        if not entries:
+            raise CommandError(f"no model of the zoo matches {args.pattern!r}")
+        rows = []
+        for row in survey(entries):
+            rows.append(row)
+            progress("survey", len(rows), len(entries))
+    Console().print(table(rows))
+    if args.output is not None:
+        args.output.write_text(markdown(rows))
+    wrong = [row.entry.name for row in rows if not row.sound]
+    if wrong:
+        raise CheckFailed(f"not sound: {', '.join(wrong)}")
+
+
 def prepare(args: argparse.Namespace, progress: Callable[[str, int, int], None]) -> tuple[nn.Module, Tensor, dict]:
     """The model in eval mode, a batch of noise for it [B, C, H, W], and the validated options."""
     progress("load torch and timm", 0, 1)
@@ -160,10 +226,13 @@ def prepare(args: argparse.Namespace, progress: Callable[[str, int, int], None])
     torch.manual_seed(0)
     progress(f"make {args.model}", 0, 1)
     model = make_model(args.model, args.img_size, args.pretrained).eval()
+    return model, torch.randn(args.batch, *input_size(model, args.img_size)), options
+
+
+def input_size(model: nn.Module, img_size: int | None) -> tuple[int, int, int]:
+    """Channels, height and width of a timm model's images."""
     channels, height, width = model.pretrained_cfg.get("input_size", (3, 224, 224))
-    if args.img_size:
-        height = width = args.img_size
-    return model, torch.randn(args.batch, channels, height, width), options
+    return channels, img_size or height, img_size or width
 
 
 def make_model(name: str, img_size: int | None, pretrained: bool) -> nn.Module:
@@ -194,7 +263,7 @@ def stages() -> Iterator[Callable[[str, int, int], None]]:
     """
     console = Console(stderr=True)
     columns = (SpinnerColumn(finished_text="[green]✓"), TextColumn("{task.description}{task.fields[steps]}"),
-               TimeElapsedColumn())
+               BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as display:
         current: list[str] = []
 
@@ -202,14 +271,14 @@ def stages() -> Iterator[Callable[[str, int, int], None]]:
             if current[-1:] != [what]:
                 finish()
                 current.append(what)
-                display.add_task(what, total=1, steps="")
+                display.add_task(what, total=total, steps="")
                 if not console.is_terminal:
                     console.print(f"{what} …", markup=False, highlight=False)
-            display.update(len(current) - 1, steps=f" {done}/{total}" if total > 1 else "")
+            display.update(len(current) - 1, completed=done, steps=f" {done}/{total}" if total > 1 else "")
 
         def finish() -> None:
             if current:
-                display.update(len(current) - 1, completed=1)
+                display.update(len(current) - 1, completed=display.tasks[len(current) - 1].total)
 
         yield progress
         finish()

@@ -170,7 +170,8 @@ def _block(site, following, flow, order, axes, protected) -> Block:
     sources = set.intersection(*(nx.ancestors(flow, n) for n in (site.query, site.key, site.value)))
     found = _residual(site.node, sources, following, flow, order, axes)
     if found is None:
-        return Block(site, None, problem="no residual connection leads around this attention with the tokens in its order")
+        problem = "no residual connection leads around this attention with the tokens in its order"
+        return Block(site, None, problem=problem)
     entry, middle = found
     if not mentions(axes.of(entry), tokens):
         problem = _between(site.key, entry, flow, order, axes)

@@ -57,10 +57,9 @@ def functionalize(gm: fx.GraphModule) -> None:
         if result is node and held[0].op == "placeholder":
             raise UnsupportedGraph(f"{node.target} writes into an input of the graph")
         order[result] = order[node]
+        later = {user for name in (*held, node) for user in name.users if order.get(user, -1) > order[node]}
         for name in (*held, node):
-            name.replace_all_uses_with(
-                result, delete_user_cb=lambda user: user is not result and order.get(user, -1) > order[node]
-            )
+            name.replace_all_uses_with(result, delete_user_cb=(later - {result}).__contains__)
         for storage in _storages(target):
             memory[storage].add(result)
         names[result] = [*held, result]

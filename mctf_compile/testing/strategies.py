@@ -40,7 +40,7 @@ def vit_specs(draw: st.DrawFn, position: bool = False) -> VitSpec:
         heads = [head for head in heads if head in ("cls", "mean", "dense")]
     norm = draw(st.sampled_from(NORMS if layout != "bchw" else ("pre", "post")))
     return VitSpec(
-        depth=draw(st.integers(2, 4)),
+        depth=draw(st.integers(2, 3)),
         heads=draw(st.integers(1, 3)),
         head_dim=draw(st.sampled_from((4, 8))),
         grid=draw(st.integers(3, 5)),
@@ -73,5 +73,8 @@ def fusion_options(
             "pooling": st.sampled_from(pooling),
             "proportional": st.just(True),
             "min_tokens": st.integers(1, 4),
+            # Similarity alone, mostly: only then are exact duplicates sure to be fused first.
+            "tau_info": st.sampled_from((0, 0, 0, 20)),
+            "tau_size": st.sampled_from((0, 0, 0, 40)),
         }
     )

@@ -195,12 +195,15 @@ ZOO: list[Entry] = [
         ("pit_ti_224",), ("crossvit_tiny_240", {}, 240), ("tnt_s_patch16_224",), ("xcit_nano_12_p16_224",),
         ("levit_128s",), ("levit_conv_128s",), ("volo_d1_224",), ("nest_tiny",), ("coat_tiny",), ("coat_lite_tiny",),
         ("coatnet_0_rw_224",), ("coatnet_nano_rw_224",), ("swin_tiny_patch4_window7_224",), ("mvitv2_tiny",),
-        ("hiera_tiny_224",), ("twins_svt_small",), ("twins_pcpvt_small",), ("pvt_v2_b0",), ("samvit_base_patch16_224", _D),
-        ("davit_tiny",), ("vitamin_small_224",), ("tiny_vit_5m_224",), ("efficientformer_l1",), ("efficientformerv2_s0",),
-        ("nextvit_small",), ("visformer_tiny",), ("fastvit_sa12", {}, 256), ("mobilevit_xxs", {}, 256),
-        ("mobilevitv2_050", {}, 256), ("hieradet_small", {}, 224), ("botnet26t_256", {}, 256), ("edgenext_xx_small",),
+        ("hiera_tiny_224",), ("twins_svt_small",), ("twins_pcpvt_small",), ("pvt_v2_b0",),
+        ("samvit_base_patch16_224", _D), ("davit_tiny",), ("vitamin_small_224",), ("tiny_vit_5m_224",),
+        ("efficientformer_l1",), ("efficientformerv2_s0",), ("nextvit_small",), ("visformer_tiny",),
+        ("fastvit_sa12", {}, 256), ("mobilevit_xxs", {}, 256), ("mobilevitv2_050", {}, 256), ("hieradet_small",),
+        ("botnet26t_256", {}, 256), ("edgenext_xx_small",),
     ),
-    *_entries("C", "transformers", ("SegformerModel", {"image_size": 64}, 64, 4), ("PvtModel", {"image_size": 64}, 64, 4)),
+    *_entries(
+        "C", "transformers", ("SegformerModel", {"image_size": 64}, 64, 4), ("PvtModel", {"image_size": 64}, 64, 4)
+    ),
     *_entries(
         "D", "timm",
         ("swinv2_tiny_window8_256", {}, 256, 4), ("maxvit_tiny_rw_224", {}), ("gcvit_xxtiny",), ("mixer_s16_224",),

@@ -1,0 +1,173 @@
+"""Every rule against the multiset: on fused duplicates an operator gives what it gives on all the copies."""
+
+import re
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional as F
+
+from mctf_compile.passes.rules import RULES, find_rule
+from mctf_compile.testing import Recorder
+from mctf_compile.testing.soundness import ONLY_SIMILARITY
+
+B, N, C = 2, 16, 8
+W = torch.randn(C, C, generator=torch.Generator().manual_seed(1))
+HALF = torch.randn(1, N, C // 2, generator=torch.Generator().manual_seed(1))
+
+
+def heads(x: Tensor) -> Tensor:
+    return x.reshape(B, -1, 2, C // 2).transpose(1, 2)
+
+
+def attend(*lead: int):
+    """Attention over the tokens with these dimensions before N and D."""
+    def program(x: Tensor) -> Tensor:
+        q = x.unflatten(2, (lead[-1], -1)).transpose(1, 2) if len(lead) > 1 else x
+        q = q.unsqueeze(2) if len(lead) == 3 else q
+        q = q.reshape(-1, *q.shape[-2:]) if lead == (B * 2,) else q
+        return F.scaled_dot_product_attention(q, q, q).sum(-1)
+    return program
+
+
+def grid(x: Tensor) -> Tensor:
+    return x.reshape(B, 4, 4, C)
+
+
+def image(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).reshape(B, C, 4, 4)
+
+
+def complex_turn(x: Tensor) -> Tensor:
+    z = torch.view_as_complex(x.reshape(B, N, C // 2, 2).contiguous())
+    return torch.view_as_real(z * torch.polar(torch.ones(C // 2), torch.arange(C // 2).float())).flatten(2)
+
+
+# name: a program on tokens x [B, N, C]
+FUSED = {
+    "gelu": F.gelu,
+    "arithmetic": lambda x: x * 2 + x.abs().clamp(max=1) - x / 3,
+    "where": lambda x: torch.where(x > 0, x, -x).masked_fill(x > 1, 0.5),
+    "casts": lambda x: x.double().float().contiguous().clone().type_as(x),
+    "new tensors": lambda x: x + torch.zeros_like(x) + x.new_ones(1),
+    "linear": lambda x: F.linear(x, W),
+    "layer norm": lambda x: F.layer_norm(x, (C,)),
+    "rms norm": lambda x: F.rms_norm(x, (C,)),
+    "glu": lambda x: F.glu(x, -1),
+    "batch norm": lambda x: F.batch_norm(x.transpose(1, 2), torch.ones(C), torch.ones(C)).transpose(1, 2),
+    "batch norm of images times tokens": lambda x: F.batch_norm(x.flatten(0, 1), torch.ones(C), torch.ones(C)),
+    "1x1 convolution": lambda x: F.conv2d(image(x), W[:, :, None, None]).flatten(2),
+    "mean": lambda x: x.mean(1),
+    "mean over everything": lambda x: x.mean((1, 2)),
+    "mean over the grid": lambda x: grid(x).mean((1, 2)),
+    "sum": lambda x: x.sum(1, keepdim=True) * x,
+    "variance": lambda x: x.var(1),
+    "standard deviation": lambda x: x.std((1,), correction=0),
+    "maximum": lambda x: x.amax(1) + x.amin((1,)),
+    "any": lambda x: (x > 1).any(1),
+    "euclidean norm": lambda x: x.norm(dim=1),
+    "norm of order 3": lambda x: torch.linalg.vector_norm(x, 3, dim=1),
+    "norm of order inf": lambda x: torch.linalg.vector_norm(x, float("inf"), dim=1),
+    "normalize over tokens": lambda x: F.normalize(x, dim=1),
+    "logsumexp": lambda x: x.logsumexp(1),
+    "log softmax": lambda x: x.log_softmax(1),
+    "softmax as weights": lambda x: (x[..., :1].softmax(1) * x).sum(1),
+    "softmax contracted": lambda x: x.softmax(1).transpose(1, 2) @ x,
+    "average pooling to one": lambda x: F.adaptive_avg_pool1d(x.transpose(1, 2), 1),
+    "average pooling of the grid": lambda x: F.adaptive_avg_pool2d(image(x), 1),
+    "matmul": lambda x: x.transpose(1, 2) @ x,
+    "bmm": lambda x: torch.bmm(x.mT, x),
+    "baddbmm": lambda x: torch.baddbmm(torch.ones(B, C, C), x.mT, x, beta=0.5, alpha=2),
+    "einsum": lambda x: torch.einsum("bnc,bnd->bcd", x, x),
+    "einsum with an ellipsis": lambda x: torch.einsum("...nc,...nd->...cd", x, x),
+    "linear attention": lambda x: torch.einsum("bnc,bcd->bnd", x, torch.einsum("bnc,bnd->bcd", x.exp(), x)),
+    "cross-covariance": lambda x: (F.normalize(x.mT, dim=-1) @ F.normalize(x, dim=1)).softmax(-1) @ x.mT,
+    "attention, heads apart": attend(B, 2),
+    "attention, one head": attend(B),
+    "attention, heads joined": attend(B * 2),
+    "attention, two dimensions of heads": attend(B, 1, 2),
+    "attention with a key mask": lambda x: F.scaled_dot_product_attention(
+        heads(x), heads(x), heads(x), (x[..., 0] > 0)[:, None, None]),
+    "attention with a bias": lambda x: F.scaled_dot_product_attention(
+        heads(x), heads(x), heads(x), torch.ones(N, N)),
+    "reshape": lambda x: x.reshape(B * N, C).view(B, N, 2, 4).flatten(2).unflatten(2, (4, 2)),
+    "transposes": lambda x: x.permute(1, 0, 2).swapaxes(0, 1).movedim(1, 2).mT.squeeze().unsqueeze(0)[0],
+    "expand": lambda x: x[:, :, None].expand(-1, -1, 3, -1).sum(2) + x.mean(1, keepdim=True).expand_as(x),
+    "repeat channels": lambda x: x.repeat(1, 1, 2) + x.tile(1, 1, 2),
+    "repeat interleaved": lambda x: x.repeat_interleave(2, dim=2),
+    "complex numbers": complex_turn,
+    "pad channels": lambda x: F.pad(x, (1, 2)),
+    "stack": lambda x: torch.stack([x, -x], 1),
+    "cat of channels": lambda x: torch.cat([x, x], -1),
+    "chunk of channels": lambda x: sum(x.chunk(2, -1)) + sum(x.split(4, 2)) + x.unflatten(2, (2, 4)).unbind(2)[0],
+    "slice of channels": lambda x: x[..., 2:5] + x.narrow(2, 0, 3),
+    "selected channel": lambda x: x[..., 3],
+    "channels sorted": lambda x: x.sort(-1).values + x.cumsum(2) + x.flip(2),
+    "channel maxima": lambda x: x.max(-1).values + x.prod(-1),
+}
+
+# name: (program, the reason for which the original tokens come back first)
+UNMERGED = {
+    "cumsum": (lambda x: x.cumsum(1), "cumsum mixes the original tokens"),
+    "flip": (lambda x: x.flip(1), "flip mixes the original tokens"),
+    "token mixing": (lambda x: F.linear(x.mT, torch.ones(N, N)), "a linear layer over the tokens mixes"),
+    "convolution": (lambda x: F.conv2d(image(x), torch.ones(4, C, 3, 3)), "a 3×3 convolution mixes"),
+    "windows": (lambda x: x.reshape(B, 4, 4, C).mean(2), "a part of the token axis"),
+    "a token by number": (lambda x: x[:, 5], "position 5 of the token axis is read"),
+    "stride": (lambda x: x[:, ::2], "mixes the original tokens|stride"),
+    "group norm": (lambda x: F.group_norm(x.mT, 2), "group_norm mixes the original tokens"),
+    "no rule": (lambda x: torch.fft.rfft(x).real, "fft_rfft has no rule for fused tokens"),
+    "embedding of positions": (lambda x: F.embedding(x.argmax(1), torch.ones(N, C)), "argmax has no rule"),
+    "index of the maximum": (lambda x: x.max(1).indices, "max mixes the original tokens"),
+}
+
+
+class After(nn.Module):
+    """One attention block, and a program on its tokens."""
+
+    def __init__(self, program) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.program = nn.Linear(C, 3 * C), program
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (heads(t) for t in self.qkv(x).chunk(3, -1))
+        return self.program(x + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def run(program):
+    generator = torch.Generator().manual_seed(0)
+    kinds = torch.randn(B, 3, C, generator=generator)
+    which = torch.randint(0, 3, (B, N), generator=generator)
+    x = torch.stack([kind[index] for kind, index in zip(kinds, which)])
+    model = After(program)
+    recorder = Recorder({"r": 4, "layers": [0], "min_tokens": 1, **ONLY_SIMILARITY})
+    with torch.no_grad():
+        dense, fused = model(x), recorder.run(model, x)
+    assert recorder.spread < 1e-5, "only exact duplicates are fused"
+    torch.testing.assert_close(fused, dense, atol=1e-5, rtol=1e-5)
+    return recorder.reports[0]
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_an_operator_runs_on_fused_tokens(name):
+    report = run(FUSED[name])
+    assert report.removed == 4 and report.unmerged == []
+
+
+@pytest.mark.parametrize("name", UNMERGED)
+def test_an_operator_gets_the_original_tokens(name):
+    program, reason = UNMERGED[name]
+    report = run(program)
+    lines = report.unmerged + [b.reason or "" for b in report.blocks]
+    assert any(re.search(reason, line) for line in lines), lines
+
+
+def test_every_family_of_rules_is_tested_here():
+    seen = set()
+    for program in [*FUSED.values(), *(p for p, _ in UNMERGED.values())]:
+        graph = make_fx(program, pre_dispatch=True)(torch.randn(B, N, C)).graph
+        seen |= {rule.axes for n in graph.nodes if n.op == "call_function" and (rule := find_rule(n.target))}
+    missing = {rule.axes.__name__ for rule in RULES.values()} - {axes.__name__ for axes in seen}
+    assert missing == set()
