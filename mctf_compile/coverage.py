@@ -55,6 +55,23 @@ class Row:
         return "; ".join(f"{count} × {reason}" for reason, count in reasons.items())
 
 
+PREFACE = """\
+# What fuses in which model
+
+Written by `mctf coverage -o passes/COVERAGE.md`: small or shallow models with random weights, position
+information taken away, r = 0.15 of the tokens per block, all blocks but the first. The columns:
+
+* the kind: A, token-wise operators and global attention; B, with side tensors that have the token axis; C, with
+  operators on the grid in between; D, windows, convolutions and mixers throughout;
+* blocks fused of those found, over all the graphs of a model (one whose state changes between calls is compiled
+  twice); tokens into the first and out of the last block that fuses;
+* the ratio of multiply-accumulates, dense to fused;
+* the largest difference from the dense graph at r = 0;
+* the largest relative error where only exact duplicates were fused ("n/a": other tokens were fused too, because
+  padding, overlapping patches or fixed position tables tell equal patches apart).
+
+"""
+
 HEADINGS = ("", "model", "fused", "tokens", "MACs ratio", "r=0", "duplicates", "remarks")
 
 
@@ -75,10 +92,10 @@ def survey(entries: Iterable[Entry]) -> Iterator[Row]:
 
 
 def markdown(rows: Iterable[Row]) -> str:
-    """The rows as a Markdown table."""
+    """The rows as a Markdown page."""
     lines = ["| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row.cells()) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
+    return PREFACE + "\n".join(lines) + "\n"
 
 
 def table(rows: Iterable[Row]) -> Table:

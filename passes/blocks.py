@@ -239,6 +239,9 @@ def _tokens(axis: Dim, protected: int | None) -> Tokens | str:
         return Tokens(axis, total, 0, 0, ())
     sizes = [size for size, _ in parts]
     largest = sizes.index(max(sizes))
+    body = set(atoms(parts[largest][1]))
+    if any(body & set(atoms(part)) for i, (_, part) in enumerate(parts) if i != largest):
+        return "several images are packed into one sequence of tokens"
     lead, tail = sum(sizes[:largest]), sum(sizes[largest + 1 :])
     if protected is not None and protected < lead:
         return Tokens(axis, sum(sizes), 0, 0, (), lead)

@@ -136,16 +136,16 @@ def check_rewrite(
     backend = _Variants(recorders)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=backend, dynamic=False)
-    state = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    state = [(m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
 
     def run(version: str) -> list[Tensor]:
         backend.chosen = version
         torch.manual_seed(0)
         given = [x.clone() if isinstance(x, Tensor) and not x.requires_grad else x for x in inputs]
         outputs = [leaf for leaf in tree_leaves(compiled(*given)) if isinstance(leaf, Tensor)]
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(state[name])
+        for module, name, buffer, value in state:
+            buffer.data.copy_(value)
+            module._buffers[name] = buffer
         return outputs
 
     plain, fused = run("dense"), run("fused")

@@ -40,7 +40,7 @@ def vit_specs(draw: st.DrawFn, position: bool = False) -> VitSpec:
         heads = [head for head in heads if head in ("cls", "mean", "dense")]
     norm = draw(st.sampled_from(NORMS if layout != "bchw" else ("pre", "post")))
     return VitSpec(
-        depth=draw(st.integers(2, 3)),
+        depth=draw(st.sampled_from((2, 3, 3))),
         heads=draw(st.integers(1, 3)),
         head_dim=draw(st.sampled_from((4, 8))),
         grid=draw(st.integers(3, 5)),
@@ -49,7 +49,8 @@ def vit_specs(draw: st.DrawFn, position: bool = False) -> VitSpec:
         spelling=spelling,
         norm=norm,
         mlp=draw(st.sampled_from(MLPS)),
-        head=draw(st.sampled_from(heads)),
+        # A dense output is the one that sees where every token went.
+        head=draw(st.sampled_from((*heads, "dense", "dense"))),
         layout=layout,
         side=side,
         skip=draw(st.sampled_from(SKIPS)),

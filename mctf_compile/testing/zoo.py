@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mctf_compile.testing.models import repeated_patches
 
 # Names of parameters and buffers that tell positions apart.
-POSITION = ("pos_embed", "position", "pos_emb", "rel_pos", "relative", "rpe", "rope", "freq", "bands", "periods",
+POSITION = ("pos_embed", "position", "pos_emb", "pos_proj", "rel_pos", "relative", "rpe", "rope", "freq", "bands",
             "attention_bias", "pos_block")
 
 
@@ -39,7 +39,10 @@ class Entry:
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if not tensor.is_floating_point():
                 continue
-            if any(word in name.lower() for word in POSITION):
+            if "period" in name:
+                # Rotary tables turn by position / period.
+                tensor.data.fill_(float("inf"))
+            elif any(word in name.lower() for word in POSITION):
                 tensor.data.zero_()
             elif isinstance(tensor, nn.Parameter) and tensor.dim() < 2:
                 # Scales and biases that start at zero or one would hide mistakes.

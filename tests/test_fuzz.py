@@ -1,0 +1,106 @@
+"""The fuzzer: it finds nothing in the code as it is, and finds rules that are broken."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import strategies as st
+
+from mctf_compile import cli
+from mctf_compile.passes.fused_call import FusedCall
+from mctf_compile.passes.fusion import Stream
+from mctf_compile.passes.rules import RULES
+from mctf_compile.testing import VitSpec
+from mctf_compile.testing.fuzz import Case, cases, fuzz
+
+aten = torch.ops.aten
+
+
+def unweighted_mean(monkeypatch):
+    broken = replace(RULES[aten.mean], fused=lambda call: call.result(
+        call.intensive("self").tensor.mean(call.args["dim"], call.args["keepdim"])))
+    monkeypatch.setitem(RULES, aten.mean, broken)
+
+
+def forgotten_log_size(monkeypatch):
+    monkeypatch.setattr(FusedCall, "log_sizes", lambda self, place: None)
+
+
+def wrong_composition(monkeypatch):
+    def first_map_only(self, new, old, lead, tail):
+        limit = self.fusion(new, lead, tail).keep.shape[1] - 1
+        return self.fusion(old + 1, lead, tail).index.clamp(max=limit)
+
+    monkeypatch.setattr(Stream, "map", first_map_only)
+
+
+@pytest.mark.parametrize("breakage", [unweighted_mean, forgotten_log_size, wrong_composition])
+def test_a_broken_rule_is_found_within_200_examples(breakage, monkeypatch):
+    breakage(monkeypatch)
+    outcome = fuzz(cases(), 200, seed=0, shrink=False)
+    assert outcome.failure is not None and outcome.counts["examples"] <= 200
+    assert "fusing duplicates changed the output" in outcome.failure[1]
+
+
+def test_the_rules_as_they_are_pass():
+    outcome = fuzz(cases(), 25, seed=7)
+    assert outcome.failure is None, outcome.failure[1] + "\n" + outcome.failure[0].program()
+    assert outcome.counts["fused"] > 10 and outcome.counts["duplicates"] > 2
+
+
+def test_the_program_of_a_failure_fails_alike(monkeypatch, tmp_path):
+    """The smallest case that a broken rule fails is printed as a program of its own."""
+    unweighted_mean(monkeypatch)
+    spec = VitSpec(depth=2, head="mean", prefix=1, grid=3)
+    options = {"r": 3, "min_tokens": 1, "tau_info": 0, "tau_size": 0, "layers": [0]}
+    plain = st.builds(Case, st.just(spec), st.just(options), st.just(2), st.integers(0, 9))
+    case, problem = fuzz(plain, 20, seed=0).failure
+    assert "VitSpec(depth=2, grid=3, head='mean')" in case.program()
+    broken = (
+        "import mctf_compile.passes.rules.reductions as r, torch\n"
+        "from dataclasses import replace\n"
+        "from mctf_compile.passes.rules import RULES\n"
+        "m = torch.ops.aten.mean\n"
+        "RULES[m] = replace(RULES[m], fused=lambda c: c.result(c.intensive('self').tensor.mean(c.args['dim'])))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", broken + case.program()], capture_output=True, text=True, timeout=300)
+    assert "AssertionError: fusing duplicates changed the output" in done.stderr
+    done = subprocess.run([sys.executable, "-c", case.program()], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_command_reports_what_it_tried(capsys):
+    assert cli.main(["fuzz", "--examples", "3", "--seed", "1"]) == 0
+    assert "3 examples" in capsys.readouterr().out
+
+
+def test_the_command_tries_options_on_a_model(capsys):
+    assert cli.main(["fuzz", "--model", "test_vit", "--examples", "2"]) == 0
+    assert "2 examples: tokens fused in 2" in capsys.readouterr().out
+
+
+def test_the_command_fails_with_a_program(capsys, monkeypatch):
+    forgotten_log_size(monkeypatch)
+    options = {"r": 3, "min_tokens": 1, "tau_info": 0, "tau_size": 0}
+    plain = st.builds(Case, st.just(VitSpec(head="dense")), st.just(options), st.just(2), st.integers(0, 3))
+    monkeypatch.setattr("mctf_compile.testing.fuzz.cases", lambda: plain)
+    assert cli.main(["fuzz", "--examples", "10", "--seed", "0"]) == 1
+    captured = capsys.readouterr()
+    assert "assert_rewrite_sound(model, *model.example(" in captured.out
+    assert "mctf: an unsound rewrite was found" in captured.err
+
+
+def test_coverage_writes_the_table(tmp_path, capsys):
+    path = tmp_path / "table.md"
+    assert cli.main(["coverage", "^(B transformers Beit|D timm resnet18)", "--output", str(path)]) == 0
+    lines = [line for line in path.read_text().splitlines() if line.startswith("|")]
+    assert lines[0].startswith("|  | model | fused | tokens") and len(lines) == 4
+    assert "| B | transformers BeitModel | 2/3 | 50 → 37 |" in lines[2]
+    assert "the graph has no self-attention over tokens" in lines[3]
+
+
+def test_coverage_of_nothing_is_an_error(capsys):
+    assert cli.main(["coverage", "no such model"]) == 2
+    assert "no model of the zoo matches" in capsys.readouterr().err
