@@ -66,14 +66,8 @@ def rewrite(state: State) -> str | None:
     state.result, state.unmerges = outcome.graph, outcome.unmerges
     known = state.findings
     declined = known.declined | outcome.wasted
-    # Counting takes as long as a pass; a fusion that an MLP follows, and that is never undone, always pays.
-    short = any(planned.block.exit is planned.block.middle for planned in state.plan.fusing)
-    doubtful = (outcome.unmerges or short) and not outcome.wasted
-    if doubtful and count_macs(state.result) >= count_macs(state.normal):
-        reason = (
-            "giving the original tokens back for later operators costs more than the fusion saves"
-            if outcome.unmerges else "with no MLP after attention, the fusion costs more than it saves"
-        )
+    if outcome.unmerges and not outcome.wasted and count_macs(state.result) >= count_macs(state.normal):
+        reason = "giving the original tokens back for later operators costs more than the fusion saves"
         declined = declined | {block.index: reason for block in state.plan.fusing}
     state.findings = Findings(declined, known.whole | outcome.whole)
     return None if state.findings == known else "plan"

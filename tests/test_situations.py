@@ -319,3 +319,29 @@ def test_ddp_is_named_with_its_remedy(tmp_path):
             assert fast(model, strict=True)(IMAGES).shape == (4, 10)
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("attention", ["approx", "exact", "current"])
+def test_returned_attention_maps_have_their_original_size(attention):
+    class Maps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.qkv = nn.ModuleList(nn.Linear(16, 48) for _ in range(3))
+
+        def forward(self, x):
+            maps = []
+            for qkv in self.qkv:
+                q, k, v = (t.unflatten(2, (2, 8)).transpose(1, 2) for t in qkv(x).chunk(3, -1))
+                maps.append((q @ k.mT / 8**0.5).softmax(-1))
+                x = x + (maps[-1] @ v).transpose(1, 2).flatten(2)
+                x = x + x.tanh()
+            return x, maps
+
+    recorder = Recorder({"r": 6, "min_tokens": 1, "attention": attention, "layers": [0, 1]})
+    with torch.no_grad():
+        _, maps = recorder.run(Maps(), torch.randn(2, 24, 16))
+    assert recorder.reports[0].removed == 12
+    for weights in maps:
+        assert weights.shape == (2, 2, 24, 24)
+        torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 24))
