@@ -83,10 +83,11 @@ class Outcome:
 
 
 def cases() -> st.SearchStrategy[Case]:
-    """Generated models; every other one can tell positions apart."""
+    """Generated models; one in three can tell positions apart, which the duplicate-token theorem cannot judge."""
     return st.builds(
-        Case, st.booleans().flatmap(lambda position: vit_specs(position)), fusion_options(), st.integers(1, 3),
-        st.integers(0, 999),
+        Case, st.sampled_from((False, False, True)).flatmap(vit_specs), fusion_options(),
+        # One kind of patch alone hides how tokens are weighted, and where they went.
+        st.sampled_from((1, 2, 2, 3, 3)), st.integers(0, 999),
     )
 
 

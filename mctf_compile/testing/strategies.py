@@ -21,8 +21,10 @@ from mctf_compile.testing.models import (
 
 
 @st.composite
-def vit_specs(draw: st.DrawFn, position: bool = False) -> VitSpec:
+def vit_specs(draw: st.DrawFn, position: bool = False, extras: tuple[str, ...] = EXTRAS) -> VitSpec:
     """A small Vision Transformer; without position information unless ``position``.
+
+    ``extras``: the layers of other kinds to choose from; all but ``"grid"`` keep the tokens fused throughout.
 
     The first of each choice is the plainest, so that an example shrinks towards a plain model.
     """
@@ -49,12 +51,12 @@ def vit_specs(draw: st.DrawFn, position: bool = False) -> VitSpec:
         spelling=spelling,
         norm=norm,
         mlp=draw(st.sampled_from(MLPS)),
-        # A dense output is the one that sees where every token went.
-        head=draw(st.sampled_from((*heads, "dense", "dense"))),
+        # A dense output sees where every token went, a mean how much each counts.
+        head=draw(st.sampled_from((*heads, "mean", "dense", "dense"))),
         layout=layout,
         side=side,
         skip=draw(st.sampled_from(SKIPS)),
-        extra=draw(st.sampled_from(EXTRAS if side != "padding" else ("none",))),
+        extra=draw(st.sampled_from(("none", *extras) if side != "padding" else ("none",))),
         layer_scale=draw(st.booleans()),
         qk_norm=draw(st.booleans()),
         inplace=draw(st.booleans()),
