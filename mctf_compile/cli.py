@@ -48,10 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def report_error(error: Exception) -> int:
     """One line on stderr for an error that is the user's to mend, and its exit status; raises others again."""
-    from mctf_compile.errors import ConfigError, MctfError
+    from mctf_compile.errors import ConfigError, MctfError, cause_of
 
-    # torch.compile wraps what a backend raises.
-    cause = getattr(error, "inner_exception", error)
+    cause = cause_of(error)
     if not isinstance(cause, (CommandError, CheckFailed, MctfError)):
         raise error
     print(f"mctf: {cause}", file=sys.stderr)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from rich.table import Table
 
+from mctf_compile.errors import cause_of
 from mctf_compile.testing.soundness import Soundness, check_rewrite
 from mctf_compile.testing.zoo import Entry
 
@@ -84,8 +85,7 @@ def survey(entries: Iterable[Entry]) -> Iterator[Row]:
             with torch.no_grad():
                 found = check_rewrite(entry.make(), *entry.inputs(), **OPTIONS)
         except Exception as raised:
-            # torch.compile wraps what a backend raises.
-            cause = getattr(raised, "inner_exception", raised)
+            cause = cause_of(raised)
             error = f"{type(cause).__name__}: {next(iter(str(cause).splitlines()), '')}"[:300]
         torch._dynamo.reset()
         yield Row(entry, found, error, time.perf_counter() - start)

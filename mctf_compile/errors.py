@@ -21,5 +21,10 @@ class UnsupportedGraph(MctfError):
     """A graph does what no rewrite can follow; it stays dense, and the message says why."""
 
 
+def cause_of(error: Exception) -> Exception:
+    """What a backend raised, which ``torch.compile`` wraps; any other error as it is."""
+    return getattr(error, "inner_exception", error)
+
+
 class Declined(Exception):
     """A rule cannot run an operator on fused tokens; the tokens are unmerged before it. Never leaves passes."""

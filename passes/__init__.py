@@ -14,6 +14,7 @@ from dataclasses import replace
 from mctf_compile.methods import Site
 from mctf_compile.passes import biases as _biases
 from mctf_compile.passes import blocks as _blocks
+from mctf_compile.passes import masks as _masks
 from mctf_compile.passes import normalize as _normalize
 from mctf_compile.passes import plan as _plan
 from mctf_compile.passes import projections as _projections
@@ -37,14 +38,15 @@ def token_axes(state: State) -> None:
 @graph_pass(requires=("axes",), ensures=("blocks",))
 def blocks(state: State) -> None:
     protected = None if state.config.protected == "auto" else state.config.protected
-    state.blocks = _blocks.find_blocks(state.normal.graph, state.axes, protected)
+    found = _blocks.find_blocks(state.normal.graph, state.axes, protected)
+    values = _normalize.constants(state.gm, state.normal, state.examples)
+    state.blocks = _masks.find_masks(found, state.axes, values)
 
 
 @graph_pass(requires=("blocks",), ensures=("plan",))
 def plan(state: State) -> None:
     findings = state.findings
-    values = _normalize.constants(state.gm, state.normal, state.examples)
-    state.plan = _plan.make_plan(state.blocks, state.axes, state.config, findings.declined, findings.whole, values)
+    state.plan = _plan.make_plan(state.blocks, state.axes, state.config, findings.declined, findings.whole)
 
 
 @graph_pass(requires=("plan",))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import networkx as nx
 import torch
 from torch import fx
 
-from mctf_compile.passes.axes import FEATURES, Cat, Dim, Dims, Tokens, atoms, mentions, places
+from mctf_compile.passes.axes import FEATURES, Cat, Dim, Dims, Tokens, atoms, mentions, places, product
+from mctf_compile.passes.masks import Mask
 from mctf_compile.passes.mutations import updates_statistics
 from mctf_compile.passes.reasons import name_of
 from mctf_compile.passes.rules import schema_arguments
@@ -18,7 +19,6 @@ from mctf_compile.passes.token_axes import Axes
 
 aten = torch.ops.aten
 CONTRACTIONS = (aten.matmul, aten.bmm, aten.einsum, aten.baddbmm)
-ADDS = (aten.add, aten.add_)
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Block:
 
     ``entry``: the residual stream that attention reads; ``middle``: the residual add after attention;
     ``exit``: the residual stream after the MLP (``middle`` where no MLP follows). ``problem`` says why
-    no token can be fused here, else None.
+    no token can be fused here, else None. ``mask``: what the logits allow (see ``masks``).
     """
 
     attention: Attention
@@ -54,6 +54,7 @@ class Block:
     middle: fx.Node | None = None
     exit: fx.Node | None = None
     problem: str | None = None
+    mask: Mask = Mask.NONE
 
 
 def find_blocks(graph: fx.Graph, axes: Axes, protected: int | None = None) -> list[Block]:
@@ -65,17 +66,44 @@ def find_blocks(graph: fx.Graph, axes: Axes, protected: int | None = None) -> li
     3. The MLP ends at the next addition of two descendants of that sum.
     4. The batch axes are those of the residual stream that are neither tokens nor channels.
     """
-    flow = nx.DiGraph()
-    for node in graph.nodes:
-        flow.add_node(node)
-        flow.add_edges_from((source, node) for source in node.all_input_nodes)
-    order = {node: i for i, node in enumerate(graph.nodes)}
+    flow = Flow(graph)
     sites = [site for node in graph.nodes if (site := _attention(node, axes)) is not None]
     blocks = []
     for i, site in enumerate(sites):
-        following = order[sites[i + 1].node] if i + 1 < len(sites) else len(order)
-        blocks.append(_block(site, following, flow, order, axes, protected))
+        following = sites[i + 1].node if i + 1 < len(sites) else None
+        blocks.append(_block(site, following, flow, axes, protected))
     return blocks
+
+
+class Flow:
+    """What is computed from what. Every question is answered within the nodes between two, so that the
+    time for a graph of like blocks grows with their number.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.nodes = list(graph.nodes)
+        self.order = {node: i for i, node in enumerate(self.nodes)}
+        self.graph = nx.DiGraph()
+        self.graph.add_nodes_from(self.nodes)
+        self.graph.add_edges_from((source, node) for node in self.nodes for source in node.all_input_nodes)
+
+    def span(self, first: fx.Node, last: fx.Node | None) -> list[fx.Node]:
+        """The nodes from ``first`` to ``last`` (to the end where None), in the order of execution."""
+        stop = len(self.nodes) if last is None else self.order[last] + 1
+        return self.nodes[self.order[first] : stop]
+
+    def leads(self, source: fx.Node, node: fx.Node) -> bool:
+        """Whether ``node`` is computed from ``source``, another node."""
+        span = self.span(source, node)
+        return len(span) > 1 and nx.has_path(self.graph.subgraph(span), source, node)
+
+    def between(self, source: fx.Node, node: fx.Node) -> list[fx.Node]:
+        """The nodes on the ways from ``source`` to ``node``, without the two."""
+        inside = self.graph.subgraph(self.span(source, node))
+        if node not in inside:
+            return []
+        ways = nx.descendants(inside, source) & nx.ancestors(inside, node)
+        return sorted(ways, key=self.order.__getitem__)
 
 
 def _attention(node: fx.Node, axes: Axes) -> Attention | None:
@@ -160,67 +188,70 @@ def _factors(product: fx.Node) -> list[fx.Node]:
     return [args[name] for name in operands(args)]
 
 
-def _block(site, following, flow, order, axes, protected) -> Block:
+def _block(
+    site: Attention, following: fx.Node | None, flow: Flow, axes: Axes, protected: int | None
+) -> Block:
     keys, queries = axes.table.canonical(site.key_axis), axes.table.canonical(site.query_axis)
     if keys != queries:
         return Block(site, None, problem="queries and keys run over different tokens")
     tokens = _tokens(keys, protected)
     if isinstance(tokens, str):
         return Block(site, None, problem=tokens)
-    sources = set.intersection(*(nx.ancestors(flow, n) for n in (site.query, site.key, site.value)))
-    found = _residual(site.node, sources, following, flow, order, axes)
+    found = _residual(site, flow, axes)
     if found is None:
         problem = "no residual connection leads around this attention with the tokens in its order"
         return Block(site, None, problem=problem)
     entry, middle = found
     if not mentions(axes.of(entry), tokens):
-        problem = _between(site.key, entry, flow, order, axes)
-        return Block(site, None, entry, middle, problem=problem)
+        return Block(site, None, entry, middle, problem=_remade(site.key, entry, flow, axes))
     tokens = _with_batch(tokens, axes.of(entry), axes.of(site.query))
     if isinstance(tokens, str):
         return Block(site, None, entry, middle, problem=tokens)
-    after = nx.descendants(flow, middle) | {middle}
-    stream = axes.of(middle)
-    stop = _sum(
-        middle, lambda a, b: a in after and b in after and axes.of(a) == stream, following, flow, order, axes
-    )
-    between = nx.descendants(flow, entry) & (nx.ancestors(flow, stop or middle))
-    if any(map(updates_statistics, between)):
+    end = _mlp_end(middle, following, flow, axes) or middle
+    if any(map(updates_statistics, flow.between(entry, end))):
         return Block(site, None, entry, middle, problem="batch norm in training takes statistics over the tokens")
-    return Block(site, tokens, entry, middle, stop or middle)
+    return Block(site, tokens, entry, middle, end)
 
 
-def _residual(site, sources, following, flow, order, axes) -> tuple[fx.Node, fx.Node] | None:
+def _residual(site: Attention, flow: Flow, axes: Axes) -> tuple[fx.Node, fx.Node] | None:
     """(residual stream, the addition that returns to it)."""
-    reached = nx.descendants(flow, site)
-    middle = _sum(site, lambda a, b: a in sources and b in reached, None, flow, order, axes)
-    if middle is None:
+    for node, a, b in _sums(flow.span(site.node, None), axes):
+        for stream, branch in ((a, b), (b, a)):
+            around = all(flow.leads(stream, n) for n in (site.query, site.key, site.value))
+            if around and (branch is site.node or flow.leads(site.node, branch)):
+                return stream, node
+    return None
+
+
+def _mlp_end(middle: fx.Node, following: fx.Node | None, flow: Flow, axes: Axes) -> fx.Node | None:
+    """The addition of two descendants of ``middle``, in its layout, before the next attention."""
+    span = flow.span(middle, following)
+    if not span:
+        # The next attention reads the same tokens as this one, before the sum.
         return None
-    return next(n for n in middle.args[:2] if n in sources), middle
+    after = nx.descendants(flow.graph.subgraph(span), middle) | {middle}
+    sums = _sums(span[1:] if following is None else span[1:-1], axes)
+    return next((n for n, a, b in sums if {a, b} <= after and axes.of(a) == axes.of(middle)), None)
 
 
-def _sum(start, accept, following, flow, order, axes) -> fx.Node | None:
-    """The first addition after ``start`` of two values of equal axes that ``accept`` takes in some order."""
-    for node in sorted(nx.descendants(flow, start), key=order.__getitem__):
-        if following is not None and order[node] >= following:
-            return None
-        if getattr(node.target, "overloadpacket", None) not in ADDS:
+def _sums(nodes: Iterable[fx.Node], axes: Axes) -> Iterator[tuple[fx.Node, fx.Node, fx.Node]]:
+    """The additions of two values of equal axes, with those."""
+    for node in nodes:
+        if getattr(node.target, "overloadpacket", None) is not aten.add:
             continue
         a, b = node.args[:2]
         if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)) or {a, b} - axes.dims.keys():
             continue
-        if axes.of(a) == axes.of(b) == axes.of(node) and (accept(a, b) or accept(b, a)):
-            return node
-    return None
+        if axes.of(a) == axes.of(b) == axes.of(node):
+            yield node, a, b
 
 
-def _between(key: fx.Node, entry: fx.Node, flow: nx.DiGraph, order: dict, axes: Axes) -> str:
+def _remade(key: fx.Node, entry: fx.Node, flow: Flow, axes: Axes) -> str:
     """What makes new tokens of those in the residual stream before attention sees them."""
     stream = {atom for dim in axes.of(entry) for atom in atoms(dim)}
-    between = nx.descendants(flow, entry) & nx.ancestors(flow, key)
-    for node in sorted(between, key=order.__getitem__):
+    for node in flow.between(entry, key):
         dims = axes.dims.get(node)
-        if isinstance(dims, tuple) and len(dims) > 2 and order[node] > order[entry]:
+        if isinstance(dims, tuple) and len(dims) > 2:
             held = [{atom for atom in atoms(dim)} & stream for dim in axes.of(node)]
             if sum(map(bool, held)) < 2:
                 return f"{name_of(node)} makes other tokens of those in the residual stream before attention"
@@ -233,10 +264,7 @@ def _tokens(axis: Dim, protected: int | None) -> Tokens | str:
         return "the number of tokens is symbolic"
     parts = axis[0].parts if len(axis) == 1 and isinstance(axis[0], Cat) else None
     if parts is None:
-        total = 1
-        for a in axis:
-            total *= a.size
-        return Tokens(axis, total, 0, 0, ())
+        return Tokens(axis, product(axis), 0, 0, ())
     sizes = [size for size, _ in parts]
     largest = sizes.index(max(sizes))
     body = set(atoms(parts[largest][1]))

@@ -69,10 +69,6 @@ class FusedCall:
     def dims(self, name: str) -> Dims:
         return self.rewriter.axes.of(self.args[name])
 
-    def dims_out(self, i: int) -> Dims:
-        """The dims of a result."""
-        return self.out_dims()[i]
-
     def wrapped(self, name: str) -> int:
         """A dimension argument as a non-negative number."""
         return wrap(self.args[name], len(self.call.dims_of(self.call.tensors()[0])))
@@ -94,11 +90,6 @@ class FusedCall:
         if len(found) != 1:
             raise Declined("the token axis occurs twice in one operand")
         return found[0]
-
-    def batch_dim(self, name: str) -> int | None:
-        if not self.tokens.batch:
-            return 0
-        return self.stream.batch_dim(self.dims(name))
 
     def log_sizes(self, place: Place) -> Tensor | None:
         """[B, M] log sizes of the tokens at a place; None where all sizes are 1 or count for nothing."""

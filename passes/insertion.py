@@ -17,7 +17,7 @@ from mctf_compile.passes.fusion import Fusion, Stream, Value
 from mctf_compile.passes.masks import MASKED
 from mctf_compile.passes.plan import PlannedBlock
 from mctf_compile.passes.rules import find_rule
-from mctf_compile.passes.rules.attention import additive, head_layout, operands, scale_of
+from mctf_compile.passes.rules.attention import additive, operands, scale_of
 from mctf_compile.passes.rules.base import wrap
 
 if TYPE_CHECKING:
@@ -88,7 +88,6 @@ class Insertion:
             return self._attend_spelled_out(node, block)
         stream, generation = self._stream(block), self._entry(block).generation
         call = FusedCall(self.rewriter, find_rule(node.target), node, stream, generation, self.rewriter.env)
-        layout = head_layout(call.dims("query"), stream.tokens)
         given = operands(call, "query", "key")
         (place,) = call.places_of(entry)
         if block.padded:
@@ -101,16 +100,16 @@ class Insertion:
             v = x.stream.raise_to(self.rewriter.again(site.value, entry, x), x.generation)
             fusion = x.stream.fusion(x.generation, place.lead, place.tail)
             out = torch.ops.mctf.ahead(
-                weights, norm, layout.split(v.tensor), fusion.index, fusion.weight, fusion.keep, fusion.gone,
+                weights, norm, given.layout.split(v.tensor), fusion.index, fusion.weight, fusion.keep, fusion.gone,
                 fusion.into, call.args["dropout_p"],
             )
-            return Value(layout.join(out, v.tensor), self.rewriter.axes.of(node), x.stream, x.generation)
+            return Value(given.layout.join(out, v.tensor), self.rewriter.axes.of(node), x.stream, x.generation)
         if self.plan.site is Site.BEFORE:
             return self.rewriter.again(node, entry, self._fuse(block, self._entry(block), importance))
         self._importance[node] = importance
         v = call.intensive("value").tensor
-        rows = torch.nn.functional.dropout(weights, call.args["dropout_p"]) @ layout.split(v)
-        return call.result(layout.join((rows * norm).to(v.dtype), v))
+        rows = torch.nn.functional.dropout(weights, call.args["dropout_p"]) @ given.layout.split(v)
+        return call.result(given.layout.join((rows * norm).to(v.dtype), v))
 
     def _attend_spelled_out(self, node: fx.Node, block: PlannedBlock) -> Value:
         site, entry = block.block.attention, block.block.entry

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +15,7 @@ from mctf_compile.passes.rules import RULES, find_rule, schema_arguments
 from mctf_compile.passes.token_axes import Axes
 
 if TYPE_CHECKING:
-    from mctf_compile.passes.blocks import Attention
+    from mctf_compile.passes.blocks import Attention, Block
 
 aten = torch.ops.aten
 
@@ -34,11 +35,15 @@ class Mask(enum.IntEnum):
     PAIRS = 3  # says which token may see which: no two tokens can stand for one another
 
 
-def mask_of(site: Attention, axes: Axes, values: Mapping[fx.Node, Tensor]) -> Mask:
-    """The most restricting mask on the logits of an attention.
+def find_masks(blocks: Iterable[Block], axes: Axes, values: Mapping[fx.Node, Tensor]) -> list[Block]:
+    """The blocks with the most restricting mask on the logits of each that could fuse.
 
     ``values`` holds the tensors of the graph's constants (parameters and buffers), as far as they are known.
     """
+    return [b if b.tokens is None else replace(b, mask=_mask_of(b.attention, axes, values)) for b in blocks]
+
+
+def _mask_of(site: Attention, axes: Axes, values: Mapping[fx.Node, Tensor]) -> Mask:
     finder = _Finder(set(atoms(axes.table.canonical(site.key_axis))), axes, values)
     return max((finder.kind(node) for node in _operands(site)), default=Mask.NONE)
 

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from torch import Tensor, fx
+from torch import fx
 
 from mctf_compile.config import FusionConfig
 from mctf_compile.errors import ConfigError
 from mctf_compile.methods import Method, Site, get_method
-from mctf_compile.passes.axes import Dim, places
+from mctf_compile.passes.axes import Dim, places, product
 from mctf_compile.passes.blocks import Block
-from mctf_compile.passes.masks import Mask, mask_of
+from mctf_compile.passes.masks import Mask
 from mctf_compile.passes.projections import Projection
 from mctf_compile.passes.rules import schema_arguments
 from mctf_compile.passes.rules.attention import head_layout
@@ -33,8 +33,11 @@ class PlannedBlock:
     note: str | None = None
     lead: int = 0
     tail: int = 0
-    # Attention masks out padding, which never fuses with other tokens.
-    padded: bool = False
+
+    @property
+    def padded(self) -> bool:
+        """Whether attention masks out padding, which never fuses with other tokens."""
+        return self.block.mask is Mask.TOKENS
 
     @property
     def removed(self) -> int:
@@ -62,13 +65,11 @@ def make_plan(
     config: FusionConfig,
     declined: Mapping[int, str] = MappingProxyType({}),
     whole: frozenset[int] = frozenset(),
-    values: Mapping[fx.Node, Tensor] = MappingProxyType({}),
 ) -> Plan:
     """Schedule the reduction over the blocks.
 
     ``declined`` and ``whole`` are what an earlier rewrite found: blocks not worth fusing, with their
-    reasons, and blocks that get the original tokens back before they run. ``values``: the tensors of the
-    graph's constants.
+    reasons, and blocks that get the original tokens back before they run.
     Raises ``ConfigError`` where ``r`` or ``layers`` do not fit the number of blocks.
     """
     method = get_method(config.method)
@@ -80,8 +81,7 @@ def make_plan(
     entries: dict[fx.Node, int] = {}
     planned = []
     for i, block in enumerate(blocks):
-        mask = Mask.NONE if block.tokens is None else mask_of(block.attention, axes, values)
-        reason = block.problem or declined.get(i) or _unsupported(block, axes, mask)
+        reason = block.problem or declined.get(i) or _unsupported(block, axes)
         if reason is not None:
             size = _static_size(block, axes)
             planned.append(PlannedBlock(i, block, size, size, reason))
@@ -93,7 +93,7 @@ def make_plan(
         tokens = place.lead + body + place.tail
         lead = place.lead if config.protected == "auto" else config.protected
         # Padding may leave one token of either kind without a partner of its own.
-        spare = 2 if mask is Mask.TOKENS else 0
+        spare = 2 if block.mask is Mask.TOKENS else 0
         outcome = removal(requests[i], tokens, lead + place.tail, config.min_tokens, spare)
         if i not in chosen:
             reason = "not among the layers that fuse"
@@ -109,8 +109,7 @@ def make_plan(
         left = tokens if reason is not None else tokens - outcome.r
         notes = [outcome.note, _exposed(block, config)]
         note = "; ".join(n for n in notes if n) or None
-        padded = mask is Mask.TOKENS
-        planned.append(PlannedBlock(i, block, tokens, left, reason, note, lead, place.tail, padded))
+        planned.append(PlannedBlock(i, block, tokens, left, reason, note, lead, place.tail))
     return Plan(config, method, site, planned)
 
 
@@ -131,10 +130,10 @@ def _layers(config: FusionConfig, method: Method, depth: int) -> set[int]:
     return set(method.layers(depth)) if preset is None else set(preset)
 
 
-def _unsupported(block: Block, axes: Axes, mask: Mask) -> str | None:
+def _unsupported(block: Block, axes: Axes) -> str | None:
     """Attention that the fused operators do not compute."""
     site = block.attention
-    if mask is Mask.PAIRS:
+    if block.mask is Mask.PAIRS:
         return "attention is masked by pairs of tokens (causal or block by block), which cannot be fused"
     if site.weights is not None:
         return None
@@ -149,7 +148,5 @@ def _unsupported(block: Block, axes: Axes, mask: Mask) -> str | None:
 
 
 def _static_size(block: Block, axes: Axes) -> int | None:
-    size = 1
-    for axis in axes.table.canonical(block.attention.key_axis):
-        size = size * axis.size
+    size = product(axes.table.canonical(block.attention.key_axis))
     return size if isinstance(size, int) else None

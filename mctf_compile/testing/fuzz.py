@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from mctf_compile.errors import cause_of
 from mctf_compile.testing.models import TinyViT, VitSpec
 from mctf_compile.testing.soundness import check_rewrite
 from mctf_compile.testing.strategies import fusion_options, vit_specs
@@ -129,7 +130,7 @@ def fuzz(
             with torch.no_grad():
                 found = check_rewrite(model, *inputs, **case.options)
         except Exception as error:
-            cause = getattr(error, "inner_exception", error)
+            cause = cause_of(error)
             outcome.failure = case, f"{type(cause).__name__}: {cause}"
             raise
         outcome.counts["fused"] += any(report.fused for report in found.reports)

@@ -62,8 +62,9 @@ def head_layout(dims: Dims, tokens: Tokens) -> HeadLayout | None:
 
 @dataclass(frozen=True)
 class Operands:
-    """Operands of attention in the layout [B, H, N, D], and an additive ``bias`` for its logits."""
+    """Operands of attention as [B, H, N, D], an additive ``bias`` for its logits, and the layout they had."""
 
+    layout: HeadLayout
     query: Tensor
     key: Tensor
     value: Tensor | None
@@ -86,7 +87,7 @@ def operands(call: FusedCall, *names: str) -> Operands:
         bias = additive(call.intensive("attn_mask").tensor, query.dtype)
         if query.dim() != 4:
             bias = layout.split(bias.expand(*query.shape[:-2], *bias.shape[-2:]))
-    return Operands(layout.split(given["query"]), layout.split(given["key"]),
+    return Operands(layout, layout.split(given["query"]), layout.split(given["key"]),
                     layout.split(given["value"]) if "value" in given else None, bias)
 
 
@@ -110,8 +111,7 @@ def sized_attention(call: FusedCall) -> Value:
     out = torch.ops.mctf.attention(
         given.query, given.key, given.value, log_size, given.bias, scale_of(call.call), call.args["dropout_p"]
     )
-    layout = head_layout(call.dims("query"), call.tokens)
-    return call.result(layout.join(out, call.value("query").tensor))
+    return call.result(given.layout.join(out, call.value("query").tensor))
 
 
 @rule(aten.scaled_dot_product_attention, fused=sized_attention)

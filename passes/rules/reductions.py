@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from mctf_compile.errors import Declined
-from mctf_compile.passes.axes import Dims, Place
+from mctf_compile.passes.axes import Dims
 from mctf_compile.passes.rules.base import Call, Flow, rule, wrap
 from mctf_compile.passes.rules.pointwise import pointwise
 
@@ -35,25 +37,36 @@ def flow(call: Call) -> Flow:
     return Flow(out, tuple(dims[d] for d in gone))
 
 
-def whole_place(call: FusedCall) -> tuple[set[int], Place]:
-    """The dimensions that go, and the one place of the token axis, which goes as a whole."""
-    gone, _ = reduced(call.call)
-    place = call.only_place(call.operand)
-    if not gone.issuperset((place.dim, *place.rest)) or place.before or place.after:
-        raise Declined("a reduction runs over a part of the token axis, or of a product with it")
-    return gone, place
+@dataclass(frozen=True)
+class Sized:
+    """What is reduced over fused tokens: ``x``, its sizes as a factor, the dimensions that go, and their count.
+
+    ``count`` is the number of original positions, which fusing does not change.
+    """
+
+    x: Tensor
+    size: Tensor
+    dims: list[int]
+    count: Any
+    keep: bool
+
+    @classmethod
+    def of(cls, call: FusedCall, dims: set[int] | None = None) -> Sized:
+        """The operand of a reduction over all of the one token axis, and maybe over other dimensions."""
+        gone = reduced(call.call)[0] if dims is None else dims
+        place = call.only_place(call.operand)
+        if not gone.issuperset((place.dim, *place.rest)) or place.before or place.after:
+            raise Declined("a reduction runs over a part of the token axis, or of a product with it")
+        x = call.intensive(call.operand).tensor
+        keep = call.args.get("keepdim", False)
+        return cls(x, call.sizes_like(call.operand, place), sorted(gone), call.dense_count(call.operand, gone), keep)
 
 
 def weighted_sum(call: FusedCall) -> Value:
     """Σ s x, and for a mean Σ s x / n (the number n of tokens does not change)."""
-    gone, place = whole_place(call)
-    x = call.intensive(call.operand).tensor
-    weighted = x * call.sizes_like(call.operand, place).to(x.dtype)
-    keep = call.args.get("keepdim", False)
-    total = weighted.sum(sorted(gone), keepdim=keep, dtype=call.args.get("dtype"))
-    if call.packet is not aten.sum:
-        total = total / call.dense_count(call.operand, gone)
-    return call.result(total)
+    given = Sized.of(call)
+    total = (given.x * given.size.to(given.x.dtype)).sum(given.dims, given.keep, dtype=call.args.get("dtype"))
+    return call.result(total if call.packet is aten.sum else total / given.count)
 
 
 @rule(aten.mean, aten.sum, fused=weighted_sum)
@@ -71,14 +84,13 @@ def weighted_norm(call: FusedCall) -> Value:
     """(Σ s |x|^p)^(1/p); the maximum for p = ∞."""
     order = call.args.get("ord", call.args.get("p"))
     order = 2.0 if order is None else float(order)
-    gone, place = whole_place(call)
-    x = call.intensive(call.operand).tensor
+    given = Sized.of(call)
+    x = given.x
     if abs(order) != float("inf"):
         if order <= 0:
             raise Declined(f"a norm of order {order} over fused tokens")
-        x = x * (call.sizes_like(call.operand, place) ** (1 / order)).to(x.dtype)
-    keep, dtype = call.args.get("keepdim", False), call.args.get("dtype")
-    return call.result(aten.linalg_vector_norm(x, order, sorted(gone), keep, dtype=dtype))
+        x = x * (given.size ** (1 / order)).to(x.dtype)
+    return call.result(aten.linalg_vector_norm(x, order, given.dims, given.keep, dtype=call.args.get("dtype")))
 
 
 @rule(aten.linalg_vector_norm, aten.norm, fused=weighted_norm)
@@ -88,15 +100,13 @@ def norm(call: Call) -> Flow:
 
 def weighted_variance(call: FusedCall) -> Value:
     """Σ s (x - mean)² / (n - correction), and its root for a standard deviation."""
-    gone, place = whole_place(call)
-    x = call.intensive(call.operand).tensor
-    size, dims = call.sizes_like(call.operand, place).to(x.dtype), sorted(gone)
-    count = call.dense_count(call.operand, gone)
-    mean = (x * size).sum(dims, keepdim=True) / count
+    given = Sized.of(call)
+    x, size = given.x, given.size.to(given.x.dtype)
+    mean = (x * size).sum(given.dims, keepdim=True) / given.count
     correction = call.args.get("correction", call.args.get("unbiased", True))
     # A default of None is Bessel's correction.
     correction = 1 if correction is None else correction
-    variance = ((x - mean) ** 2 * size).sum(dims, keepdim=call.args.get("keepdim", False)) / (count - correction)
+    variance = ((x - mean) ** 2 * size).sum(given.dims, given.keep) / (given.count - correction)
     return call.result(variance.sqrt() if call.packet is aten.std else variance)
 
 
@@ -107,10 +117,8 @@ def variance(call: Call) -> Flow:
 
 def weighted_logsumexp(call: FusedCall) -> Value:
     """log Σ s exp(x)."""
-    gone, place = whole_place(call)
-    x = call.intensive(call.operand).tensor
-    x = x + call.sizes_like(call.operand, place).log().to(x.dtype)
-    return call.result(x.logsumexp(sorted(gone), keepdim=call.args.get("keepdim", False)))
+    given = Sized.of(call)
+    return call.result((given.x + given.size.log().to(given.x.dtype)).logsumexp(given.dims, given.keep))
 
 
 @rule(aten.logsumexp, fused=weighted_logsumexp)
@@ -136,13 +144,11 @@ def extreme_with_index(call: Call) -> Flow:
 
 def pooled_to_one(call: FusedCall) -> Value:
     """Adaptive average pooling to a single position: a mean over the grid."""
-    x = call.intensive("self").tensor
-    place = call.only_place("self")
-    spatial = set(range(2, len(call.dims("self"))))
-    if not spatial.issuperset((place.dim, *place.rest)) or any(call.dims_out(0)[2:]):
+    if any(call.out_dims()[0][2:]):
         raise Declined("the grid of tokens is pooled to a smaller one")
-    weighted = x * call.sizes_like("self", place).to(x.dtype)
-    return call.result(weighted.sum(sorted(spatial), keepdim=True) / call.dense_count("self", spatial))
+    given = Sized.of(call, set(range(2, len(call.dims("self")))))
+    weighted = given.x * given.size.to(given.x.dtype)
+    return call.result(weighted.sum(given.dims, keepdim=True) / given.count)
 
 
 @rule(aten.adaptive_avg_pool1d, aten.adaptive_avg_pool2d, aten.adaptive_avg_pool3d, fused=pooled_to_one)
