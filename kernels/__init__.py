@@ -4,6 +4,10 @@
 ``match``           which tokens leave, and into which (MCTF's multi-criteria bipartite matching)
 ``group``           the map, the pooling weights and the sizes that a matching gives
 ``pool``            combine each group of tokens into one
+``keep``            the tokens that stay, the others dropped
+``mlerp``           the factor that gives a mean the largest norm of its group
+``select``          which tokens have the highest scores
+``nearest``         the kept token most similar to each dropped one
 ``unmerge``         give every token its group's value back
 ``attention``       attention over tokens that have sizes
 ``importance``      how much attention each token receives, before the values are computed
@@ -15,4 +19,5 @@ import mctf_compile.kernels.ahead.op
 import mctf_compile.kernels.attention.op
 import mctf_compile.kernels.matching.op
 import mctf_compile.kernels.pooling.op
+import mctf_compile.kernels.selection.op
 import mctf_compile.kernels.unmerge.op  # noqa: F401

@@ -44,10 +44,10 @@ def mctf(
         fused, report = rewrite(gm, example_inputs, config)
         reason = report.reason
     except PassError as error:
-        if config.strict:
+        if config.lowering.strict:
             raise
         reason = str(error)
-    if config.schedule.asks_for_fusion:
+    if config.method.active:
         if _split_by_ddp(gm):
             warnings.warn(SPLIT_BY_DDP, stacklevel=2)
         elif reason is not None:
@@ -69,15 +69,15 @@ def _split_by_ddp(gm: fx.GraphModule) -> bool:
 
 def inner_compiler(config: FusionConfig) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]:
     """The compiler named by ``inner``, with the Inductor patches applied."""
-    if config.inner == "inductor":
+    if config.lowering.inner == "inductor":
         from torch._inductor import list_mode_options
         from torch._inductor.compile_fx import compile_fx
 
-        patches = dict(config.inductor)
+        patches = dict(config.lowering.inductor)
         mode = patches.pop("mode", None)
         if mode is not None:
             patches = {**list_mode_options(mode), **patches}
         return lambda gm, inputs: compile_fx(gm, inputs, config_patches=patches or None)
     from torch._dynamo.backends.registry import lookup_backend
 
-    return lookup_backend(config.inner)
+    return lookup_backend(config.lowering.inner)

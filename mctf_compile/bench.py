@@ -248,7 +248,7 @@ def _inference(device: str, autocast: torch.dtype | None) -> AbstractContextMana
 
 def _inductor_patches(config: FusionConfig) -> dict[str, Any] | None:
     """The Inductor options of the fused graph, for the dense one."""
-    patches = dict(config.inductor)
+    patches = dict(config.lowering.inductor)
     mode = patches.pop("mode", None)
     if mode is not None:
         from torch._inductor import list_mode_options

@@ -41,8 +41,8 @@ def rewrite(
     try:
         report = make_report(run_passes(PIPELINE, state))
     except UnsupportedGraph as error:
-        report = Report([], lambda: (0, 0), reason=str(error), method=config.method, seconds=state.seconds)
-    if config.strict and not report.fused:
+        report = Report([], lambda: (0, 0), reason=str(error), method=config.method.name, seconds=state.seconds)
+    if config.lowering.strict and not report.fused:
         reasons = "\n".join(f"  block {b.index}: {b.reason}" for b in report.blocks)
         raise NothingFusedError(f"no block fuses tokens ({report.reason}).\n{reasons}".rstrip())
     return (state.result if report.fused else gm), report

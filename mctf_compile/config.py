@@ -4,74 +4,74 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from mctf_compile.errors import ConfigError
-from mctf_compile.methods import get_method
-from mctf_compile.schedule import Schedule, parse_r
+from mctf_compile.methods import METHODS, Method, get_method
+from mctf_compile.options import Options, flag, nearest, one_of, option
 
-CHOICES = {
-    "attention": ("approx", "exact", "current"),
-    "matching": ("bidirectional", "one_way"),
-    "pooling": ("attention", "size", "mean", "max"),
-    "inner": ("inductor", "aot_eager", "eager"),
-    "kernels": ("auto", "triton", "aten"),
-}
+
+def _kernels(name: str, value: Any) -> str:
+    one_of("auto", "triton", "aten")(name, value)
+    if value == "triton":
+        raise ConfigError("kernels='triton' is not available in this version; use 'auto' or 'aten'.")
+    return value
+
+
+def _patches(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
+        raise ConfigError(f"{name}={value!r} must be a dict of Inductor config patches.")
+    if value:
+        _check_inductor(value)
+    return dict(value)
 
 
 @dataclass(frozen=True)
-class FusionConfig:
-    """How tokens are fused and what compiles the result.
+class Lowering(Options):
+    """What becomes of the rewritten graph; the options that no method changes.
 
-    Attributes:
-        method: reduction method, by registry name.
-        r: tokens removed per block: int, ratio < 1 of the unprotected tokens, list with one entry per
-            block, ``(r, inflection)`` or a preset name (``"fast"``).
-        layers: blocks (0-based) that fuse; None for the method's default (MCTF: all but block 0).
-        attention: MCTF's use of attention: ``approx`` (one step ahead, pooled map), ``exact``
-            (one step ahead, recomputed on the fused tokens), ``current`` (the block's own map).
-        matching: ``bidirectional`` or ``one_way``.
-        pooling: weights of the tokens that are fused: ``attention`` (informativeness times size),
-            ``size``, ``mean``; or ``max``.
-        tau_sim, tau_info, tau_size: temperatures of the criteria; 0 turns a criterion off.
-        proportional: add log size to the logits of attention over fused tokens.
-        protected: number of prefix tokens never removed; ``"auto"`` reads it off the graph.
-        min_tokens: no block leaves fewer tokens than this (protected ones included).
-        inner: what compiles the rewritten graph.
+    Options:
+        inner: what compiles it: ``inductor``, ``aot_eager`` or ``eager``.
         inductor: patches for the Inductor config; the key ``"mode"`` names an Inductor mode.
         kernels: ``auto``, ``triton`` or ``aten``.
         strict: raise where nothing could be fused.
     """
 
-    method: str = "mctf"
-    r: int | float | list | tuple | str = 16
-    layers: tuple[int, ...] | None = None
-    attention: str = "approx"
-    matching: str = "bidirectional"
-    pooling: str = "attention"
-    tau_sim: float = 1.0
-    tau_info: float = 20.0
-    tau_size: float = 40.0
-    proportional: bool = True
-    protected: int | str = "auto"
-    min_tokens: int = 10
-    inner: str = "inductor"
-    inductor: Mapping[str, Any] = field(default_factory=dict)
-    kernels: str = "auto"
-    strict: bool = False
-    schedule: Schedule = field(init=False, repr=False)
+    inner: str = option("inductor", one_of("inductor", "aot_eager", "eager"))
+    inductor: Mapping[str, Any] = field(default_factory=dict, metadata={"check": _patches})
+    kernels: str = option("auto", _kernels)
+    strict: bool = option(False, flag)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.inductor and self.inner != "inductor":
+            raise ConfigError(f"inductor={dict(self.inductor)!r} has no effect with inner={self.inner!r}.")
+
+
+class FusionConfig:
+    """How tokens are reduced and what compiles the result: ``method`` and ``lowering``.
+
+    Args:
+        method: reduction method, by registry name.
+        options: those of the method (see its class: ``mctf_compile.METHODS[name]``) and of ``Lowering``.
+
+    Every option is an attribute too. Raises ``ConfigError`` that names a wrong option and the nearest right one.
+    """
+
+    def __init__(self, method: str = "mctf", **options: Any) -> None:
+        chosen = get_method(method)
+        lowering = {name: options.pop(name) for name in Lowering.option_names() if name in options}
+        for name in options:
+            if name not in chosen.option_names():
+                raise ConfigError(_unknown(name, chosen))
+        self.method: Method = chosen(**options)
+        self.lowering = Lowering(**lowering)
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None = None, mode: str | None = None) -> FusionConfig:
         """The config for ``torch.compile``'s options and mode; raises ``ConfigError``."""
         options = dict(options or {})
-        known = [f.name for f in fields(cls) if f.init]
-        for name in options:
-            if name not in known:
-                near = difflib.get_close_matches(str(name), known, 1, 0.5)
-                hint = f"did you mean {near[0]!r}? " if near else ""
-                raise ConfigError(f"unknown option {name!r}; {hint}The options are: {', '.join(known)}.")
         if mode is not None:
             inductor = options.get("inductor", {})
             if "mode" in inductor and inductor["mode"] != mode:
@@ -79,61 +79,31 @@ class FusionConfig:
             options["inductor"] = {**inductor, "mode": mode}
         return cls(**options)
 
-    def __post_init__(self) -> None:
-        get_method(self.method)
-        for name, allowed in CHOICES.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                near = difflib.get_close_matches(str(value), allowed, 1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}{hint}")
-        for name in ("tau_sim", "tau_info", "tau_size"):
-            self._number(name, "a number >= 0; 0 turns the criterion off")
-        for name in ("proportional", "strict"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name}={getattr(self, name)!r} must be True or False.")
-        self._whole("min_tokens", 1)
-        if self.protected != "auto":
-            self._whole("protected", 0)
-        self._set("layers", self._layers())
-        self._set("inductor", self._inductor())
-        if self.kernels == "triton":
-            raise ConfigError("kernels='triton' is not available in this version; use 'auto' or 'aten'.")
-        self._set("schedule", parse_r(self.r))
+    def __getattr__(self, name: str) -> Any:
+        for part in ("method", "lowering"):
+            held = self.__dict__.get(part)
+            if held is not None and name in held.option_names():
+                return getattr(held, name)
+        raise AttributeError(f"FusionConfig has no option {name!r}")
 
-    def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FusionConfig) and (self.method, self.lowering) == (other.method, other.lowering)
 
-    def _number(self, name: str, expected: str) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-            raise ConfigError(f"{name}={value!r} must be {expected}.")
+    __hash__ = None
 
-    def _whole(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            auto = " or 'auto'" if name == "protected" else ""
-            raise ConfigError(f"{name}={value!r} must be a whole number >= {least}{auto}.")
+    def __repr__(self) -> str:
+        return f"FusionConfig({self.method}, {self.lowering})"
 
-    def _layers(self) -> tuple[int, ...] | None:
-        if self.layers is None:
-            return None
-        layers = self.layers
-        whole = isinstance(layers, (list, tuple, range, set)) and all(
-            isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in layers
-        )
-        if not whole:
-            raise ConfigError(f"layers={layers!r} must be a list of block numbers >= 0, or None.")
-        return tuple(sorted(set(layers)))
 
-    def _inductor(self) -> dict[str, Any]:
-        if not isinstance(self.inductor, Mapping) or not all(isinstance(k, str) for k in self.inductor):
-            raise ConfigError(f"inductor={self.inductor!r} must be a dict of Inductor config patches.")
-        if self.inductor and self.inner != "inductor":
-            raise ConfigError(f"inductor={dict(self.inductor)!r} has no effect with inner={self.inner!r}.")
-        if self.inductor:
-            _check_inductor(self.inductor)
-        return dict(self.inductor)
+def _unknown(name: str, method: type[Method]) -> str:
+    """Why a method's option is refused: another method takes it, or none does."""
+    takes = [*method.option_names(), *Lowering.option_names()]
+    others = sorted(m.name for m in METHODS.values() if name in m.option_names())
+    if others:
+        return (f"method {method.name!r} takes no option {name!r} ({', '.join(others)} "
+                f"{'does' if len(others) == 1 else 'do'}); it takes: {', '.join(takes)}.")
+    known = ["method", *takes]
+    return f"unknown option {name!r}; {nearest(name, known)}The options are: {', '.join(known)}."
 
 
 def _check_inductor(patches: Mapping[str, Any]) -> None:
@@ -149,4 +119,3 @@ def _check_inductor(patches: Mapping[str, Any]) -> None:
             hint = f"; did you mean {near[0]!r}?" if near else ""
             kind = "mode" if name == "mode" else "config entry"
             raise ConfigError(f"inductor: {asked!r} is no Inductor {kind}{hint}")
-

@@ -16,10 +16,14 @@ PRESETS: dict[str, tuple[float, tuple[float, ...]]] = {
 
 @dataclass(frozen=True)
 class Removal:
-    """What one block removes: ``r`` of ``tokens``, and the note that a clamp leaves."""
+    """What one block removes: ``r`` tokens, and a note: what a clamp did, or why nothing is removed.
+
+    ``acts``: whether the method has something to do even where the number of tokens stays.
+    """
 
     r: int
     note: str | None = None
+    acts: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,17 @@ class Schedule:
         return None if self.preset is None else sorted({int(f * depth) for f in self.preset})
 
 
+def check_r(name: str, r: Any) -> Any:
+    """The option ``r`` as it is, if it is one."""
+    parse_r(r)
+    return r
+
+
+def quarters(depth: int) -> list[int]:
+    """Blocks 3, 6 and 9 of 12."""
+    return sorted({depth // 4, depth // 2, 3 * depth // 4})
+
+
 def parse_r(r: Any) -> Schedule:
     """Validate the option ``r``; raises ``ConfigError``."""
     if isinstance(r, str):
@@ -88,15 +103,19 @@ def _one(value: Any, name: str) -> int | float:
 def removal(request: int | float, tokens: int, protected: int, min_tokens: int, spare: int = 0) -> Removal:
     """The effective r of a block: the request, clamped to the floor and to half of the unprotected tokens.
 
+    Where that is 0, the note says why.
+
     ``spare``: tokens of that half that must stay.
 
     Source: official MCTF, ``parse_r`` and the clamps of its matching; the floor here holds for ratios too.
     """
+    if request == 0:
+        return Removal(0, "r is 0 for this block")
     free = tokens - protected
     r = int(request * free) if isinstance(request, float) else request
     floor, half = max(tokens - min_tokens, 0), max(free // 2 - spare, 0)
     effective = max(min(r, floor, half), 0)
     if effective == r:
-        return Removal(r)
+        return Removal(r, None if r else f"r={request} of {free} tokens rounds to 0")
     limit = f"min_tokens={min_tokens}" if floor <= half else f"half of the {free} unprotected tokens"
     return Removal(effective, f"r clamped from {r} to {effective} by {limit}")

@@ -37,7 +37,8 @@ def token_axes(state: State) -> None:
 
 @graph_pass(requires=("axes",), ensures=("blocks",))
 def blocks(state: State) -> None:
-    protected = None if state.config.protected == "auto" else state.config.protected
+    method = state.config.method
+    protected = None if method.protected == "auto" else method.protected
     found = _blocks.find_blocks(state.normal.graph, state.axes, protected)
     values = _normalize.constants(state.gm, state.normal, state.examples)
     state.blocks = _masks.find_masks(found, state.axes, values)
@@ -46,7 +47,7 @@ def blocks(state: State) -> None:
 @graph_pass(requires=("blocks",), ensures=("plan",))
 def plan(state: State) -> None:
     findings = state.findings
-    state.plan = _plan.make_plan(state.blocks, state.axes, state.config, findings.declined, findings.whole)
+    state.plan = _plan.make_plan(state.blocks, state.axes, state.config.method, findings.declined, findings.whole)
 
 
 @graph_pass(requires=("plan",))
@@ -77,7 +78,7 @@ def rewrite(state: State) -> str | None:
 
 @graph_pass(requires=("result",))
 def biases(state: State) -> None:
-    if state.config.inner == "inductor":
+    if state.config.lowering.inner == "inductor":
         _biases.loosen_biases(state.result)
 
 

@@ -93,7 +93,7 @@ class FusedCall:
 
     def log_sizes(self, place: Place) -> Tensor | None:
         """[B, M] log sizes of the tokens at a place; None where all sizes are 1 or count for nothing."""
-        if not self.generation or not self.rewriter.plan.config.proportional:
+        if not self.generation or not self.rewriter.plan.method.counts_sizes:
             return None
         return self.stream.log_size(self.generation, place.lead, place.tail)
 
@@ -108,6 +108,11 @@ class FusedCall:
 
     def sizes_like(self, name: str, place: Place) -> Tensor:
         return self.sizes_of(self.args[name], place)
+
+    @property
+    def conserves(self) -> bool:
+        """Whether the sizes of this call's tokens add up to the number of original ones."""
+        return self.stream.conserves(self.generation)
 
     def dense_count(self, name: str, dims: set[int]) -> Any:
         """The number of original positions in some dimensions of an argument."""

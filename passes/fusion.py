@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mctf_compile.errors import Declined
-from mctf_compile.kernels.pooling.aten import combine
+from mctf_compile.kernels.pooling.aten import combine, index_of
+from mctf_compile.methods import Combine
 from mctf_compile.passes.axes import Dims, Place, Tokens, places, product
 
 
@@ -33,7 +34,8 @@ class Value:
 class Fusion:
     """One fusion over a token axis with ``lead`` and ``tail`` protected tokens: old N -> new M.
 
-    ``weight`` [B, N] are the normalised pooling weights, None to combine by the maximum.
+    ``weight`` [B, N] are the normalised pooling weights of ``Combine.MEAN``, else None. ``conserves``:
+    whether the sizes still add up to the number of original tokens.
     """
 
     keep: Tensor
@@ -44,6 +46,14 @@ class Fusion:
     size: Tensor
     lead: int
     tail: int
+    combine: Combine = Combine.MEAN
+    conserves: bool = True
+
+    def pool(self, x: Tensor, dim: int) -> Tensor:
+        """[B, ..., N, ...] -> [B, ..., M, ...] along ``dim``."""
+        if self.combine is Combine.DROP:
+            return torch.ops.mctf.keep(x, self.keep, dim)
+        return torch.ops.mctf.pool(x, self.weight, self.keep, self.gone, self.into, dim)
 
     def with_ends(self, lead: int, tail: int) -> Fusion:
         """The same fusion of an axis that has other protected tokens around the same body."""
@@ -63,7 +73,8 @@ class Fusion:
 
         body_n, body_m = slice(self.lead, n - self.tail), slice(self.lead, m - self.tail)
         new_n, new_m = n - self.tail + shift, m - self.tail + shift
-        return Fusion(
+        return replace(
+            self,
             keep=ends(self.keep[:, body_m], lead, new_n),
             gone=self.gone + shift,
             into=self.into + shift,
@@ -92,6 +103,10 @@ class Stream:
             self._ends[key] = self.fusions[generation - 1].with_ends(lead, tail)
         return self._ends[key]
 
+    def conserves(self, generation: int) -> bool:
+        """Whether the sizes in a generation add up to the number of original tokens."""
+        return all(f.conserves for f in self.fusions[:generation])
+
     def body(self, generation: int) -> int:
         """The number of unprotected tokens in a generation."""
         if generation == 0:
@@ -119,11 +134,11 @@ class Stream:
             step = value.generation + 1
 
             def pool(x: Tensor, dim: int, place: Place, step: int = step) -> Tensor:
-                f = self.fusion(step, place.lead, place.tail)
-                return torch.ops.mctf.pool(x, f.weight, f.keep, f.gone, f.into, dim)
+                return self.fusion(step, place.lead, place.tail).pool(x, dim)
 
             dtype = value.tensor.dtype
-            if not (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool):
+            averaged = self.fusions[step - 1].combine is not Combine.DROP
+            if averaged and not (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool):
                 raise Declined(f"values of dtype {dtype} cannot be fused")
             tensor = self._each_place(value, pool)
             value = Value(tensor, value.dims, self, step)
@@ -154,6 +169,19 @@ class Stream:
             for place in self.places(value.dims):
                 tensor = _regrid(tensor, place, value.dims)
         return Value(tensor, value.dims, self if generation else None, generation)
+
+    def put_back(self, value: Value, entry: Value) -> Value:
+        """The tokens of ``value`` in their places among those of ``entry``, from which they were chosen."""
+        (place,) = self.places(value.dims)
+        fusion = self.fusion(value.generation, place.lead, place.tail)
+        # Where the others would come from does not matter: they are taken from the entry.
+        index = index_of(fusion.keep, fusion.gone, torch.zeros_like(fusion.gone))
+        chosen = torch.zeros_like(index, dtype=torch.bool).scatter(1, fusion.keep, True)
+        tensor = self._each_place(value, lambda x, dim, _: torch.ops.mctf.unmerge(x, index, dim))
+        spread = Value(tensor, value.dims, self, entry.generation)
+        off_grid = self._off_grid(entry).tensor
+        tensor = torch.where(self.spread(chosen, spread, place), tensor, off_grid)
+        return replace(entry, tensor=tensor if entry.generation else _regrid(tensor, place, value.dims))
 
     def intensive(self, value: Value) -> Value:
         """Turn attention weights into those of one copy of each token."""

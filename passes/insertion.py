@@ -1,31 +1,43 @@
-"""Inserting the fusion at a planned block: attention, matching, pooling."""
+"""Inserting the reduction at a planned block: what the method sees, what it chooses, and attention around it."""
 
 from __future__ import annotations
 
 from collections import ChainMap
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
 
+from mctf_compile.errors import PassError
 from mctf_compile.kernels.library import working_dtype
-from mctf_compile.methods import Choice, Evidence, Site
-from mctf_compile.passes.axes import Tokens
+from mctf_compile.kernels.pooling.aten import index_of
+from mctf_compile.methods import Choice, Combine, Evidence, Need, Site
+from mctf_compile.passes.axes import Place, Tokens, atoms
 from mctf_compile.passes.fused_call import FusedCall
 from mctf_compile.passes.fusion import Fusion, Stream, Value
 from mctf_compile.passes.masks import MASKED
 from mctf_compile.passes.plan import PlannedBlock
 from mctf_compile.passes.rules import find_rule
-from mctf_compile.passes.rules.attention import additive, operands, scale_of
+from mctf_compile.passes.rules.attention import HeadLayout, additive, operands, scale_of
 from mctf_compile.passes.rules.base import wrap
 
 if TYPE_CHECKING:
+    from mctf_compile.passes.blocks import Attention
     from mctf_compile.passes.rewrite import Rewriter
 
 
+@dataclass(frozen=True)
+class Map:
+    """The map of an attention, A = weights * norm, and the layout of its operands."""
+
+    weights: Tensor
+    norm: Tensor
+    layout: HeadLayout
+
+
 class Insertion:
-    """Runs the planned attentions of a rewrite, and fuses.
+    """Runs the planned attentions of a rewrite, and reduces their tokens.
 
     ``fused`` and ``sources`` keep, for each generation that a residual stream was fused into, that stream
     and its node: values derived from it before are derived again. ``whole`` collects the blocks that
@@ -39,34 +51,32 @@ class Insertion:
         self.fused: dict[fx.Node, Value] = {}
         self.whole: set[int] = set()
         self.undone: dict[int, str] = {}
-        self._importance: dict[fx.Node, Tensor] = {}
-        self._padding: dict[fx.Node, Tensor] = {}
+        self._seen: dict[int, dict[str, Tensor]] = {}
         self._at_node = {b.block.attention.node: b for b in self.plan.fusing}
         self._at_weights = {
             b.block.attention.weights: b for b in self.plan.fusing if b.block.attention.weights is not None
         }
-        after = {Site.AFTER: "exit", Site.BETWEEN: "middle"}.get(self.plan.site)
+        after = {Site.AFTER: "exit", Site.AROUND: "exit", Site.BETWEEN: "middle"}.get(self.plan.site)
         self._at_end = {getattr(b.block, after): b for b in self.plan.fusing} if after else {}
 
     def emit(self, node: fx.Node) -> object:
-        """The value of ``node`` in the rewritten program, with whatever fusion the plan has there."""
-        rewriter = self.rewriter
+        """The value of ``node`` in the rewritten program, with whatever the plan has there."""
         planned = self._at_node.get(node)
         if planned is None or planned.index in self.undone:
-            result = rewriter.evaluate(node, rewriter.env)
+            result = self.rewriter.evaluate(node, self.rewriter.env)
         else:
             result = self._attend(node, planned)
-        if node in self._at_weights and result.generation != self._entry(self._at_weights[node]).generation:
-            self.undone[self._at_weights[node].index] = "attention gets the original tokens back before its softmax"
-        elif node in self._at_weights:
+        if node in self._at_weights:
             planned = self._at_weights[node]
-            self._importance[planned.block.attention.node] = self._mean_received(result, planned)
-            if planned.padded:
-                logits = rewriter.env[node.args[0]]
-                self._padding[planned.block.attention.node] = self._masked(logits, planned)
+            if result.generation == self._entry(planned).generation:
+                self._seen[planned.index] = self._look_at_map(result, planned)
+            else:
+                self.undone[planned.index] = "attention gets the original tokens back before its softmax"
         if node in self._at_end and self._at_end[node].index not in self.undone:
             planned = self._at_end[node]
-            result = self._fuse(planned, result, self._importance[planned.block.attention.node])
+            if self.plan.site is Site.AROUND:
+                return self._put_back(result, planned)
+            result = self._fuse(planned, result)
         return result
 
     def _stream(self, block: PlannedBlock) -> Stream:
@@ -81,49 +91,50 @@ class Insertion:
     def _entry(self, block: PlannedBlock) -> Value:
         return self.rewriter.env[block.block.entry]
 
+    # Attention, and the reduction that belongs to it.
+
     def _attend(self, node: fx.Node, block: PlannedBlock) -> Value:
-        """A planned attention, with the fusion that belongs to it."""
+        """The value of a planned attention."""
         site, entry = block.block.attention, block.block.entry
-        if site.weights is not None:
-            return self._attend_spelled_out(node, block)
-        stream, generation = self._stream(block), self._entry(block).generation
-        call = FusedCall(self.rewriter, find_rule(node.target), node, stream, generation, self.rewriter.env)
-        given = operands(call, "query", "key")
-        (place,) = call.places_of(entry)
-        if block.padded:
-            self._padding[node] = self._masked(call.intensive("attn_mask"), block)
-        importance, weights, norm = torch.ops.mctf.importance(
-            given.query, given.key, call.log_sizes(place), given.bias, scale_of(call.call)
-        )
+        call = seen = None
+        if site.weights is None:
+            stream, generation = self._stream(block), self._entry(block).generation
+            call = FusedCall(self.rewriter, find_rule(node.target), node, stream, generation, self.rewriter.env)
+            seen = self._look_at_operands(call, block)
+        if self.plan.site is Site.BEFORE:
+            return self.rewriter.again(node, {entry: self._fuse(block, self._entry(block))})
+        if self.plan.site is Site.AROUND:
+            return self._attend_chosen(node, block)
         if self.plan.site is Site.AHEAD:
-            x = self._fuse(block, self._entry(block), importance)
-            v = x.stream.raise_to(self.rewriter.again(site.value, entry, x), x.generation)
+            return self._attend_ahead(node, block, call, seen)
+        if seen is None:
+            return self.rewriter.evaluate(node, self.rewriter.env)
+        # The map is there: its product with the values is all that is left of attention.
+        v = call.intensive("value").tensor
+        rows = torch.nn.functional.dropout(seen.weights, call.args["dropout_p"]) @ seen.layout.split(v)
+        return call.result(seen.layout.join((rows * seen.norm).to(v.dtype), v))
+
+    def _attend_ahead(
+        self, node: fx.Node, block: PlannedBlock, call: FusedCall | None, seen: Map | None
+    ) -> Value:
+        """A' V: the values of the fused tokens under the map of the unfused ones."""
+        site, entry = block.block.attention, block.block.entry
+        x = self._fuse(block, self._entry(block))
+        fusion = x.stream.fusions[-1]
+        v = x.stream.raise_to(self.rewriter.again(site.value, {entry: x}), x.generation)
+        if seen is not None:
+            (place,) = call.places_of(entry)
             fusion = x.stream.fusion(x.generation, place.lead, place.tail)
             out = torch.ops.mctf.ahead(
-                weights, norm, given.layout.split(v.tensor), fusion.index, fusion.weight, fusion.keep, fusion.gone,
-                fusion.into, call.args["dropout_p"],
+                seen.weights, seen.norm, seen.layout.split(v.tensor), fusion.index, fusion.weight, fusion.keep, fusion.gone, fusion.into,
+                call.args["dropout_p"],
             )
-            return Value(given.layout.join(out, v.tensor), self.rewriter.axes.of(node), x.stream, x.generation)
-        if self.plan.site is Site.BEFORE:
-            return self.rewriter.again(node, entry, self._fuse(block, self._entry(block), importance))
-        self._importance[node] = importance
-        v = call.intensive("value").tensor
-        rows = torch.nn.functional.dropout(weights, call.args["dropout_p"]) @ given.layout.split(v)
-        return call.result(given.layout.join((rows * norm).to(v.dtype), v))
-
-    def _attend_spelled_out(self, node: fx.Node, block: PlannedBlock) -> Value:
-        site, entry = block.block.attention, block.block.entry
-        if self.plan.site is Site.AHEAD:
-            x = self._fuse(block, self._entry(block), self._importance[node])
-            v = x.stream.raise_to(self.rewriter.again(site.value, entry, x), x.generation)
-            if x.stream.fusions[-1].weight is None:
-                return self._attend_by_maxima(node, block, v)
-            repeated = x.stream.lower_to(v, x.generation - 1)
-            out = self.rewriter.evaluate(node, ChainMap({site.value: repeated}, self.rewriter.env))
-            return x.stream.raise_to(out, x.generation)
-        if self.plan.site is Site.BEFORE:
-            return self.rewriter.again(node, entry, self._fuse(block, self._entry(block), self._importance[node]))
-        return self.rewriter.evaluate(node, self.rewriter.env)
+            return Value(seen.layout.join(out, v.tensor), self.rewriter.axes.of(node), x.stream, x.generation)
+        if fusion.combine is Combine.MAX:
+            return self._attend_by_maxima(node, block, v)
+        repeated = x.stream.lower_to(v, x.generation - 1)
+        out = self.rewriter.evaluate(node, ChainMap({site.value: repeated}, self.rewriter.env))
+        return x.stream.raise_to(out, x.generation)
 
     def _attend_by_maxima(self, node: fx.Node, block: PlannedBlock, v: Value) -> Value:
         """The pooled map itself times the values: maxima over rows are no linear map."""
@@ -136,64 +147,160 @@ class Insertion:
         pooled = {site.value: v, factor: v.stream.pooled_map(weights)}
         return self.rewriter.evaluate(node, ChainMap(pooled, self.rewriter.env))
 
-    def _mean_received(self, weights: Value, block: PlannedBlock) -> Tensor:
-        """[B, N] mean over heads and queries of attention weights, whatever their layout."""
-        stream = self._stream(block)
-        dim = wrap(block.block.attention.weights.args[1], len(weights.dims))
-        place = next(p for p in stream.places(weights.dims) if p.dim == dim)
-        tensor = weights.tensor.detach()
-        wide = replace(weights, tensor=tensor.to(working_dtype(tensor.dtype)), stream=stream)
-        return stream.canonical(wide, place).mean(-1)
+    def _attend_chosen(self, node: fx.Node, block: PlannedBlock) -> Value:
+        """Attention among the chosen tokens: their own query, key and value, which are computed already."""
+        site = block.block.attention
+        x = self._fuse(block, self._entry(block))
+        operands = {n: self.rewriter.env[n] for n in (site.query, site.key, site.value)}
+        return self.rewriter.again(
+            node, {n: x.stream.raise_to(replace(v, stream=x.stream), x.generation) for n, v in operands.items()}
+        )
 
-    def _masked(self, logits: Value, block: PlannedBlock) -> Tensor:
+    def _put_back(self, result: Value, block: PlannedBlock) -> Value:
+        """The residual stream after a block that only chosen tokens went through."""
+        return result.stream.put_back(result, self._entry(block))
+
+    # What the method asked to see.
+
+    def _look_at_operands(self, call: FusedCall, block: PlannedBlock) -> Map | None:
+        """Note what scaled_dot_product_attention tells; returns its map where that was made."""
+        needs, seen = set(self.plan.method.needs), self._seen.setdefault(block.index, {})
+        given = operands(call, "query", "key")
+        (place,) = call.places_of(block.block.entry)
+        if block.padded:
+            keys = max(call.places_of(call.args["attn_mask"]), key=lambda p: p.dim)
+            seen["padding"] = self._masked(call.intensive("attn_mask"), keys, call.stream)
+        if Need.KEYS in needs:
+            seen["keys"] = given.key.mean(1)
+        if Need.CLASS_LOGITS in needs:
+            seen["class_logits"] = (given.query[:, :, :1] @ given.key.transpose(-2, -1)).mean((1, 2))
+        if Need.CLASS_ATTENTION in needs:
+            bias = None if given.bias is None else given.bias[:, :, :1]
+            seen["class_attention"] = torch.ops.mctf.importance(
+                given.query[:, :, :1], given.key, call.log_sizes(place), bias, scale_of(call.call)
+            )[0]
+        if Need.IMPORTANCE not in needs:
+            return None
+        seen["importance"], weights, norm = torch.ops.mctf.importance(
+            given.query, given.key, call.log_sizes(place), given.bias, scale_of(call.call)
+        )
+        return Map(weights, norm, given.layout)
+
+    def _look_at_map(self, weights: Value, block: PlannedBlock) -> dict[str, Tensor]:
+        """What a softmax over tokens tells, spelled out in the graph."""
+        needs, seen = set(self.plan.method.needs), {}
+        stream, site = self._stream(block), block.block.attention
+        dim = wrap(site.weights.args[1], len(weights.dims))
+        keys = next(p for p in stream.places(weights.dims) if p.dim == dim)
+        logits = self.rewriter.env[site.weights.args[0]]
+        if block.padded:
+            seen["padding"] = self._masked(logits, keys, stream)
+        if Need.KEYS in needs:
+            seen["keys"] = self._mean_key(site, stream)
+        if Need.CLASS_LOGITS in needs:
+            seen["class_logits"] = self._mean_row(logits, keys, stream, first=True)
+        if Need.CLASS_ATTENTION in needs:
+            seen["class_attention"] = self._mean_row(weights, keys, stream, first=True)
+        if Need.IMPORTANCE in needs:
+            seen["importance"] = self._mean_row(weights, keys, stream)
+        return seen
+
+    def _mean_row(self, weights: Value, keys: Place, stream: Stream, first: bool = False) -> Tensor:
+        """[B, N] mean over heads and queries (or for the first query alone) of a map in any layout."""
+        tensor, dims = weights.tensor.detach(), weights.dims
+        if first:
+            queries = next(p for p in stream.places(dims) if p.dim != keys.dim)
+            tensor = tensor.narrow(queries.dim, 0, 1)
+            dims = tuple(() if d == queries.dim else dim for d, dim in enumerate(dims))
+        wide = Value(tensor.to(working_dtype(tensor.dtype)), dims, stream, weights.generation, weights.mass)
+        return stream.canonical(wide, keys).mean(-1)
+
+    def _mean_key(self, site: Attention, stream: Stream) -> Tensor:
+        """[B, N, D] mean over heads of the keys, in any layout."""
+        value = self.rewriter.env[site.key]
+        (place,) = stream.places(value.dims)
+        shared = {atom for dim in self.rewriter.axes.of(site.product) for atom in atoms(dim)}
+        tokens = value.dims[place.dim][len(place.before) : len(value.dims[place.dim]) - len(place.after)]
+        own = {*atoms(stream.tokens.batch), *atoms(tokens)}
+        rest = [axis for dim in value.dims for axis in dim if not own & set(atoms((axis,)))]
+        x = stream.canonical(value, place).unflatten(2, [axis.size for axis in rest])
+        heads = [i + 2 for i, axis in enumerate(rest) if shared & set(atoms((axis,)))]
+        return (x.mean(heads) if heads else x).flatten(2)
+
+    def _masked(self, logits: Value, keys: Place, stream: Stream) -> Tensor:
         """bool [B, N]: the tokens that no query may see, from the logits or from what is added to them."""
-        stream = self._stream(block)
-        keys = max(stream.places(logits.dims), key=lambda p: p.dim)
-        if block.block.attention.weights is not None:
-            dim = wrap(block.block.attention.weights.args[1], len(logits.dims))
-            keys = next(p for p in stream.places(logits.dims) if p.dim == dim)
         logits = replace(logits, tensor=additive(logits.tensor, torch.float32), stream=stream)
         return stream.canonical(logits, keys).amax(-1) <= MASKED
 
-    def _choose(self, block: PlannedBlock, evidence: Evidence) -> Choice:
+    # The reduction itself.
+
+    def _evidence(self, block: PlannedBlock, tokens: Tensor, size: Tensor) -> Evidence:
+        seen = {name: t if t.dtype is torch.bool else t.to(size.dtype) for name, t in self._seen[block.index].items()}
+        if "padding" in seen:
+            seen["padding"] = seen["padding"].expand_as(size)
+        return Evidence(tokens, size, block.lead, block.tail, block.index, len(self.plan.blocks), **seen)
+
+    def _choose(self, evidence: Evidence, r: int) -> Choice:
         """The method's choice. With padding the tokens are first sorted by kind, so that each kind is
         spread over both sides of a bipartite matching and has partners of its own.
         """
-        ask = lambda e: self.plan.method.choose(e, block.removed, block.lead, block.tail, self.plan.config)  # noqa: E731
-        if not block.padded:
-            return ask(evidence)
-        padding = self._padding[block.block.attention.node].expand_as(evidence.size)
-        n = padding.shape[1]
-        body = padding[:, block.lead : n - block.tail].int().argsort(stable=True, dim=1) + block.lead
-        position = torch.arange(n, device=body.device).expand_as(padding)
-        order = torch.cat([position[:, : block.lead], body, position[:, n - block.tail :]], 1)
-        x = evidence.x.gather(1, order[:, :, None].expand_as(evidence.x))
-        size, importance, padding = (t.gather(1, order) for t in (evidence.size, evidence.importance, padding))
-        choice = ask(Evidence(x, size, importance, padding))
-        weight = torch.zeros_like(choice.weight).scatter(1, order, choice.weight)
+        if evidence.padding is None:
+            return self.plan.method.choose(evidence, r)
+        n, lead, tail = evidence.padding.shape[1], evidence.lead, evidence.tail
+        body = evidence.padding[:, lead : n - tail].int().argsort(stable=True, dim=1) + lead
+        position = torch.arange(n, device=body.device).expand_as(evidence.padding)
+        order = torch.cat([position[:, :lead], body, position[:, n - tail :]], 1)
+        tensors = {f.name: t for f in fields(evidence) if isinstance(t := getattr(evidence, f.name), Tensor)}
+        choice = self.plan.method.choose(replace(evidence, **{n: _take(t, order) for n, t in tensors.items()}), r)
+        weight = choice.weight
+        if weight is not None:
+            weight = torch.zeros_like(weight).scatter(1, order, weight)
         return replace(choice, keep=order.gather(1, choice.keep), gone=order.gather(1, choice.gone), weight=weight)
 
-    def _fuse(self, block: PlannedBlock, x: Value, importance: Tensor) -> Value:
-        """Choose and pool the block's tokens: a new generation. Returns ``x`` in it."""
+    def _fuse(self, block: PlannedBlock, x: Value) -> Value:
+        """Choose and combine the block's tokens: a new generation. Returns ``x`` in it."""
         stream = self._stream(block)
         (place,) = stream.places(x.dims)
         if stream.body(x.generation) + place.lead + place.tail != block.tokens_in:
             self.whole.add(block.index)
         x = Value(x.tensor, x.dims, stream, x.generation)
         tokens = stream.canonical(x, place)
-        dtype = working_dtype(x.tensor.dtype)
         if x.generation:
             size = stream.fusion(x.generation, place.lead, place.tail).size
         else:
-            size = torch.ones_like(importance, dtype=dtype)
-        choice = self._choose(block, Evidence(tokens, size, importance.to(dtype)))
-        index, weight, size = torch.ops.mctf.group(choice.weight, size, choice.keep, choice.gone, choice.into)
-        stream.fusions.append(
-            Fusion(choice.keep, choice.gone, choice.into, index, None if choice.maximum else weight,
-                   size, place.lead, place.tail)
-        )
+            size = tokens.new_ones(tokens.shape[:2], dtype=working_dtype(x.tensor.dtype))
+        evidence = self._evidence(block, tokens, size)
+        choice = self._choose(evidence, block.removed)
+        stream.fusions.append(self._fusion(choice, evidence, place))
         fused = stream.raise_to(x, x.generation + 1)
+        if choice.gain is not None:
+            gain = stream.spread(choice.gain.to(fused.tensor.dtype), fused, place)
+            fused = replace(fused, tensor=fused.tensor * gain)
         if self.plan.site in (Site.AHEAD, Site.BEFORE):
             self.sources[stream, fused.generation] = block.block.entry
             self.fused[block.block.entry] = fused
         return fused
+
+    def _fusion(self, choice: Choice, evidence: Evidence, place: Place) -> Fusion:
+        method, size = self.plan.method, evidence.size
+        if choice.combine is Combine.DROP:
+            if self.plan.site is Site.AHEAD:
+                raise PassError(f"method {method.name!r} drops tokens, which has no attention one step ahead")
+            into = choice.into
+            if into is None:
+                into = torch.ops.mctf.nearest(evidence.x, choice.keep, choice.gone)
+            index = index_of(choice.keep, choice.gone, into)
+            return Fusion(choice.keep, choice.gone, into, index, None, size.gather(1, choice.keep), place.lead,
+                          place.tail, choice.combine, conserves=False)
+        raw = torch.ones_like(size) if choice.weight is None else choice.weight
+        index, weight, total = torch.ops.mctf.group(raw, size, choice.keep, choice.gone, choice.into)
+        if not method.sized:
+            total = torch.ones_like(total)
+        weight = None if choice.combine is Combine.MAX else weight
+        return Fusion(choice.keep, choice.gone, choice.into, index, weight, total, place.lead, place.tail,
+                      choice.combine, conserves=method.sized)
+
+
+def _take(x: Tensor, order: Tensor) -> Tensor:
+    """The tokens of [B, N] or [B, N, C] in another order."""
+    return x.gather(1, order if x.dim() == 2 else order[:, :, None].expand_as(x))

@@ -8,9 +8,9 @@ from types import MappingProxyType
 
 from torch import fx
 
-from mctf_compile.config import FusionConfig
 from mctf_compile.errors import ConfigError
-from mctf_compile.methods import Method, Site, get_method
+from mctf_compile.methods import Count, Method, Site
+from mctf_compile.methods.base import OF_CLASS_TOKEN
 from mctf_compile.passes.axes import Dim, places, product
 from mctf_compile.passes.blocks import Block
 from mctf_compile.passes.masks import Mask
@@ -18,7 +18,7 @@ from mctf_compile.passes.projections import Projection
 from mctf_compile.passes.rules import schema_arguments
 from mctf_compile.passes.rules.attention import head_layout
 from mctf_compile.passes.token_axes import Axes
-from mctf_compile.schedule import removal
+from mctf_compile.schedule import Removal
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,13 @@ class PlannedBlock:
 class Plan:
     """What the rewrite does, block by block."""
 
-    config: FusionConfig
     method: Method
-    site: Site
     blocks: list[PlannedBlock]
     projections: dict[fx.Node, Projection] = field(default_factory=dict)
+
+    @property
+    def site(self) -> Site:
+        return self.method.site
 
     @property
     def fusing(self) -> list[PlannedBlock]:
@@ -62,7 +64,7 @@ class Plan:
 def make_plan(
     blocks: list[Block],
     axes: Axes,
-    config: FusionConfig,
+    method: Method,
     declined: Mapping[int, str] = MappingProxyType({}),
     whole: frozenset[int] = frozenset(),
 ) -> Plan:
@@ -70,18 +72,15 @@ def make_plan(
 
     ``declined`` and ``whole`` are what an earlier rewrite found: blocks not worth fusing, with their
     reasons, and blocks that get the original tokens back before they run.
-    Raises ``ConfigError`` where ``r`` or ``layers`` do not fit the number of blocks.
+    Raises ``ConfigError`` where options of the method do not fit the blocks.
     """
-    method = get_method(config.method)
-    site = method.site(config)
     depth = len(blocks)
-    requests = config.schedule.per_block(depth) if depth else []
-    chosen = _layers(config, method, depth)
+    chosen = _layers(method, depth)
     counts: dict[Dim, int] = {}
     entries: dict[fx.Node, int] = {}
     planned = []
     for i, block in enumerate(blocks):
-        reason = block.problem or declined.get(i) or _unsupported(block, axes)
+        reason = block.problem or declined.get(i) or _unsupported(block, axes) or _unmet(block, method)
         if reason is not None:
             size = _static_size(block, axes)
             planned.append(PlannedBlock(i, block, size, size, reason))
@@ -91,43 +90,50 @@ def make_plan(
             counts[block.tokens.body] = block.tokens.size
         body = counts.setdefault(block.tokens.body, block.tokens.size)
         tokens = place.lead + body + place.tail
-        lead = place.lead if config.protected == "auto" else config.protected
+        lead = place.lead if method.protected == "auto" else method.protected
         # Padding may leave one token of either kind without a partner of its own.
         spare = 2 if block.mask is Mask.TOKENS else 0
-        outcome = removal(requests[i], tokens, lead + place.tail, config.min_tokens, spare)
-        if i not in chosen:
-            reason = "not among the layers that fuse"
+        count = Count(tokens, lead + place.tail, block.tokens.size + place.lead - lead, spare)
+        outcome = Removal(0, "not among the layers that fuse")
+        if i in chosen:
+            outcome = method.removal(i, depth, count)
+        if outcome.r == 0 and not outcome.acts:
+            reason = outcome.note
         elif block.entry in entries:
             reason = f"reads the same tokens as block {entries[block.entry]}, which fuses them"
-        elif requests[i] == 0:
-            reason = "r is 0 for this block"
-        elif outcome.r == 0:
-            reason = outcome.note or f"r={requests[i]} of {tokens} tokens rounds to 0"
         if reason is None:
             entries[block.entry] = i
-            counts[block.tokens.body] = body - outcome.r
+            if method.site is not Site.AROUND:
+                counts[block.tokens.body] = body - outcome.r
         left = tokens if reason is not None else tokens - outcome.r
-        notes = [outcome.note, _exposed(block, config)]
+        notes = [outcome.note, _exposed(block, method)]
         note = "; ".join(n for n in notes if n) or None
         planned.append(PlannedBlock(i, block, tokens, left, reason, note, lead, place.tail))
-    return Plan(config, method, site, planned)
+    return Plan(method, planned)
 
 
-def _exposed(block: Block, config: FusionConfig) -> str | None:
+def _exposed(block: Block, method: Method) -> str | None:
     """What a user should know who leaves a prefix token unprotected that the model reads by its place."""
     if not block.tokens.positional:
         return None
-    return f"protected={config.protected} lets prefix tokens be fused; position 0 may then hold another token"
+    return f"protected={method.protected} lets prefix tokens be fused; position 0 may then hold another token"
 
 
-def _layers(config: FusionConfig, method: Method, depth: int) -> set[int]:
-    if config.layers is not None:
-        beyond = [i for i in config.layers if i >= depth]
-        if beyond and depth:
-            raise ConfigError(f"layers={list(config.layers)}: block {beyond[0]} does not exist; the model has {depth}.")
-        return set(config.layers)
-    preset = config.schedule.layers(depth)
-    return set(method.layers(depth)) if preset is None else set(preset)
+def _layers(method: Method, depth: int) -> set[int]:
+    if method.layers is None:
+        return set(method.default_layers(depth))
+    beyond = [i for i in method.layers if i >= depth]
+    if beyond and depth:
+        raise ConfigError(f"layers={list(method.layers)}: block {beyond[0]} does not exist; the model has {depth}.")
+    return set(method.layers)
+
+
+def _unmet(block: Block, method: Method) -> str | None:
+    """What a method needs of a block that it does not have."""
+    if OF_CLASS_TOKEN & set(method.needs) and not block.tokens.lead:
+        hint = f" ({method.hint})" if method.hint else ""
+        return f"method {method.name!r} reads the class token, and there is none before these tokens{hint}"
+    return None
 
 
 def _unsupported(block: Block, axes: Axes) -> str | None:

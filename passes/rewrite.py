@@ -166,15 +166,16 @@ class Rewriter:
             raise Declined(f"{name_of(node)} mixes the original tokens")
         return rule.fused(call)
 
-    def again(self, node: fx.Node, source: fx.Node, replacement: Value) -> Any:
-        """The value of ``node`` had ``source`` been ``replacement``; only what lies between is run again."""
+    def again(self, node: fx.Node, replacements: dict[fx.Node, Value]) -> Any:
+        """The value of ``node`` had others been the ``replacements``; only what lies between is run again."""
         between, stack = set(), [node]
+        first = min(self.order[n] for n in replacements)
         while stack:
             n = stack.pop()
-            if n not in between and self.order[n] > self.order[source]:
+            if n not in between and n not in replacements and self.order[n] > first:
                 between.add(n)
                 stack.extend(n.all_input_nodes)
-        local = ChainMap({source: replacement}, self.env)
+        local = ChainMap(dict(replacements), self.env)
         for n in sorted(between, key=self.order.__getitem__):
             if any(i in local.maps[0] for i in n.all_input_nodes):
                 local[n] = self.evaluate(n, local)
@@ -204,7 +205,7 @@ class Rewriter:
             source = self.insertion.sources.get((stream, generation))
             if source is not None and value.generation == generation - 1 and self._descends(node, source):
                 # What was derived from the tokens before they were fused is derived from the fused ones.
-                value = self.again(node, source, self.insertion.fused[source])
+                value = self.again(node, {source: self.insertion.fused[source]})
                 if value.generation == generation:
                     self._raised[key] = value
                     return value

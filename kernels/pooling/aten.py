@@ -22,9 +22,15 @@ def combine(y: Tensor, keep: Tensor, gone: Tensor, into: Tensor, dim: int, how: 
     return kept.scatter_reduce(dim, along(into, y, dim), left, how)
 
 
-def group(raw: Tensor, size: Tensor, keep: Tensor, gone: Tensor, into: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def index_of(keep: Tensor, gone: Tensor, into: Tensor) -> Tensor:
+    """int64 [B, N]: the new position of every token."""
     m = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
-    index = torch.zeros_like(raw, dtype=torch.long).scatter(1, keep, m).scatter(1, gone, into)
+    index = keep.new_zeros(keep.shape[0], keep.shape[1] + gone.shape[1])
+    return index.scatter(1, keep, m).scatter(1, gone, into)
+
+
+def group(raw: Tensor, size: Tensor, keep: Tensor, gone: Tensor, into: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    index = index_of(keep, gone, into)
     # Attention can underflow for every token of a group, which has a mean nevertheless.
     raw = raw.clamp(min=torch.finfo(raw.dtype).tiny)
     total = combine(raw, keep, gone, into, 1, "sum")
@@ -40,3 +46,11 @@ def pool(x: Tensor, weight: Tensor | None, keep: Tensor, gone: Tensor, into: Ten
     shape[0], shape[dim] = weight.shape
     # Weighted in the working dtype and rounded once.
     return combine(x * weight.reshape(shape), keep, gone, into, dim, "sum").to(x.dtype)
+
+
+def mlerp(x: Tensor, weight: Tensor, keep: Tensor, gone: Tensor, into: Tensor) -> Tensor:
+    _, weight, _ = group(weight, weight, keep, gone, into)
+    length = torch.linalg.vector_norm(pool(x, weight, keep, gone, into, 1), dim=-1)
+    longest = combine(torch.linalg.vector_norm(x, dim=-1), keep, gone, into, 1, "amax")
+    # A mean of length 0 has no direction, and stays 0 whatever the factor.
+    return torch.where(length > 0, longest / torch.where(length > 0, length, 1.0), 1.0)

@@ -43,3 +43,34 @@ def pool(x: Tensor, weight: Tensor | None, keep: Tensor, gone: Tensor, into: Ten
     Source: Lee et al., CVPR 2024, eq. 7.
     """
     return aten.pool(x, weight, keep, gone, into, dim)
+
+
+@composite("keep(Tensor x, Tensor keep, int dim) -> Tensor")
+def keep(x: Tensor, keep: Tensor, dim: int) -> Tensor:
+    """The tokens that stay, as they are; the others are dropped.
+
+    Args:
+        x: [B, ..., N, ...] with the tokens at ``dim`` (not 0), of any dtype; differentiable.
+        keep: int64 [B, M], the positions of those that stay.
+
+    Returns:
+        [B, ..., M, ...].
+    """
+    return x.gather(dim, aten.along(keep, x, dim))
+
+
+@composite("mlerp(Tensor x, Tensor weight, Tensor keep, Tensor gone, Tensor into) -> Tensor")
+def mlerp(x: Tensor, weight: Tensor, keep: Tensor, gone: Tensor, into: Tensor) -> Tensor:
+    """The factor that gives the mean of each group the largest norm of its members.
+
+    Args:
+        x: [B, N, C], floating; differentiable.
+        weight: [B, N], the weights of the mean, before normalisation.
+        keep, gone, into: the matching.
+
+    Returns:
+        [B, M]: max_k |x_k| / |mean|; 1 where the mean is 0.
+
+    Source: MLERP, Kim et al., WACV 2024 (arXiv 2312.01026), section 3.3.
+    """
+    return aten.mlerp(x, weight, keep, gone, into)

@@ -1,6 +1,21 @@
 """The reduction methods, by name. A method is one small description: see ``base.Method``."""
 
-from mctf_compile.methods.base import METHODS, Choice, Evidence, Method, Site, get_method, register_method
-from mctf_compile.methods import mctf  # registers itself
+from mctf_compile.methods.base import (
+    METHODS,
+    Choice,
+    Combine,
+    Count,
+    Evidence,
+    Merging,
+    Method,
+    Need,
+    Site,
+    get_method,
+    register_method,
+)
+from mctf_compile.methods import controls, evit, idlevit, mctf, tofu, tome  # register themselves
 
-__all__ = ["METHODS", "Choice", "Evidence", "Method", "Site", "get_method", "mctf", "register_method"]
+__all__ = [
+    "METHODS", "Choice", "Combine", "Count", "Evidence", "Merging", "Method", "Need", "Site", "controls", "evit",
+    "get_method", "idlevit", "mctf", "register_method", "tofu", "tome",
+]

@@ -1,86 +1,211 @@
-"""What a reduction method is: where it fuses, what it needs to see, and which tokens it chooses."""
+"""What a reduction method is: where it acts, what it needs to see, and which tokens it chooses."""
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from mctf_compile.errors import ConfigError
-
-if TYPE_CHECKING:
-    from mctf_compile.config import FusionConfig
+from mctf_compile.options import Options, block_numbers, flag, option, whole
+from mctf_compile.schedule import Removal, Schedule, check_r, parse_r, removal
 
 
 class Site(enum.Enum):
-    """Where in a block the tokens are fused."""
+    """Where in a block the number of tokens changes."""
 
     AHEAD = "before attention, whose map is pooled along (one step ahead)"
-    BEFORE = "before attention, which is computed on the fused tokens"
+    BEFORE = "before attention, which is computed on the tokens that are left"
     BETWEEN = "between attention and the MLP"
     AFTER = "after the block"
+    AROUND = "before attention, and back after the block: the others pass it by"
+
+
+class Need(enum.Enum):
+    """What a method asks of a block beside its tokens. Nothing is computed that no method asks for."""
+
+    IMPORTANCE = "the mean attention that each token receives"
+    CLASS_ATTENTION = "the attention of the class token"
+    CLASS_LOGITS = "the logits of the class token's query"
+    KEYS = "the keys of attention"
+    LEARNED = "what a module that was attached to the model computes"
+
+
+# What is asked of the first prefix token.
+OF_CLASS_TOKEN = {Need.CLASS_ATTENTION, Need.CLASS_LOGITS}
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a method sees of a block: tensors of the graph.
+    """What a method sees of a block: tensors of the graph. What it did not ask for is None.
 
-    ``x`` [B, N, C]: the residual stream that is fused; ``size`` [B, N]: token sizes;
-    ``importance`` [B, N]: mean attention received, of the block's own attention. ``padding``: bool [B, N]
-    where attention masks tokens out, else None; padding and other tokens must not be combined.
+    ``x`` [B, N, C]: the residual stream; ``size`` [B, N]: token sizes (float32 or wider); ``lead`` and
+    ``tail``: protected tokens at its ends; ``index`` of ``depth``: the block among all. ``padding``: bool
+    [B, N] where attention masks tokens out, else None; padding and other tokens must not be combined.
+
+    ``importance`` [B, N]: the mean over heads and queries of the block's attention; ``class_attention``
+    [B, N]: its mean over heads for the query of the first token; ``class_logits`` [B, N]: the logits of that
+    query, up to a positive factor; ``keys`` [B, N, D]: the mean over heads; ``learned`` [B, N, K].
     """
 
     x: Tensor
     size: Tensor
-    importance: Tensor
+    lead: int
+    tail: int
+    index: int
+    depth: int
     padding: Tensor | None = None
+    importance: Tensor | None = None
+    class_attention: Tensor | None = None
+    class_logits: Tensor | None = None
+    keys: Tensor | None = None
+    learned: Tensor | None = None
+
+
+class Combine(enum.Enum):
+    """What becomes of the tokens that leave."""
+
+    MEAN = "the weighted mean of each group"
+    MAX = "the maximum of each group"
+    DROP = "nothing; the tokens kept stay as they are"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Which tokens leave into which, and with what weights they are combined.
+    """Which tokens leave into which, and how they are combined.
 
-    ``keep`` [B, M], ``gone`` [B, r], ``into`` [B, r] as ``mctf::match`` returns them; ``weight`` [B, N]
-    before normalisation; ``maximum``: combine by the maximum instead.
+    ``keep`` [B, M], ``gone`` [B, r], ``into`` [B, r] as ``mctf::match`` returns them. Without ``into`` the
+    tokens that left go with the kept ones most similar to them, should an operator want all tokens back.
+    ``weight`` [B, N], before normalisation, for ``Combine.MEAN``. ``gain`` [B, M]: a factor for the combined
+    residual stream, where the method wants another than the mean.
     """
 
     keep: Tensor
     gone: Tensor
-    into: Tensor
-    weight: Tensor
-    maximum: bool = False
+    into: Tensor | None
+    weight: Tensor | None = None
+    combine: Combine = Combine.MEAN
+    gain: Tensor | None = None
 
 
 @dataclass(frozen=True)
-class Method:
-    """A reduction method.
+class Count:
+    """The tokens before a block: ``now`` in all, ``protected`` of them; ``first`` unprotected ones at the start.
 
-    ``layers(depth)``: the blocks that fuse by default. ``site(config)``: where. ``choose(evidence, r,
-    lead, tail, config)``: r tokens to remove, with ``lead`` and ``tail`` protected ones at the ends.
+    ``spare``: tokens of the unprotected half that must stay without a partner.
     """
 
-    name: str
-    source: str
-    layers: Callable[[int], range]
-    site: Callable[[FusionConfig], Site]
-    choose: Callable[[Evidence, int, int, int, FusionConfig], Choice]
+    now: int
+    protected: int
+    first: int
+    spare: int = 0
+
+    @property
+    def free(self) -> int:
+        return self.now - self.protected
 
 
-METHODS: dict[str, Method] = {}
+@dataclass(frozen=True)
+class Method(Options):
+    """A reduction method. Subclasses are frozen dataclasses whose fields are the method's options.
+
+    ``name`` and ``source``: what it is called, and the paper. ``site``: where it acts. ``needs``: what it
+    reads of a block. ``sized``: whether a token that others left into counts for them too; a method without
+    sizes leaves every token a size of 1. ``trained``: whether it needs modules that ``attach`` adds.
+    ``hint``: what to do where its needs cannot be met.
+
+    Options of every method:
+        layers: blocks (0-based) that it acts on; None for the method's default.
+        protected: number of prefix tokens never removed; ``"auto"`` reads it off the graph.
+    """
+
+    name: ClassVar[str]
+    source: ClassVar[str]
+    site: ClassVar[Site]
+    needs: ClassVar[Collection[Need]] = ()
+    sized: ClassVar[bool] = True
+    hint: ClassVar[str] = ""
+
+    layers: tuple[int, ...] | None = option(None, block_numbers)
+    protected: int | str = option("auto", whole(0, "auto"))
+
+    @property
+    def active(self) -> bool:
+        """Whether these options ask for any token to be removed."""
+        return True
+
+    @property
+    def counts_sizes(self) -> bool:
+        """Whether attention adds the logarithm of sizes to its logits."""
+        return self.sized
+
+    def default_layers(self, depth: int) -> Collection[int]:
+        """The blocks of ``depth`` that it acts on by default."""
+        return range(depth)
+
+    def removal(self, index: int, depth: int, count: Count) -> Removal:
+        """How many tokens block ``index`` of ``depth`` removes. Raises ``ConfigError`` where options do not fit."""
+        raise NotImplementedError
+
+    def choose(self, evidence: Evidence, r: int) -> Choice:
+        """Choose ``r`` tokens to leave, none of them protected."""
+        raise NotImplementedError
 
 
-def register_method(method: Method) -> Method:
-    """Make ``method`` available as ``options={"method": method.name}``."""
+@dataclass(frozen=True)
+class Merging(Method):
+    """A method that removes a scheduled number of tokens per block.
+
+    Options:
+        r: tokens removed per block: int, ratio < 1 of the unprotected tokens, list with one entry per
+            block, ``(r, inflection)`` or a preset name (``"fast"``).
+        min_tokens: no block leaves fewer tokens than this (protected ones included).
+        proportional: add log size to the logits of attention over fused tokens.
+    """
+
+    r: int | float | list | tuple | str = option(16, check_r)
+    min_tokens: int = option(1, whole(1))
+    proportional: bool = option(True, flag)
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        return parse_r(self.r)
+
+    @property
+    def active(self) -> bool:
+        return self.schedule.asks_for_fusion
+
+    @property
+    def counts_sizes(self) -> bool:
+        return self.sized and self.proportional
+
+    def removal(self, index: int, depth: int, count: Count) -> Removal:
+        request = self.schedule.per_block(depth)[index]
+        preset = self.schedule.layers(depth)
+        if preset is not None and self.layers is None and index not in preset:
+            return Removal(0, "not among the layers that fuse")
+        return removal(request, count.now, count.protected, self.min_tokens, count.spare)
+
+
+METHODS: dict[str, type[Method]] = {}
+
+
+def register_method(method: type[Method]) -> type[Method]:
+    """Make a class available as ``options={"method": method.name}``; usable as a decorator.
+
+    Raises ``ConfigError`` where the name is taken.
+    """
     if method.name in METHODS:
         raise ConfigError(f"a method named {method.name!r} is already registered.")
     METHODS[method.name] = method
     return method
 
 
-def get_method(name: Any) -> Method:
+def get_method(name: Any) -> type[Method]:
     """The method of that name; raises ``ConfigError`` that lists the known ones."""
     if not isinstance(name, str) or name not in METHODS:
         raise ConfigError(f"unknown method {name!r}; the methods are: {', '.join(sorted(METHODS))}.")

@@ -2,41 +2,59 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
-from mctf_compile.methods.base import Choice, Evidence, Method, Site, register_method
-
-if TYPE_CHECKING:
-    from mctf_compile.config import FusionConfig
+from mctf_compile.methods.base import Choice, Combine, Evidence, Merging, Need, Site, register_method
+from mctf_compile.methods.combining import combined
+from mctf_compile.options import one_of, option, temperature, whole
 
 SITES = {"approx": Site.AHEAD, "exact": Site.BEFORE, "current": Site.AFTER}
 
 
-def choose(evidence: Evidence, r: int, lead: int, tail: int, config: FusionConfig) -> Choice:
-    """Match by similarity, informativeness and size (section 3.2); pool by informativeness times size."""
-    x, size, importance = evidence.x, evidence.size, evidence.importance
-    keep, gone, into = torch.ops.mctf.match(
-        x, importance, size, r, lead, tail,
-        config.tau_sim, config.tau_info, config.tau_size, config.matching == "bidirectional",
-        evidence.padding,
-    )
-    weight = {
-        "attention": importance * size,
-        "size": size,
-        "mean": torch.ones_like(size),
-        "max": torch.ones_like(size),
-    }[config.pooling]
-    return Choice(keep, gone, into, weight, config.pooling == "max")
+@register_method
+@dataclass(frozen=True)
+class MCTF(Merging):
+    """Matches by similarity, informativeness and size (section 3.2), one step ahead of attention (3.4).
 
+    Options:
+        attention: ``approx`` (one step ahead, pooled map), ``exact`` (one step ahead, recomputed on the
+            fused tokens), ``current`` (the block's own map, fused after the block).
+        matching: ``bidirectional`` or ``one_way``.
+        pooling: weights of the tokens that are fused: ``attention`` (informativeness times size),
+            ``size``, ``mean``; or ``max``; or ``mlerp`` (the mean with the largest norm).
+        tau_sim, tau_info, tau_size: temperatures of the criteria; 0 turns a criterion off.
+    """
 
-MCTF = register_method(
-    Method(
-        name="mctf",
-        source="Lee et al., CVPR 2024, arXiv 2403.10030",
-        layers=lambda depth: range(1, depth),
-        site=lambda config: SITES[config.attention],
-        choose=choose,
-    )
-)
+    name: ClassVar[str] = "mctf"
+    source: ClassVar[str] = "Lee et al., CVPR 2024, arXiv 2403.10030"
+    needs: ClassVar[Collection[Need]] = (Need.IMPORTANCE,)
+
+    attention: str = option("approx", one_of("approx", "exact", "current"))
+    matching: str = option("bidirectional", one_of("bidirectional", "one_way"))
+    pooling: str = option("attention", one_of("attention", "size", "mean", "max", "mlerp"))
+    tau_sim: float = option(1.0, temperature)
+    tau_info: float = option(20.0, temperature)
+    tau_size: float = option(40.0, temperature)
+    min_tokens: int = option(10, whole(1))
+
+    @property
+    def site(self) -> Site:
+        return SITES[self.attention]
+
+    def default_layers(self, depth: int) -> range:
+        return range(1, depth)
+
+    def choose(self, evidence: Evidence, r: int) -> Choice:
+        keep, gone, into = torch.ops.mctf.match(
+            evidence.x, evidence.importance, evidence.size, r, evidence.lead, evidence.tail,
+            self.tau_sim, self.tau_info, self.tau_size, self.matching == "bidirectional", evidence.padding,
+        )
+        if self.pooling == "max":
+            return Choice(keep, gone, into, combine=Combine.MAX)
+        if self.pooling == "attention":
+            return Choice(keep, gone, into, evidence.importance * evidence.size)
+        return combined(self.pooling, evidence, keep, gone, into)

@@ -41,7 +41,8 @@ def flow(call: Call) -> Flow:
 class Sized:
     """What is reduced over fused tokens: ``x``, its sizes as a factor, the dimensions that go, and their count.
 
-    ``count`` is the number of original positions, which fusing does not change.
+    ``count`` is the number of original positions, which fusing does not change; where tokens were dropped,
+    it is the sum of the sizes that are left, of each image.
     """
 
     x: Tensor
@@ -58,15 +59,23 @@ class Sized:
         if not gone.issuperset((place.dim, *place.rest)) or place.before or place.after:
             raise Declined("a reduction runs over a part of the token axis, or of a product with it")
         x = call.intensive(call.operand).tensor
-        keep = call.args.get("keepdim", False)
-        return cls(x, call.sizes_like(call.operand, place), sorted(gone), call.dense_count(call.operand, gone), keep)
+        size, dims = call.sizes_like(call.operand, place), sorted(gone)
+        count = call.dense_count(call.operand, gone)
+        if not call.conserves:
+            count = size.expand([n if d in gone else m for d, (n, m) in enumerate(zip(x.shape, size.shape))])
+            count = count.sum(dims, keepdim=True).to(x.dtype)
+        return cls(x, size, dims, count, call.args.get("keepdim", False))
+
+    def without(self, x: Tensor) -> Tensor:
+        """``x``, reduced with dimensions of 1 left, as the operator's arguments ask for it."""
+        return x if self.keep else x.squeeze(self.dims)
 
 
 def weighted_sum(call: FusedCall) -> Value:
     """Σ s x, and for a mean Σ s x / n (the number n of tokens does not change)."""
     given = Sized.of(call)
-    total = (given.x * given.size.to(given.x.dtype)).sum(given.dims, given.keep, dtype=call.args.get("dtype"))
-    return call.result(total if call.packet is aten.sum else total / given.count)
+    total = (given.x * given.size.to(given.x.dtype)).sum(given.dims, True, dtype=call.args.get("dtype"))
+    return call.result(given.without(total if call.packet is aten.sum else total / given.count))
 
 
 @rule(aten.mean, aten.sum, fused=weighted_sum)
@@ -106,7 +115,8 @@ def weighted_variance(call: FusedCall) -> Value:
     correction = call.args.get("correction", call.args.get("unbiased", True))
     # A default of None is Bessel's correction.
     correction = 1 if correction is None else correction
-    variance = ((x - mean) ** 2 * size).sum(given.dims, given.keep) / (given.count - correction)
+    variance = ((x - mean) ** 2 * size).sum(given.dims, True) / (given.count - correction)
+    variance = given.without(variance)
     return call.result(variance.sqrt() if call.packet is aten.std else variance)
 
 

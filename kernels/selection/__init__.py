@@ -1,0 +1,1 @@
+"""Which tokens stay, by a score of each."""

@@ -1,0 +1,21 @@
+"""Selection by score in ATen."""
+
+import torch
+from torch import Tensor
+
+from mctf_compile.kernels.library import without_autocast, working_dtype
+
+
+def select(score: Tensor, count: int, lead: int, tail: int) -> tuple[Tensor, Tensor]:
+    n = score.shape[1]
+    position = torch.arange(n, device=score.device).expand_as(score)
+    order = score[:, lead : n - tail].argsort(dim=1, descending=True, stable=True) + lead
+    return torch.cat([position[:, :lead], order[:, :count], position[:, n - tail :]], 1), order[:, count:]
+
+
+def nearest(x: Tensor, keep: Tensor, gone: Tensor) -> Tensor:
+    with without_autocast(x.device.type):
+        unit = torch.nn.functional.normalize(x.to(working_dtype(x.dtype)), dim=-1, eps=1e-8)
+        of = unit.gather(1, gone[:, :, None].expand(-1, -1, x.shape[2]))
+        to = unit.gather(1, keep[:, :, None].expand(-1, -1, x.shape[2]))
+        return (of @ to.transpose(1, 2)).argmax(-1)

@@ -1,0 +1,25 @@
+"""Selection, token by token."""
+
+import torch
+from torch import Tensor
+
+
+def select(score: Tensor, count: int, lead: int, tail: int) -> tuple[Tensor, Tensor]:
+    """The reference of ``torch.ops.mctf.select``; see there."""
+    n = score.shape[1]
+    kept, left = [], []
+    for row in score.tolist():
+        order = sorted(range(lead, n - tail), key=lambda i: -row[i])
+        kept.append([*range(lead), *order[:count], *range(n - tail, n)])
+        left.append(order[count:])
+    return torch.tensor(kept), torch.tensor(left, dtype=torch.long).reshape(len(kept), -1)
+
+
+def nearest(x: Tensor, keep: Tensor, gone: Tensor) -> Tensor:
+    """The reference of ``torch.ops.mctf.nearest``; see there."""
+    into = torch.zeros_like(gone)
+    for b in range(len(x)):
+        for i, old in enumerate(gone[b]):
+            similar = [torch.cosine_similarity(x[b, old].double(), x[b, k].double(), 0).item() for k in keep[b]]
+            into[b, i] = similar.index(max(similar))
+    return into

@@ -1,0 +1,215 @@
+"""Training losses of the papers: for tokens that are fused, pruned or idle.
+
+Plain functions of tensors that the training loop collects; nothing here needs a compiled model. Whatever comes
+from a teacher is a constant: no gradient flows into it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, kl_div, mse_loss, normalize
+
+from mctf_compile.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class DynamicViTLoss:
+    """The loss of :func:`dynamicvit`: scalars. ``total`` is the weighted sum, the parts are not weighted.
+
+    ``cls``: cross-entropy; ``ratio``: squared error of the kept fractions, mean over stages; ``kl``: divergence
+    from the teacher's classes; ``token``: distance from the teacher's tokens.
+    """
+
+    total: Tensor
+    cls: Tensor
+    ratio: Tensor
+    kl: Tensor
+    token: Tensor
+
+
+@dataclass(frozen=True)
+class IdleViTLoss:
+    """The loss of :func:`idlevit`: scalars. ``total`` is the weighted sum, the parts are not weighted.
+
+    ``cls``: cross-entropy; ``cut``: token cut loss, mean over layers; ``kl``: divergence from the teacher's classes;
+    ``feature``: squared error of the normalised class tokens. The last two are 0 without a teacher.
+    """
+
+    total: Tensor
+    cls: Tensor
+    cut: Tensor
+    kl: Tensor
+    feature: Tensor
+
+
+def dynamicvit(
+    logits: Tensor,
+    labels: Tensor,
+    teacher_logits: Tensor,
+    tokens: Tensor,
+    teacher_tokens: Tensor,
+    decisions: Tensor | Sequence[Tensor],
+    keep_ratios: Tensor | Sequence[float],
+    *,
+    ratio_weight: float = 2.0,
+    kl_weight: float = 0.5,
+    token_weight: float = 0.5,
+    token: Literal["mse", "kl"] = "mse",
+) -> DynamicViTLoss:
+    """The training loss of DynamicViT: classify, keep as many tokens as asked for, stay near the dense teacher.
+
+    Args:
+        logits: [B, K] classes of the student.
+        labels: int64 [B], or probabilities [B, K].
+        teacher_logits: [B, K] classes of the dense model.
+        tokens: [B, N, C] patch tokens of the student after the final norm.
+        teacher_tokens: [B, N, C] those of the dense model.
+        decisions: S tensors [B, N], or one [S, B, N]: 1 where a stage keeps a patch, else 0, the earlier stages'
+            decisions multiplied in. Differentiable in training (hard Gumbel-softmax).
+        keep_ratios: S fractions, of all N patches, that the stages are to keep.
+        ratio_weight, kl_weight, token_weight: of the parts; the published runs have 2, 0.5 and 0.5.
+        token: distance between tokens: their mean squared error, or the divergence of their softmax over C.
+
+    Returns:
+        The parts and their weighted sum. ``token`` is the mean over the patches that the last stage keeps, and 0
+        where it keeps none.
+
+    Raises ``ConfigError`` for another ``token``, and ``ValueError`` where the stages and the ratios differ in number.
+
+    Source: Rao et al., NeurIPS 2021.
+    """
+    if token not in ("mse", "kl"):
+        raise ConfigError(f"token={token!r} must be 'mse' or 'kl'.")
+    pairs = zip(decisions, keep_ratios, strict=True)
+    errors = [(decision.mean(1) - asked).square().mean() for decision, asked in pairs]
+    if token == "mse":
+        distance = (tokens - teacher_tokens.detach()).square().mean(-1)
+    else:
+        distance = _divergence(tokens, teacher_tokens)
+    cls = cross_entropy(logits, labels)
+    ratio = torch.stack(errors).mean()
+    kl = _divergence(logits, teacher_logits).mean()
+    near = _mean_where(distance, decisions[-1] > 0.5)
+    total = cls + ratio_weight * ratio + kl_weight * kl + token_weight * near
+    return DynamicViTLoss(total, cls, ratio, kl, near)
+
+
+def idlevit(
+    logits: Tensor,
+    labels: Tensor,
+    attention_logits: Tensor | Sequence[Tensor],
+    masks: Tensor | Sequence[Tensor],
+    feature: Tensor,
+    teacher_logits: Tensor | None = None,
+    teacher_feature: Tensor | None = None,
+    *,
+    cut_weight: float = 20.0,
+    kl_weight: float = 10.0,
+    feature_weight: float = 1000.0,
+    inter: bool = True,
+    intra: bool = True,
+) -> IdleViTLoss:
+    """The training loss of IdleViT: classify, cut idle from selected tokens, stay near a dense teacher.
+
+    Args:
+        logits: [B, K] classes of the student.
+        labels: int64 [B], or probabilities [B, K].
+        attention_logits, masks, inter, intra: as in :func:`cut`.
+        feature: [B, C] class token of the student after the final norm.
+        teacher_logits: [B, K] classes of the dense model; None: no such part.
+        teacher_feature: [B, C] its class token; None: no such part.
+        cut_weight, kl_weight, feature_weight: of the parts; the published runs have 20, 10 and 1000.
+
+    Returns:
+        The parts and their weighted sum.
+
+    Source: Xu et al., 2023, *No Token Left Behind*.
+    """
+    cls = cross_entropy(logits, labels)
+    mean_cut = cut(attention_logits, masks, inter=inter, intra=intra) / len(attention_logits)
+    kl = distance = logits.new_zeros(())
+    if teacher_logits is not None:
+        kl = _divergence(logits, teacher_logits).mean()
+    if teacher_feature is not None:
+        distance = mse_loss(normalize(feature, dim=-1), normalize(teacher_feature.detach(), dim=-1))
+    total = cls + cut_weight * mean_cut + kl_weight * kl + feature_weight * distance
+    return IdleViTLoss(total, cls, mean_cut, kl, distance)
+
+
+def cut(
+    attention_logits: Tensor | Sequence[Tensor],
+    masks: Tensor | Sequence[Tensor],
+    *,
+    inter: bool = True,
+    intra: bool = True,
+) -> Tensor:
+    """The token cut loss: selected and idle tokens attend to their own kind.
+
+    In the softmax over keys of a layer's head-mean logits, the weight that a token gives to the other kind is drawn
+    to 0 (``inter``), and the weight that a selected token gives to selected ones is drawn to 1 (``intra``).
+
+    Args:
+        attention_logits: L tensors [B, H, N, N], or one [L, B, H, N, N]: scaled logits of the layers that select,
+            before any key is masked; the class token is at position 0.
+        masks: L tensors [B, N, 1], or one [L, B, N, 1]: 1 for selected tokens, the class token among them, else 0.
+        inter, intra: which of the two is counted.
+
+    Returns:
+        A scalar: the sum over all L layers of the squared errors' means over tokens.
+
+    Raises ``ValueError`` where the layers and the masks differ in number.
+
+    Source: Xu et al., 2023, *No Token Left Behind*. The official code sums every second layer only, since it deletes
+    from the list that it iterates over; here every layer counts.
+    """
+    total = attention_logits[0].new_zeros(())
+    for logits, mask in zip(attention_logits, masks, strict=True):
+        weight = logits.mean(1).softmax(-1)
+        selected = mask.squeeze(-1).to(weight.dtype)
+        if inter:
+            # The class token is always selected; idle tokens may look at it too.
+            other = (selected[:, :, None] != selected[:, None])[..., 1:]
+            total = total + (weight[..., 1:] * other).sum(-1).square().mean()
+        if intra:
+            inside = selected * torch.einsum("bij,bj->bi", weight, selected)
+            total = total + (inside - selected).square().mean()
+    return total
+
+
+def consistency(
+    student_cls: Tensor, teacher_cls: Tensor, student_logits: Tensor, labels: Tensor, threshold: float = 0.4
+) -> Tensor:
+    """Token reduction consistency: one network with many tokens fused follows itself with few fused.
+
+    Args:
+        student_cls: [B, C] class token after the final norm, of the pass that fuses r tokens.
+        teacher_cls: [B, C] that of the pass that fuses fewer; a constant.
+        student_logits: [B, K] classes of the student's pass.
+        labels: int64 [B].
+        threshold: samples count where the student's probability of their label exceeds it.
+
+    Returns:
+        A scalar: the mean over those samples of the squared error's mean over C, and 0 where there are none. The
+        published runs add it three times to the cross-entropies of both passes.
+
+    Source: Lee et al., CVPR 2024, token reduction consistency.
+    """
+    error = (teacher_cls.detach() - student_cls).square().mean(-1)
+    probability = student_logits.softmax(-1).gather(1, labels[:, None]).squeeze(1)
+    return _mean_where(error, probability > threshold)
+
+
+def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher || student) of the softmaxes over the last axis, which goes."""
+    target = teacher.detach().log_softmax(-1)
+    return kl_div(student.log_softmax(-1), target, reduction="none", log_target=True).sum(-1)
+
+
+def _mean_where(values: Tensor, chosen: Tensor) -> Tensor:
+    """The mean of the chosen values, 0 where there are none; no shape depends on how many."""
+    return values.where(chosen, 0).sum() / chosen.sum().clamp(min=1)

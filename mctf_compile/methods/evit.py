@@ -1,0 +1,65 @@
+"""EViT: keep the tokens that the class token attends to (Liang et al., ICLR 2022)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from mctf_compile.methods.base import Choice, Combine, Count, Evidence, Method, Need, Site, register_method
+from mctf_compile.options import flag, one_of, option, share
+from mctf_compile.schedule import Removal, quarters
+
+
+@register_method
+@dataclass(frozen=True)
+class EViT(Method):
+    """Keeps the most attentive share of the patches in three blocks, and one token for all the others.
+
+    Options:
+        keep_rate: share of the patches that stay, in each of ``layers``.
+        fuse_token: append the sum of the others, each times its attention (section 3.2); else drop them.
+        score: ``class_attention``, or ``mean_attention`` for models without a class token.
+    """
+
+    name: ClassVar[str] = "evit"
+    source: ClassVar[str] = "Liang et al., ICLR 2022, arXiv 2202.07800"
+    site: ClassVar[Site] = Site.BETWEEN
+    sized: ClassVar[bool] = False
+    hint: ClassVar[str] = "score='mean_attention' does without"
+
+    keep_rate: float = option(0.7, share)
+    fuse_token: bool = option(True, flag)
+    score: str = option("class_attention", one_of("class_attention", "mean_attention"))
+
+    @property
+    def needs(self) -> Collection[Need]:
+        return (Need.CLASS_ATTENTION if self.score == "class_attention" else Need.IMPORTANCE,)
+
+    def default_layers(self, depth: int) -> Collection[int]:
+        return quarters(depth)
+
+    def removal(self, index: int, depth: int, count: Count) -> Removal:
+        away = count.free - math.ceil(self.keep_rate * count.free)
+        if away == 0:
+            return Removal(0, f"keep_rate={self.keep_rate} of {count.free} tokens keeps all")
+        # A single token that is not attentive becomes the fused token, in the official code too.
+        return Removal(away - self.fuse_token, acts=True)
+
+    def choose(self, evidence: Evidence, r: int) -> Choice:
+        score = evidence.class_attention if self.score == "class_attention" else evidence.importance
+        n = score.shape[1] - evidence.lead - evidence.tail
+        if not self.fuse_token:
+            keep, gone = torch.ops.mctf.select(score, n - r, evidence.lead, evidence.tail)
+            return Choice(keep, gone, None, combine=Combine.DROP)
+        keep, gone = torch.ops.mctf.select(score, n - r - 1, evidence.lead, evidence.tail)
+        # The first that is not attentive carries the others, at the end of the patches.
+        place = keep.shape[1] - evidence.tail
+        keep = torch.cat([keep[:, :place], gone[:, :1], keep[:, place:]], 1)
+        gone = gone[:, 1:]
+        total = score.gather(1, keep[:, place : place + 1]) + score.gather(1, gone).sum(1, keepdim=True)
+        gain = torch.where(torch.arange(keep.shape[1], device=keep.device) == place, total, 1.0)
+        return Choice(keep, gone, torch.full_like(gone, place), score, gain=gain)

@@ -1,0 +1,94 @@
+"""Options as fields of frozen dataclasses, each declared together with the check that its value must pass."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from mctf_compile.errors import ConfigError
+
+# Takes an option's name and value; returns the value to keep, or raises ConfigError.
+Check = Callable[[str, Any], Any]
+
+
+def option(default: Any, check: Check) -> Any:
+    """A dataclass field for an option with a default."""
+    return field(default=default, metadata={"check": check})
+
+
+@dataclass(frozen=True)
+class Options:
+    """Base of dataclasses whose fields are options. Raises ``ConfigError`` for a value that fails its check."""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            check = f.metadata.get("check")
+            if check is not None:
+                object.__setattr__(self, f.name, check(f.name, getattr(self, f.name)))
+
+    @classmethod
+    def option_names(cls) -> list[str]:
+        return [f.name for f in fields(cls) if f.init]
+
+
+def nearest(name: Any, known: list[str]) -> str:
+    """``did you mean 'x'? `` where one of the known names is near, else nothing."""
+    near = difflib.get_close_matches(str(name), known, 1, 0.5)
+    return f"did you mean {near[0]!r}? " if near else ""
+
+
+def one_of(*allowed: str) -> Check:
+    def check(name: str, value: Any) -> Any:
+        if value not in allowed:
+            near = difflib.get_close_matches(str(value), allowed, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}{hint}")
+        return value
+
+    return check
+
+
+def flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}={value!r} must be True or False.")
+    return value
+
+
+def whole(least: int, *words: str | None) -> Check:
+    """A whole number from ``least`` on, or one of ``words``."""
+
+    def check(name: str, value: Any) -> Any:
+        if any(value is word or isinstance(value, str) and value == word for word in words):
+            return value
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            also = "".join(f" or {word!r}" for word in words)
+            raise ConfigError(f"{name}={value!r} must be a whole number >= {least}{also}.")
+        return value
+
+    return check
+
+
+def temperature(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        raise ConfigError(f"{name}={value!r} must be a number >= 0; 0 turns the criterion off.")
+    return value
+
+
+def share(name: str, value: Any) -> float:
+    """A share of the tokens: above 0, at most 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise ConfigError(f"{name}={value!r} must be a number above 0 and at most 1.")
+    return value
+
+
+def block_numbers(name: str, value: Any) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    numbers = isinstance(value, (list, tuple, range, set)) and all(
+        isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in value
+    )
+    if not numbers:
+        raise ConfigError(f"{name}={value!r} must be a list of block numbers >= 0, or None.")
+    return tuple(sorted(set(value)))
