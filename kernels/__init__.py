@@ -6,10 +6,12 @@
 ``pool``            combine each group of tokens into one
 ``keep``            the tokens that stay, the others dropped
 ``mlerp``           the factor that gives a mean the largest norm of its group
+``observe``         what an attached module says of the tokens, for the compiler to find
 ``select``          which tokens have the highest scores
 ``nearest``         the kept token most similar to each dropped one
 ``unmerge``         give every token its group's value back
 ``attention``       attention over tokens that have sizes
+``policy_attention``  attention in which a dropped token counts for itself alone (training)
 ``importance``      how much attention each token receives, before the values are computed
 ``ahead``           one-step-ahead attention: the pooled map times the values of the fused tokens
 ==================  ==============================================================================
@@ -18,6 +20,7 @@
 import mctf_compile.kernels.ahead.op
 import mctf_compile.kernels.attention.op
 import mctf_compile.kernels.matching.op
+import mctf_compile.kernels.observation.op
 import mctf_compile.kernels.pooling.op
 import mctf_compile.kernels.selection.op
 import mctf_compile.kernels.unmerge.op  # noqa: F401

@@ -43,6 +43,8 @@ def mctf(
     try:
         fused, report = rewrite(gm, example_inputs, config)
         reason = report.reason
+        for remark in report.remarks:
+            warnings.warn(f"mctf: {remark}", stacklevel=2)
     except PassError as error:
         if config.lowering.strict:
             raise

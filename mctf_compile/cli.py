@@ -61,15 +61,17 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="mctf", description="Token fusion for Vision Transformers.")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("model", metavar="MODEL", help="name of a timm model")
+    named = argparse.ArgumentParser(add_help=False)
+    named.add_argument("model", metavar="MODEL", help="name of a timm model")
+    named.add_argument("--img-size", type=positive, metavar="N", help="image size (default: the model's)")
+    named.add_argument("--pretrained", action="store_true", help="load pretrained weights (default: random ones)")
+
+    common = argparse.ArgumentParser(add_help=False, parents=[named])
     common.add_argument("--r", type=parse_value, default=16, metavar="R", help=(
         'tokens removed per block: a count, a ratio below 1, a list as "0,8,8", "(count, inflection)" '
         'or a preset as "fast" (default: 16)'))
     common.add_argument("-o", "--option", type=parse_pair, action="append", default=[], dest="options",
                         metavar="KEY=VALUE", help="another option of the backend; may be repeated")
-    common.add_argument("--img-size", type=positive, metavar="N", help="image size (default: the model's)")
-    common.add_argument("--pretrained", action="store_true", help="load pretrained weights (default: random ones)")
 
     show = commands.add_parser("explain", parents=[common], help="show what would be fused; compiles nothing")
     show.add_argument("--batch", type=positive, default=1, metavar="N", help="batch size (default: 1)")
@@ -85,6 +87,23 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("--no-inductor", action="store_true", help="leave dense Inductor out")
     measure.add_argument("--json", type=writable, metavar="FILE", help="write the result here too")
     measure.set_defaults(run=run_bench)
+
+    contrast = commands.add_parser("compare", parents=[named],
+                                   help="accuracy, work and time of several methods on your images")
+    contrast.add_argument("--data", type=Path, required=True, metavar="FOLDER",
+                          help="images in one subfolder for each class; sorted, these are the classes 0, 1, ...")
+    contrast.add_argument("--methods", type=parse_names, metavar="A,B",
+                          help="methods to compare (default: all that need no training)")
+    contrast.add_argument("--limit", type=positive, metavar="N",
+                          help="take N images, spread evenly over the folder (default: all)")
+    contrast.add_argument("--batch", type=positive, default=8, metavar="N", help="batch size (default: 8)")
+    contrast.add_argument("--threads", type=positive, default=1, metavar="N", help="CPU threads (default: 1)")
+    contrast.add_argument("--rounds", type=positive, default=5, metavar="N", help="timed rounds (default: 5)")
+    contrast.add_argument("--inner", choices=("eager", "inductor"), default="eager",
+                          help="what compiles the graphs; Inductor takes far longer for it (default: eager)")
+    contrast.add_argument("--plot", type=writable, metavar="FILE", help="draw the result here; needs matplotlib")
+    contrast.add_argument("--json", type=writable, metavar="FILE", help="write the result here too")
+    contrast.set_defaults(run=run_compare)
 
     try_out = commands.add_parser("fuzz", help="look for a model and options whose rewrite is unsound")
     try_out.add_argument("--model", metavar="MODEL", help="a timm model to try options on (default: generated models)")
@@ -115,6 +134,13 @@ def parse_pair(text: str) -> tuple[str, Any]:
     if not name or not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form KEY=VALUE")
     return name, parse_value(value)
+
+
+def parse_names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME,NAME")
+    return names
 
 
 def positive(text: str) -> int:
@@ -162,6 +188,47 @@ def run_bench(args: argparse.Namespace) -> None:
     if args.json is not None:
         setting = {key: getattr(args, key) for key in ("model", "batch", "threads", "rounds", "dtype", "device")}
         args.json.write_text(json.dumps({**setting, "options": options, **result.to_dict()}, indent=2) + "\n")
+
+
+def run_compare(args: argparse.Namespace) -> None:
+    check_folder(args.data)
+    with stages() as progress:
+        progress("load torch and timm", 0, 1)
+        import torch
+        from timm.data import create_transform, resolve_model_data_config
+
+        from mctf_compile.compare import Folder, chosen_methods, compare, draw, sweeps, table, to_dict
+
+        methods = chosen_methods(args.methods)
+        if args.plot is not None:
+            check_plot(args.plot)
+        progress(f"list the images of {args.data}", 0, 1)
+        folder = Folder(args.data, args.limit)
+        model = load(args, progress)
+        classes = len(folder.classes)
+        if classes > model.num_classes:
+            raise CommandError(f"--data {args.data} has {classes} subfolders, one for each class, but {args.model} "
+                               f"has {model.num_classes} classes")
+        config = resolve_model_data_config(model, {"input_size": input_size(model, args.img_size)})
+        folder.transform = create_transform(**config, is_training=False)
+        torch.set_num_threads(args.threads)
+        progress("find the blocks", 0, 1)
+        settings = sweeps(model, folder, methods)
+        rows = compare(model, folder, folder.labels, settings, inner=args.inner, batch=args.batch,
+                       rounds=args.rounds, progress=progress)
+    title = f"{args.model}, {'pretrained' if args.pretrained else 'random'} weights"
+    caption = (f"Top-1 over {len(folder)} of {folder.total} images; change in percent points. "
+               f"ms: of a batch of {min(args.batch, len(folder))} (inner={args.inner}, threads={args.threads}), "
+               f"median of {args.rounds} interleaved rounds.")
+    if classes < model.num_classes:
+        caption += f" The {classes} subfolders are taken as the first of the model's {model.num_classes} classes."
+    Console().print(table(rows, title, caption))
+    if args.json is not None:
+        keys = ("model", "pretrained", "img_size", "batch", "threads", "rounds", "inner")
+        setting = {**{key: getattr(args, key) for key in keys}, "images": len(folder), "classes": classes}
+        args.json.write_text(json.dumps({**setting, **to_dict(rows)}, indent=2) + "\n")
+    if args.plot is not None:
+        draw(rows, args.plot, title)
 
 
 def run_fuzz(args: argparse.Namespace) -> None:
@@ -222,10 +289,37 @@ def prepare(args: argparse.Namespace, progress: Callable[[str, int, int], None])
 
     options = {"r": args.r, **dict(args.options)}
     FusionConfig.from_options(options)
+    model = load(args, progress)
+    return model, torch.randn(args.batch, *input_size(model, args.img_size)), options
+
+
+def load(args: argparse.Namespace, progress: Callable[[str, int, int], None]) -> nn.Module:
+    """The model in eval mode; random weights are the same each time."""
+    import torch
+
     torch.manual_seed(0)
     progress(f"make {args.model}", 0, 1)
-    model = make_model(args.model, args.img_size, args.pretrained).eval()
-    return model, torch.randn(args.batch, *input_size(model, args.img_size)), options
+    return make_model(args.model, args.img_size, args.pretrained).eval()
+
+
+def check_folder(path: Path) -> None:
+    """Raise ``CommandError`` unless ``path`` has subfolders, before torch is loaded."""
+    if not path.is_dir():
+        raise CommandError(f"--data {path}: {'not a folder' if path.exists() else 'no such folder'}")
+    if not any(entry.is_dir() for entry in path.iterdir()):
+        raise CommandError(f"--data {path} has no subfolders; it needs one for each class, with its images")
+
+
+def check_plot(path: Path) -> None:
+    """Raise ``CommandError`` where no plot could be written to ``path``, before minutes of measuring."""
+    from mctf_compile.compare import figure_class
+
+    try:
+        kinds = figure_class()().canvas.get_supported_filetypes()
+    except ImportError as error:
+        raise CommandError(str(error)) from error
+    if path.suffix[1:].lower() not in kinds:
+        raise CommandError(f"--plot {path}: its ending must be one of {', '.join(sorted(kinds))}")
 
 
 def input_size(model: nn.Module, img_size: int | None) -> tuple[int, int, int]:

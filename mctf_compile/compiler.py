@@ -64,8 +64,16 @@ def make_report(state: State) -> Report:
         unmerged=list(dict.fromkeys(f"{u.node.name}: {u.reason}" for u in state.unmerges)),
         reason=reason,
         method=state.plan.method.name,
+        remarks=_remarks(state) if fused else [],
         seconds=state.seconds,
     )
+
+
+def _remarks(state: State) -> list[str]:
+    name = state.plan.method.name
+    if not any(o.state == "untrained" for o in state.observations):
+        return []
+    return [f"the modules of method {name!r} are untrained: train them, or load their weights (mctf_{name})"]
 
 
 def _count(before: fx.GraphModule, after: fx.GraphModule | None) -> tuple[int, int]:

@@ -35,6 +35,7 @@ class Report:
         unmerged: where, and why, the original tokens were given back before an operator.
         reason: why the whole graph stayed dense, or None.
         method: the reduction method.
+        remarks: what else the user should know.
         seconds: time spent in each pass.
     """
 
@@ -43,6 +44,7 @@ class Report:
     unmerged: list[str] = field(default_factory=list)
     reason: str | None = None
     method: str = "mctf"
+    remarks: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @cached_property
@@ -87,6 +89,7 @@ class Report:
             tokens = f"{b.tokens_in} -> {b.tokens_out}" if b.reason is None else f"{b.tokens_in}, dense: {b.reason}"
             lines.append(f"  block {b.index}: {tokens}" + (f" ({b.note})" if b.note and b.reason is None else ""))
         lines.extend(f"  unmerged before {line}" for line in self.unmerged)
+        lines.extend(f"  {line}" for line in self.remarks)
         return "\n".join(lines)
 
     def table(self) -> Table:
@@ -99,6 +102,8 @@ class Report:
             table.add_row(str(b.index), str(b.tokens_in or "?"), str(b.tokens_out or "?"), remark)
         for line in self.unmerged:
             table.add_row("", "", "", f"unmerged before {line}")
+        for line in self.remarks:
+            table.add_row("", "", "", line)
         return table
 
     def print(self, console: Console | None = None) -> None:

@@ -1,7 +1,7 @@
 """Graph in, graph out: the passes, in the order in which they run.
 
-graph -> normalize -> token_axes -> blocks -> plan -> projections -> rewrite -> biases -> verify -> inner
-compiler
+graph -> normalize -> observations -> token_axes -> blocks -> plan -> projections -> rewrite -> biases ->
+verify -> inner compiler
 
 Data flows one way, with one exception: where the rewrite finds that a planned fusion is undone before
 it could pay, it says so in ``State.findings`` and the plan is made again.
@@ -16,6 +16,7 @@ from mctf_compile.passes import biases as _biases
 from mctf_compile.passes import blocks as _blocks
 from mctf_compile.passes import masks as _masks
 from mctf_compile.passes import normalize as _normalize
+from mctf_compile.passes import observations as _observations
 from mctf_compile.passes import plan as _plan
 from mctf_compile.passes import projections as _projections
 from mctf_compile.passes import rewrite as _rewrite
@@ -30,24 +31,31 @@ def normalize(state: State) -> None:
     state.normal = _normalize.normalize(state.gm, state.inputs)
 
 
+@graph_pass(requires=("normal",), ensures=("observations",))
+def observations(state: State) -> None:
+    state.observations = _observations.take_observations(state.normal, state.config.method.name)
+
+
 @graph_pass(requires=("normal",), ensures=("axes",))
 def token_axes(state: State) -> None:
     state.axes = _token_axes.token_axes(state.normal.graph)
 
 
-@graph_pass(requires=("axes",), ensures=("blocks",))
+@graph_pass(requires=("axes", "observations"), ensures=("blocks",))
 def blocks(state: State) -> None:
     method = state.config.method
     protected = None if method.protected == "auto" else method.protected
     found = _blocks.find_blocks(state.normal.graph, state.axes, protected)
     values = _normalize.constants(state.gm, state.normal, state.examples)
-    state.blocks = _masks.find_masks(found, state.axes, values)
+    found = _masks.find_masks(found, state.axes, values)
+    state.blocks = _observations.assign(state.observations, found, state.normal.graph)
 
 
 @graph_pass(requires=("blocks",), ensures=("plan",))
 def plan(state: State) -> None:
     findings = state.findings
-    state.plan = _plan.make_plan(state.blocks, state.axes, state.config.method, findings.declined, findings.whole)
+    state.plan = _plan.make_plan(state.blocks, state.axes, state.config.method, findings.declined, findings.whole,
+                                 any(o.state == "training" for o in state.observations))
 
 
 @graph_pass(requires=("plan",))
@@ -87,6 +95,8 @@ def verify(state: State) -> None:
     _verify.verify(state.normal, state.result)
 
 
-PIPELINE: tuple[Pass, ...] = (normalize, token_axes, blocks, plan, projections, rewrite, biases, verify)
+# What only looks at the graph.
+ANALYSIS: tuple[Pass, ...] = (normalize, observations, token_axes, blocks)
+PIPELINE: tuple[Pass, ...] = (*ANALYSIS, plan, projections, rewrite, biases, verify)
 
-__all__ = ["PIPELINE", "Findings", "Pass", "State", "graph_pass", "run_passes"]
+__all__ = ["ANALYSIS", "PIPELINE", "Findings", "Pass", "State", "graph_pass", "run_passes"]

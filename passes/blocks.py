@@ -46,6 +46,7 @@ class Block:
     ``entry``: the residual stream that attention reads; ``middle``: the residual add after attention;
     ``exit``: the residual stream after the MLP (``middle`` where no MLP follows). ``problem`` says why
     no token can be fused here, else None. ``mask``: what the logits allow (see ``masks``).
+    ``learned``: what a module attached to it says of its tokens (see ``observations``).
     """
 
     attention: Attention
@@ -55,6 +56,7 @@ class Block:
     exit: fx.Node | None = None
     problem: str | None = None
     mask: Mask = Mask.NONE
+    learned: fx.Node | None = None
 
 
 def find_blocks(graph: fx.Graph, axes: Axes, protected: int | None = None) -> list[Block]:

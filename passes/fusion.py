@@ -35,7 +35,7 @@ class Fusion:
     """One fusion over a token axis with ``lead`` and ``tail`` protected tokens: old N -> new M.
 
     ``weight`` [B, N] are the normalised pooling weights of ``Combine.MEAN``, else None. ``conserves``:
-    whether the sizes still add up to the number of original tokens.
+    whether the sizes still add up to the number of original tokens; ``whole_to_itself``: see ``Relaxed``.
     """
 
     keep: Tensor
@@ -48,6 +48,7 @@ class Fusion:
     tail: int
     combine: Combine = Combine.MEAN
     conserves: bool = True
+    whole_to_itself: bool = False
 
     def pool(self, x: Tensor, dim: int) -> Tensor:
         """[B, ..., N, ...] -> [B, ..., M, ...] along ``dim``."""

@@ -235,7 +235,13 @@ class Insertion:
     # The reduction itself.
 
     def _evidence(self, block: PlannedBlock, tokens: Tensor, size: Tensor) -> Evidence:
-        seen = {name: t if t.dtype is torch.bool else t.to(size.dtype) for name, t in self._seen[block.index].items()}
+        seen = self._seen.setdefault(block.index, {})
+        if Need.LEARNED in self.plan.method.needs:
+            stream, learned = self._stream(block), self.rewriter.env[block.block.learned]
+            learned = stream.raise_to(learned, self._entry(block).generation)
+            (place,) = stream.places(learned.dims)
+            seen["learned"] = stream.canonical(learned, place)
+        seen = {name: t if t.dtype is torch.bool else t.to(size.dtype) for name, t in seen.items()}
         if "padding" in seen:
             seen["padding"] = seen["padding"].expand_as(size)
         return Evidence(tokens, size, block.lead, block.tail, block.index, len(self.plan.blocks), **seen)
@@ -261,7 +267,7 @@ class Insertion:
         """Choose and combine the block's tokens: a new generation. Returns ``x`` in it."""
         stream = self._stream(block)
         (place,) = stream.places(x.dims)
-        if stream.body(x.generation) + place.lead + place.tail != block.tokens_in:
+        if not self.plan.relaxed and stream.body(x.generation) + place.lead + place.tail != block.tokens_in:
             self.whole.add(block.index)
         x = Value(x.tensor, x.dims, stream, x.generation)
         tokens = stream.canonical(x, place)
@@ -270,16 +276,38 @@ class Insertion:
         else:
             size = tokens.new_ones(tokens.shape[:2], dtype=working_dtype(x.tensor.dtype))
         evidence = self._evidence(block, tokens, size)
-        choice = self._choose(evidence, block.removed)
-        stream.fusions.append(self._fusion(choice, evidence, place))
-        fused = stream.raise_to(x, x.generation + 1)
-        if choice.gain is not None:
-            gain = stream.spread(choice.gain.to(fused.tensor.dtype), fused, place)
-            fused = replace(fused, tensor=fused.tensor * gain)
+        fused = self._relax(block, x, evidence, place) if self.plan.relaxed else self._reduce(block, x, evidence, place)
         if self.plan.site in (Site.AHEAD, Site.BEFORE):
             self.sources[stream, fused.generation] = block.block.entry
             self.fused[block.block.entry] = fused
         return fused
+
+    def _reduce(self, block: PlannedBlock, x: Value, evidence: Evidence, place: Place) -> Value:
+        """``x`` with fewer tokens."""
+        choice = self._choose(evidence, block.removed)
+        x.stream.fusions.append(self._fusion(choice, evidence, place))
+        fused = x.stream.raise_to(x, x.generation + 1)
+        if choice.gain is None:
+            return fused
+        gain = x.stream.spread(choice.gain.to(fused.tensor.dtype), fused, place)
+        return replace(fused, tensor=fused.tensor * gain)
+
+    def _relax(self, block: PlannedBlock, x: Value, evidence: Evidence, place: Place) -> Value:
+        """``x`` with all tokens, which count as the method says."""
+        relaxed = self.plan.method.relax(evidence, block.tokens_in, block.removed)
+        if relaxed.x is not None and (x.stream.batch_dim(x.dims), place.dim, len(x.dims)) != (0, 1, 3):
+            raise PassError(f"method {self.plan.method.name!r} trains on residual streams [B, N, C] alone")
+        nobody = evidence.size[:, :0].long()
+        position = torch.arange(evidence.size.shape[1], device=nobody.device).expand(evidence.size.shape)
+        order = position if relaxed.order is None else relaxed.order
+        # A token that counts for nothing has a logarithm still, and a gradient.
+        size = relaxed.size if relaxed.whole_to_itself else relaxed.size + torch.finfo(torch.float32).tiny
+        x.stream.fusions.append(Fusion(
+            order, nobody, nobody, index_of(order, nobody, nobody), None, size, place.lead, place.tail,
+            Combine.DROP, conserves=False, whole_to_itself=relaxed.whole_to_itself,
+        ))
+        moved = x if relaxed.order is None else x.stream.raise_to(x, x.generation + 1)
+        return Value(moved.tensor if relaxed.x is None else relaxed.x, x.dims, x.stream, x.generation + 1)
 
     def _fusion(self, choice: Choice, evidence: Evidence, place: Place) -> Fusion:
         method, size = self.plan.method, evidence.size

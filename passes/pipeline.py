@@ -14,6 +14,7 @@ from torch import fx
 from mctf_compile.config import FusionConfig
 from mctf_compile.errors import ConfigError, PassError, UnsupportedGraph
 from mctf_compile.passes.blocks import Block
+from mctf_compile.passes.observations import Observation
 from mctf_compile.passes.plan import Plan
 from mctf_compile.passes.rewrite import Unmerge
 from mctf_compile.passes.token_axes import Axes
@@ -41,6 +42,7 @@ class State:
     # The tensors that Dynamo passes for the graph's inputs, where it does.
     examples: Sequence[Any] = ()
     normal: fx.GraphModule | None = None
+    observations: list[Observation] | None = None
     axes: Axes | None = None
     blocks: list[Block] | None = None
     findings: Findings = Findings()

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from torch import fx
 
 from mctf_compile.errors import ConfigError
-from mctf_compile.methods import Count, Method, Site
+from mctf_compile.methods import Count, Method, Need, Site
 from mctf_compile.methods.base import OF_CLASS_TOKEN
 from mctf_compile.passes.axes import Dim, places, product
 from mctf_compile.passes.blocks import Block
@@ -50,6 +50,8 @@ class Plan:
 
     method: Method
     blocks: list[PlannedBlock]
+    # Modules are being trained: all tokens stay, and count as the method says.
+    relaxed: bool = False
     projections: dict[fx.Node, Projection] = field(default_factory=dict)
 
     @property
@@ -67,6 +69,7 @@ def make_plan(
     method: Method,
     declined: Mapping[int, str] = MappingProxyType({}),
     whole: frozenset[int] = frozenset(),
+    relaxed: bool = False,
 ) -> Plan:
     """Schedule the reduction over the blocks.
 
@@ -76,11 +79,17 @@ def make_plan(
     """
     depth = len(blocks)
     chosen = _layers(method, depth)
+    able = [b for b in blocks if b.problem is None]
+    if Need.LEARNED in method.needs and able and all(b.learned is None for b in able):
+        raise ConfigError(f"method {method.name!r} needs modules that this model does not have; "
+                          f"mctf_compile.attach(model, method={method.name!r}) adds them before it is compiled.")
     counts: dict[Dim, int] = {}
     entries: dict[fx.Node, int] = {}
     planned = []
     for i, block in enumerate(blocks):
-        reason = block.problem or declined.get(i) or _unsupported(block, axes) or _unmet(block, method)
+        reason = block.problem or declined.get(i) or _unsupported(block, axes)
+        if reason is None and i in chosen:
+            reason = _unmet(block, axes, method)
         if reason is not None:
             size = _static_size(block, axes)
             planned.append(PlannedBlock(i, block, size, size, reason))
@@ -109,7 +118,7 @@ def make_plan(
         notes = [outcome.note, _exposed(block, method)]
         note = "; ".join(n for n in notes if n) or None
         planned.append(PlannedBlock(i, block, tokens, left, reason, note, lead, place.tail))
-    return Plan(method, planned)
+    return Plan(method, planned, relaxed)
 
 
 def _exposed(block: Block, method: Method) -> str | None:
@@ -128,11 +137,15 @@ def _layers(method: Method, depth: int) -> set[int]:
     return set(method.layers)
 
 
-def _unmet(block: Block, method: Method) -> str | None:
+def _unmet(block: Block, axes: Axes, method: Method) -> str | None:
     """What a method needs of a block that it does not have."""
     if OF_CLASS_TOKEN & set(method.needs) and not block.tokens.lead:
         hint = f" ({method.hint})" if method.hint else ""
         return f"method {method.name!r} reads the class token, and there is none before these tokens{hint}"
+    if Need.LEARNED in method.needs and block.learned is None:
+        return f"method {method.name!r} has no module at this block"
+    if Need.LEARNED in method.needs and len(places(axes.of(block.learned), block.tokens) or ()) != 1:
+        return f"the module of method {method.name!r} does not tell the tokens of this block apart"
     return None
 
 

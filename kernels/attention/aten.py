@@ -5,6 +5,9 @@ from torch import Tensor
 
 from mctf_compile.kernels.library import without_autocast, working_dtype
 
+# Keeps the gradient finite where a token attends to nothing but itself.
+POLICY_EPS = 1e-6
+
 
 def importance(
     q: Tensor, k: Tensor, log_size: Tensor | None, bias: Tensor | None, scale: float
@@ -39,3 +42,14 @@ def attention(
         mask = log_size[:, None, None, :] if bias is None else bias + log_size[:, None, None, :]
     mask = None if mask is None else mask.to(q.dtype)
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, dropout_p, scale=scale)
+
+
+def policy_attention(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, scale: float) -> Tensor:
+    dtype = working_dtype(q.dtype)
+    logits = (q @ k.transpose(-2, -1)).to(dtype) * scale
+    n = policy.shape[1]
+    counts = policy.to(dtype)[:, None, None, :]
+    itself = torch.eye(n, dtype=dtype, device=q.device)
+    weights = torch.exp(logits - logits.amax(-1, keepdim=True)) * (counts + (1 - counts) * itself)
+    weights = (weights + POLICY_EPS / n) / (weights.sum(-1, keepdim=True) + POLICY_EPS)
+    return weights.to(v.dtype) @ v

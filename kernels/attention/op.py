@@ -48,3 +48,22 @@ def importance(
     Source: Lee et al., CVPR 2024, section 3.2 (informativeness) and 3.4 (one step ahead).
     """
     return aten.importance(q, k, log_size, bias, scale)
+
+
+@composite("policy_attention(Tensor q, Tensor k, Tensor v, Tensor policy, float scale) -> Tensor")
+def policy_attention(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, scale: float) -> Tensor:
+    """Attention in which a token counts for others as ``policy`` says, and fully for itself.
+
+    (e + ε/N) / (Σ e + ε) with e_ij = exp(l_ij - max) · (1 if i = j else policy_j) and ε = 1e-6.
+
+    Args:
+        q, k, v: [B, H, N, D], one floating dtype; differentiable.
+        policy: [B, N], 0 or 1 for dropped and kept tokens; differentiable.
+        scale: usually D ** -0.5.
+
+    Returns:
+        [B, H, N, D] in the dtype of ``v``.
+
+    Source: Rao et al., NeurIPS 2021 (arXiv 2106.02034), section 3.3, eq. 10-11.
+    """
+    return aten.policy_attention(q, k, v, policy, scale)

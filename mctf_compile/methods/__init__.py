@@ -1,5 +1,6 @@
 """The reduction methods, by name. A method is one small description: see ``base.Method``."""
 
+from mctf_compile.methods.attached import Attached
 from mctf_compile.methods.base import (
     METHODS,
     Choice,
@@ -9,13 +10,14 @@ from mctf_compile.methods.base import (
     Merging,
     Method,
     Need,
+    Reads,
     Site,
     get_method,
     register_method,
 )
-from mctf_compile.methods import controls, evit, idlevit, mctf, tofu, tome  # register themselves
+from mctf_compile.methods import controls, dtem, dynamicvit, evit, idlevit, mctf, tofu, tome  # register themselves
 
 __all__ = [
-    "METHODS", "Choice", "Combine", "Count", "Evidence", "Merging", "Method", "Need", "Site", "controls", "evit",
-    "get_method", "idlevit", "mctf", "register_method", "tofu", "tome",
+    "METHODS", "Attached", "Choice", "Combine", "Count", "Evidence", "Merging", "Method", "Need", "Reads", "Site",
+    "controls", "dtem", "dynamicvit", "evit", "get_method", "idlevit", "mctf", "register_method", "tofu", "tome",
 ]

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from mctf_compile.errors import ConfigError
+from mctf_compile.methods.attached import Attached
 from mctf_compile.options import Options, block_numbers, flag, option, whole
 from mctf_compile.schedule import Removal, Schedule, check_r, parse_r, removal
 
@@ -33,6 +34,13 @@ class Need(enum.Enum):
     CLASS_LOGITS = "the logits of the class token's query"
     KEYS = "the keys of attention"
     LEARNED = "what a module that was attached to the model computes"
+
+
+class Reads(enum.Enum):
+    """Where in a block an attached module reads the tokens."""
+
+    STREAM = "the residual stream that the block reads"
+    PROJECTION = "the input of its query projection"
 
 
 # What is asked of the first prefix token.
@@ -93,6 +101,21 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Relaxed:
+    """How tokens count in training, where all of them stay, so that gradients reach what decides.
+
+    ``size`` [B, N]: how much each counts for others; ``order`` [B, N]: the old position of each, None where
+    none moves; ``x`` [B, N, C]: the residual stream in that order, None where it stays. ``whole_to_itself``:
+    a token counts fully for itself whatever its size, as in DynamicViT's masked softmax.
+    """
+
+    size: Tensor
+    order: Tensor | None = None
+    x: Tensor | None = None
+    whole_to_itself: bool = False
+
+
+@dataclass(frozen=True)
 class Count:
     """The tokens before a block: ``now`` in all, ``protected`` of them; ``first`` unprotected ones at the start.
 
@@ -115,8 +138,8 @@ class Method(Options):
 
     ``name`` and ``source``: what it is called, and the paper. ``site``: where it acts. ``needs``: what it
     reads of a block. ``sized``: whether a token that others left into counts for them too; a method without
-    sizes leaves every token a size of 1. ``trained``: whether it needs modules that ``attach`` adds.
-    ``hint``: what to do where its needs cannot be met.
+    sizes leaves every token a size of 1. ``reads``: where the modules that ``attach`` adds read the tokens;
+    None for a method that has none. ``hint``: what to do where its needs cannot be met.
 
     Options of every method:
         layers: blocks (0-based) that it acts on; None for the method's default.
@@ -128,6 +151,7 @@ class Method(Options):
     site: ClassVar[Site]
     needs: ClassVar[Collection[Need]] = ()
     sized: ClassVar[bool] = True
+    reads: ClassVar[Reads | None] = None
     hint: ClassVar[str] = ""
 
     layers: tuple[int, ...] | None = option(None, block_numbers)
@@ -153,6 +177,17 @@ class Method(Options):
 
     def choose(self, evidence: Evidence, r: int) -> Choice:
         """Choose ``r`` tokens to leave, none of them protected."""
+        raise NotImplementedError
+
+    def module(self, width: int, lead: int, tail: int, before: Attached | None) -> Attached:
+        """A new module for one block of ``width`` channels, for methods that have some.
+
+        ``before``: that of the block before it, if any.
+        """
+        raise NotImplementedError
+
+    def relax(self, evidence: Evidence, n: int, r: int) -> Relaxed:
+        """What training does instead of removing ``r`` of the ``n`` first tokens, for methods with modules."""
         raise NotImplementedError
 
 

@@ -107,6 +107,12 @@ def sized_attention(call: FusedCall) -> Value:
     if keys is not None:
         if keys.before or keys.after or keys.rest:
             raise Declined("attention meets the token axis inside a product of axes")
+        fusion = call.stream.fusion(call.generation, keys.lead, keys.tail)
+        if fusion.whole_to_itself:
+            if given.bias is not None or given.query.shape[2] != given.key.shape[2]:
+                raise Declined("tokens that count for themselves alone meet a bias, or queries of another kind")
+            out = torch.ops.mctf.policy_attention(given.query, given.key, given.value, fusion.size, scale_of(call.call))
+            return call.result(given.layout.join(out, call.value("query").tensor))
         log_size = call.log_sizes(keys)
     out = torch.ops.mctf.attention(
         given.query, given.key, given.value, log_size, given.bias, scale_of(call.call), call.args["dropout_p"]

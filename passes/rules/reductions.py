@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mctf_compile.errors import Declined
+from mctf_compile.errors import Declined, PassError
 from mctf_compile.passes.axes import Dims
 from mctf_compile.passes.rules.base import Call, Flow, rule, wrap
 from mctf_compile.passes.rules.pointwise import pointwise
@@ -175,6 +175,9 @@ def weighted_softmax(call: FusedCall) -> Value:
     place = call.place("self", dim)
     if place.before or place.after:
         raise Declined("a softmax meets the token axis inside a product of axes")
+    if call.stream.fusion(call.generation, place.lead, place.tail).whole_to_itself:
+        raise PassError("attention that is spelled out cannot be trained with dropped tokens; use "
+                        "scaled_dot_product_attention (in timm: timm.layers.set_fused_attn(True))")
     tensor = logits.tensor
     bias = call.log_sizes_like("self", place)
     if bias is not None:
