@@ -193,6 +193,14 @@ class Stream:
         divisor = self.spread(size, value, place).to(value.tensor.dtype)
         return Value(value.tensor / divisor, value.dims, self, value.generation)
 
+    def extensive(self, value: Value, dim: int) -> Value:
+        """Turn weights of one copy of each token at ``dim`` into those of all its copies together."""
+        if not value.generation:
+            return replace(value, mass=dim)
+        place = next(p for p in self.places(value.dims) if p.dim == dim)
+        size = self.fusion(value.generation, place.lead, place.tail).size
+        return replace(value, tensor=value.tensor * self.spread(size, value, place).to(value.tensor.dtype), mass=dim)
+
     def places(self, dims: Dims) -> list[Place]:
         found = places(dims, self.tokens)
         if found is None:

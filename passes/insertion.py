@@ -142,8 +142,8 @@ class Insertion:
         factor = next(n for n in node.all_input_nodes if n is not site.value)
         weights = self.rewriter.env[factor]
         if weights.mass is None:
-            # Weights of the original tokens: their keys run along the last dimension.
-            weights = replace(weights, mass=len(weights.dims) - 1)
+            # The keys of what multiplies the values run along its last dimension.
+            weights = v.stream.extensive(weights, len(weights.dims) - 1)
         pooled = {site.value: v, factor: v.stream.pooled_map(weights)}
         return self.rewriter.evaluate(node, ChainMap(pooled, self.rewriter.env))
 

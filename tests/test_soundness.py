@@ -101,6 +101,14 @@ def test_maxima_pool_the_map_alike_in_every_spelling():
         torch.testing.assert_close(Recorder(options).run(model, images), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_maxima_of_talking_heads_count_every_copy():
+    """Talking heads leave no weights that add up, so their columns are multiplied by sizes before they are summed."""
+    model = build(VitSpec(heads=1, head_dim=4, grid=3, prefix=0, spelling="talking", head="mean"), 0)
+    with torch.no_grad():
+        assert_rewrite_sound(model, *model.example(1, 0), duplicates=True, r=1, pooling="max", min_tokens=1,
+                             **ONLY_SIMILARITY)
+
+
 @pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
 def test_r_0_is_the_inner_compilers_own_result(inner):
     model, images = build(VitSpec(depth=2), 0), torch.randn(2, 3, 16, 16)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mctf_compile.errors import cause_of
 from mctf_compile.testing.models import TinyViT, VitSpec
 from mctf_compile.testing.soundness import check_rewrite
-from mctf_compile.testing.strategies import fusion_options, vit_specs
+from mctf_compile.testing.strategies import method_options, vit_specs
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Outcome:
 def cases() -> st.SearchStrategy[Case]:
     """Generated models; one in three can tell positions apart, which the duplicate-token theorem cannot judge."""
     return st.builds(
-        Case, st.sampled_from((False, False, True)).flatmap(vit_specs), fusion_options(),
+        Case, st.sampled_from((False, False, True)).flatmap(vit_specs), method_options(),
         # One kind of patch alone hides how tokens are weighted, and where they went.
         st.sampled_from((1, 2, 2, 3, 3)), st.integers(0, 999),
     )
@@ -94,7 +94,7 @@ def cases() -> st.SearchStrategy[Case]:
 
 def model_cases(name: str, model: nn.Module, inputs: tuple[Tensor, ...]) -> st.SearchStrategy[ModelCase]:
     """One model with generated options."""
-    return st.builds(ModelCase, st.just(name), st.just(model), st.just(inputs), fusion_options())
+    return st.builds(ModelCase, st.just(name), st.just(model), st.just(inputs), method_options())
 
 
 def fuzz(

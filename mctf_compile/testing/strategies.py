@@ -64,13 +64,16 @@ def vit_specs(draw: st.DrawFn, position: bool = False, extras: tuple[str, ...] =
     )
 
 
+REQUESTS = st.one_of(st.integers(1, 5), st.sampled_from((0.2, 0.35)), st.just((2, 0.5)))
+
+
 def fusion_options(
-    pooling: tuple[str, ...] = ("attention", "size", "mean", "max")
+    pooling: tuple[str, ...] = ("attention", "size", "mean", "max", "mlerp")
 ) -> st.SearchStrategy[dict[str, Any]]:
-    """Options of the backend that fuse at least one token of the smallest models."""
+    """Options of the method ``mctf`` that fuse at least one token of the smallest models."""
     return st.fixed_dictionaries(
         {
-            "r": st.one_of(st.integers(1, 5), st.sampled_from((0.2, 0.35)), st.just((2, 0.5))),
+            "r": REQUESTS,
             "attention": st.sampled_from(("approx", "exact", "current")),
             "matching": st.sampled_from(("bidirectional", "one_way")),
             "pooling": st.sampled_from(pooling),
@@ -81,3 +84,19 @@ def fusion_options(
             "tau_size": st.sampled_from((0, 0, 0, 40)),
         }
     )
+
+
+def method_options() -> st.SearchStrategy[dict[str, Any]]:
+    """Options of the methods that need no training, ``mctf`` in every other example."""
+    rates = st.sampled_from((0.5, 0.7, 0.9))
+    others = {
+        "tome": {"r": REQUESTS, "pooling": st.sampled_from(("size", "mean", "mlerp"))},
+        "tofu": {"r": REQUESTS, "prune_layers": st.integers(0, 2), "combine": st.sampled_from(("mlerp", "average")),
+                 "weighted": st.booleans()},
+        "evit": {"keep_rate": rates, "fuse_token": st.booleans(),
+                 "score": st.sampled_from(("class_attention", "mean_attention"))},
+        "idlevit": {"keep_ratio": rates},
+        "random": {"r": REQUESTS},
+    }
+    drawn = [st.fixed_dictionaries({"method": st.just(name), **options}) for name, options in others.items()]
+    return st.one_of(fusion_options(), st.one_of(drawn))
