@@ -105,6 +105,17 @@ def parser() -> argparse.ArgumentParser:
     contrast.add_argument("--json", type=writable, metavar="FILE", help="write the result here too")
     contrast.set_defaults(run=run_compare)
 
+    linear = commands.add_parser("linearity", parents=[named],
+                                 help="measure in which blocks ToFu should prune, and in which merge")
+    linear.add_argument("--batch", type=positive, default=8, metavar="N", help="batch size, at least 2 (default: 8)")
+    linear.add_argument("--steps", type=positive, default=10, metavar="N",
+                        help="parts that the way from one image to another is cut into (default: 10)")
+    linear.add_argument("--part", choices=("block", "mlp"), default="block",
+                        help="mlp: what comes after attention alone (default: block)")
+    linear.add_argument("--images", type=Path, metavar="FOLDER",
+                        help="take the first images of this folder, up to the batch size (default: noise)")
+    linear.set_defaults(run=run_linearity)
+
     try_out = commands.add_parser("fuzz", help="look for a model and options whose rewrite is unsound")
     try_out.add_argument("--model", metavar="MODEL", help="a timm model to try options on (default: generated models)")
     try_out.add_argument("--examples", type=positive, default=500, metavar="N", help="how many to try (default: 500)")
@@ -195,7 +206,6 @@ def run_compare(args: argparse.Namespace) -> None:
     with stages() as progress:
         progress("load torch and timm", 0, 1)
         import torch
-        from timm.data import create_transform, resolve_model_data_config
 
         from mctf_compile.compare import Folder, chosen_methods, compare, draw, sweeps, table, to_dict
 
@@ -209,8 +219,7 @@ def run_compare(args: argparse.Namespace) -> None:
         if classes > model.num_classes:
             raise CommandError(f"--data {args.data} has {classes} subfolders, one for each class, but {args.model} "
                                f"has {model.num_classes} classes")
-        config = resolve_model_data_config(model, {"input_size": input_size(model, args.img_size)})
-        folder.transform = create_transform(**config, is_training=False)
+        folder.transform = evaluation_transform(model, args.img_size)
         torch.set_num_threads(args.threads)
         progress("find the blocks", 0, 1)
         settings = sweeps(model, folder, methods)
@@ -229,6 +238,33 @@ def run_compare(args: argparse.Namespace) -> None:
         args.json.write_text(json.dumps({**setting, **to_dict(rows)}, indent=2) + "\n")
     if args.plot is not None:
         draw(rows, args.plot, title)
+
+
+def run_linearity(args: argparse.Namespace) -> None:
+    with stages() as progress:
+        progress("load torch and timm", 0, 1)
+        import torch
+
+        from mctf_compile.linearity import linearity, proposal, table
+
+        files = None if args.images is None else image_files(args.images, args.batch)
+        model = load(args, progress)
+        if files is None:
+            images = torch.randn(args.batch, *input_size(model, args.img_size))
+        else:
+            images = read_images(files, evaluation_transform(model, args.img_size))
+        progress("measure", 0, 1)
+        found = linearity(model, images, steps=args.steps, part=args.part)
+    weights = "pretrained" if args.pretrained else "random"
+    print(f"functional linearity (FL) of {args.model}, {weights} weights, {len(images)} images"
+          f"{' of noise' if files is None else ''}")
+    if found:
+        Console().print(table(found))
+    values = [block.value for block in found]
+    if any(value is not None for value in values):
+        print(f'proposed: options={{"method": "tofu", "prune_layers": {proposal(values)}}}')
+    else:
+        print("nothing to propose: no block could be measured")
 
 
 def run_fuzz(args: argparse.Namespace) -> None:
@@ -320,6 +356,40 @@ def check_plot(path: Path) -> None:
         raise CommandError(str(error)) from error
     if path.suffix[1:].lower() not in kinds:
         raise CommandError(f"--plot {path}: its ending must be one of {', '.join(sorted(kinds))}")
+
+
+def image_files(folder: Path, count: int) -> list[Path]:
+    """The first ``count`` images of a folder, by name; raises ``CommandError`` where there is none."""
+    from torchvision.datasets.folder import is_image_file
+
+    if not folder.is_dir():
+        raise CommandError(f"--images {folder}: {'not a folder' if folder.exists() else 'no such folder'}")
+    files = sorted(file for file in folder.iterdir() if is_image_file(file.name))
+    if not files:
+        raise CommandError(f"--images {folder} has no images")
+    return files[:count]
+
+
+def read_images(files: Sequence[Path], transform: Callable[[Any], Tensor]) -> Tensor:
+    """Image files as a batch [B, C, H, W]; raises ``CommandError`` for one that cannot be read."""
+    import torch
+    from torchvision.datasets.folder import default_loader
+
+    images = []
+    for file in files:
+        try:
+            images.append(transform(default_loader(str(file))))
+        except OSError as error:
+            raise CommandError(f"--images: {file} cannot be read: {error}") from error
+    return torch.stack(images)
+
+
+def evaluation_transform(model: nn.Module, img_size: int | None) -> Callable[[Any], Tensor]:
+    """What makes of a PIL image the [C, H, W] that a timm model is evaluated on."""
+    from timm.data import create_transform, resolve_model_data_config
+
+    config = resolve_model_data_config(model, {"input_size": input_size(model, img_size)})
+    return create_transform(**config, is_training=False)
 
 
 def input_size(model: nn.Module, img_size: int | None) -> tuple[int, int, int]:

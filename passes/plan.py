@@ -139,7 +139,8 @@ def _layers(method: Method, depth: int) -> set[int]:
 
 def _unmet(block: Block, axes: Axes, method: Method) -> str | None:
     """What a method needs of a block that it does not have."""
-    if OF_CLASS_TOKEN & set(method.needs) and not block.tokens.lead:
+    lead = block.tokens.lead if method.protected == "auto" else method.protected
+    if OF_CLASS_TOKEN & set(method.needs) and not lead:
         hint = f" ({method.hint})" if method.hint else ""
         return f"method {method.name!r} reads the class token, and there is none before these tokens{hint}"
     if Need.LEARNED in method.needs and block.learned is None:

@@ -8,7 +8,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gumbel_softmax
 
 from mctf_compile.methods.attached import Attached
 from mctf_compile.methods.base import Choice, Combine, Count, Evidence, Method, Need, Reads, Relaxed, Site, register_method
@@ -45,8 +44,7 @@ class Predictor(Attached):
             return self._with_ends(self.scores(patches))
         (before,) = self.before
         kept = patches.new_ones(patches.shape[:2]) if before is None else before.decision
-        drawn = gumbel_softmax(self.scores(patches, kept), hard=True)[..., 0]
-        self.decision = drawn * kept
+        self.decision = drawn(self.scores(patches, kept)) * kept
         return self._with_ends(self.decision[..., None])
 
     def scores(self, patches: Tensor, kept: Tensor | None = None) -> Tensor:
@@ -62,6 +60,13 @@ class Predictor(Attached):
         """[B, N, K], with ones for the protected tokens."""
         batch, _, k = score.shape
         return torch.cat([score.new_ones(batch, self.lead, k), score, score.new_ones(batch, self.tail, k)], 1)
+
+
+def drawn(scores: Tensor) -> Tensor:
+    """Keep (1) or drop (0), [B, n], drawn from log-probabilities [B, n, 2] by straight-through Gumbel-softmax."""
+    noise = torch.rand_like(scores).clamp(min=torch.finfo(scores.dtype).tiny)
+    soft = (scores - (-noise.log()).log()).softmax(-1)[..., 0]
+    return (soft > 0.5).to(soft.dtype) + (soft - soft.detach())
 
 
 @register_method
