@@ -54,11 +54,11 @@ def load() -> Digits:
                   (test - mean) / std, torch.from_numpy(test_labels))
 
 
-def make_model() -> VisionTransformer:
-    """A plain ViT: 49 patch tokens, four blocks, average pooling."""
+def make_model(class_token: bool = False) -> VisionTransformer:
+    """A plain ViT: 49 patch tokens, four blocks; average pooling, or a class token."""
     model = VisionTransformer(
         img_size=SIZE, patch_size=4, in_chans=1, num_classes=10, embed_dim=64, depth=4, num_heads=4,
-        mlp_ratio=2, global_pool="avg", class_token=False,
+        mlp_ratio=2, global_pool="token" if class_token else "avg", class_token=class_token,
     )
     # From timm's 0.02, so short a training would hardly learn where a patch is.
     nn.init.normal_(model.pos_embed, std=0.5)

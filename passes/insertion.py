@@ -126,8 +126,8 @@ class Insertion:
             (place,) = call.places_of(entry)
             fusion = x.stream.fusion(x.generation, place.lead, place.tail)
             out = torch.ops.mctf.ahead(
-                seen.weights, seen.norm, seen.layout.split(v.tensor), fusion.index, fusion.weight, fusion.keep, fusion.gone, fusion.into,
-                call.args["dropout_p"],
+                seen.weights, seen.norm, seen.layout.split(v.tensor), fusion.index, fusion.weight, fusion.keep,
+                fusion.gone, fusion.into, call.args["dropout_p"],
             )
             return Value(seen.layout.join(out, v.tensor), self.rewriter.axes.of(node), x.stream, x.generation)
         if fusion.combine is Combine.MAX:

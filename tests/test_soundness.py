@@ -58,7 +58,10 @@ def test_fusing_exact_duplicates_changes_nothing(spec, options, kinds, seed):
 
 
 @QUICK
-@given(spec=vit_specs(position=True, extras=UNBROKEN), options=fusion_options(), batch=st.integers(1, 3), seed=st.integers(0, 99))
+@given(
+    spec=vit_specs(position=True, extras=UNBROKEN), options=fusion_options(), batch=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
 def test_outputs_keep_their_contract_and_sizes_add_up(spec, options, batch, seed):
     model = build(spec, seed)
     images = torch.randn(batch, 3, 4 * spec.grid, 4 * spec.grid, generator=torch.Generator().manual_seed(seed))

@@ -10,7 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from mctf_compile.methods.attached import Attached
-from mctf_compile.methods.base import Choice, Combine, Count, Evidence, Method, Need, Reads, Relaxed, Site, register_method
+from mctf_compile.methods.base import (
+    Choice,
+    Combine,
+    Count,
+    Evidence,
+    Method,
+    Need,
+    Reads,
+    Relaxed,
+    Site,
+    register_method,
+)
 from mctf_compile.options import option, share
 from mctf_compile.schedule import Removal, quarters
 
