@@ -21,7 +21,8 @@ COUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attentio
 def count_macs(gm: fx.GraphModule) -> int:
     """MACs of one run of ``gm`` on the shapes it was traced with (a symbolic size counts with its hint).
 
-    Counts matrix products, convolutions and attention, as papers do; pointwise work is left out.
+    Counts matrix products, convolutions and attention, as papers do; pointwise work is left out, and so is what
+    no output depends on.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         inputs = [_concrete(n.meta.get("val")) for n in gm.graph.nodes if n.op == "placeholder"]
@@ -33,7 +34,16 @@ def count_macs(gm: fx.GraphModule) -> int:
 class _Numbers(fx.Interpreter):
     """Runs a graph on tensors without data; a number that is read from one is the one it was traced with."""
 
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        self.live: set[fx.Node] = set()
+        for node in reversed(gm.graph.nodes):
+            if node in self.live or node.is_impure():
+                self.live.update((node, *node.all_input_nodes))
+
     def run_node(self, n: fx.Node) -> Any:
+        if n not in self.live:
+            return None
         if n.target in (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default):
             return _hint(n.meta.get("val", 1))
         return super().run_node(n)

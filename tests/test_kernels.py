@@ -17,6 +17,7 @@ from mctf_compile.kernels.ahead import reference as ahead_reference
 from mctf_compile.kernels.attention import reference as attention_reference
 from mctf_compile.kernels.matching import reference as matching_reference
 from mctf_compile.kernels.pooling import reference as pooling_reference
+from mctf_compile.kernels.selection import reference as selection_reference
 from mctf_compile.kernels.unmerge import reference as unmerge_reference
 
 ops = torch.ops.mctf
@@ -486,6 +487,71 @@ def test_ahead_drops_weights() -> None:
     drops_half(out, attention_reference.probabilities(q, k, None, None, 0.3))
 
 
+@layouts
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_select_is_the_reference(n: int, lead: int, tail: int, share: float) -> None:
+    score, count = randn(2, n, seed=n), int(share * (n - lead - tail))
+    for actual, expected in zip(
+        ops.select(score, count, lead, tail), selection_reference.select(score, count, lead, tail)
+    ):
+        assert torch.equal(actual, expected)
+
+
+def test_select_takes_the_first_of_equal_scores() -> None:
+    keep, gone = ops.select(torch.zeros(1, 7), 2, 1, 1)
+    assert (keep.tolist(), gone.tolist()) == ([[0, 1, 2, 6]], [[3, 4, 5]])
+
+
+@pytest.mark.parametrize("count", [-1, 6])
+def test_select_refuses_a_count_out_of_range(count: int) -> None:
+    with pytest.raises(RuntimeError, match=f"select: {count} of 5 tokens"):
+        ops.select(torch.zeros(1, 7), count, 1, 1)
+
+
+@dtypes
+def test_nearest_is_the_reference(dtype: torch.dtype) -> None:
+    x = randn(2, 17, 8, seed=5, dtype=dtype)
+    keep, gone = ops.select(randn(2, 17), 6, 1, 0)
+    assert torch.equal(ops.nearest(x, keep, gone), selection_reference.nearest(x, keep, gone))
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+def test_keep_is_the_reference(dim: int) -> None:
+    x, index = randn(2, 5, 5, 3), torch.tensor([[0, 3, 1], [4, 2, 0]])
+    assert torch.equal(ops.keep(x, index, dim), pooling_reference.keep(x, index, dim))
+
+
+@dtypes
+def test_mlerp_is_the_reference(dtype: torch.dtype) -> None:
+    matching = some_matching(17, 1)
+    x, weight = randn(2, 17, 6, seed=2, dtype=dtype), positive(2, 17, dtype=dtype)
+    close(ops.mlerp(x, weight, *matching), pooling_reference.mlerp(x, weight, *matching), dtype)
+
+
+def test_mlerp_of_opposite_tokens_stays_finite() -> None:
+    x = torch.tensor([[[1.0, 0.0], [-1.0, 0.0]]])
+    keep, gone, into = torch.tensor([[0]]), torch.tensor([[1]]), torch.tensor([[0]])
+    assert ops.mlerp(x, torch.ones(1, 2), keep, gone, into).tolist() == [[1.0]]
+
+
+@dtypes
+def test_policy_attention_is_the_reference(dtype: torch.dtype) -> None:
+    q, k, v = (x.to(dtype) for x in qkv(9, 9))
+    policy = (randn(2, 9, seed=4) > 0).to(dtype)
+    close(ops.policy_attention(q, k, v, policy, 0.3), attention_reference.policy_attention(q, k, v, policy, 0.3), dtype)
+
+
+def test_policy_attention_to_nobody_is_to_oneself() -> None:
+    q, k, v = qkv(9, 9)
+    out = ops.policy_attention(q, k, v, torch.zeros(2, 9, dtype=torch.float64), 0.3)
+    torch.testing.assert_close(out, v, rtol=0, atol=1e-3)
+
+
+def test_observe_hands_on_what_it_is_given() -> None:
+    x = randn(2, 9, 4)
+    assert ops.observe(x, randn(2, 9, 1), "dtem", "trained") is x
+
+
 def checked(function: Any, *inputs: Tensor) -> bool:
     return torch.autograd.gradcheck(function, [x.clone().requires_grad_() for x in inputs])
 
@@ -500,6 +566,21 @@ def test_pool_has_its_gradient(maximum: bool) -> None:
 def test_unmerge_has_its_gradient() -> None:
     index = torch.tensor([[0, 1, 1, 2, 0], [2, 2, 2, 1, 0]])
     assert checked(lambda y: ops.unmerge(y, index, 2), randn(2, 2, 3, 2))
+
+
+def test_keep_has_its_gradient() -> None:
+    index = torch.tensor([[0, 3], [4, 2]])
+    assert checked(lambda x: ops.keep(x, index, 1), randn(2, 5, 3))
+
+
+def test_mlerp_has_its_gradient() -> None:
+    matching, weight = some_matching(9, 1), positive(2, 9)
+    assert checked(lambda x: ops.mlerp(x, weight, *matching), randn(2, 9, 3))
+
+
+def test_policy_attention_has_its_gradient() -> None:
+    policy = positive(2, 4)
+    assert checked(lambda q, k, v, p: ops.policy_attention(q, k, v, p, 0.3), *qkv(4, 4, heads=2, dim=3), policy)
 
 
 def small_logits() -> tuple[Tensor, Tensor]:
@@ -556,6 +637,11 @@ def calls() -> dict[str, tuple[Any, tuple]]:
         "group": (ops.group, (raw, size, *matching)),
         "pool-weighted": (ops.pool, (tokens, weight, *matching, 1)),
         "pool-maximum": (ops.pool, (tokens, None, *matching, 1)),
+        "keep": (ops.keep, (tokens, matching[0], 1)),
+        "mlerp": (ops.mlerp, (tokens, raw, *matching)),
+        "select": (ops.select, (raw, 3, 1, 0)),
+        "nearest": (ops.nearest, (tokens, *matching[:2])),
+        "policy_attention": (ops.policy_attention, (q, k, v, positive(2, 9), 0.3)),
         "unmerge": (ops.unmerge, (fused, index, 2)),
         "attention": (ops.attention, (q, k, v, None, None, 0.3, 0.0)),
         "attention-sized-biased": (ops.attention, (q, k, v, log_size, bias, 0.3, 0.0)),
@@ -566,8 +652,9 @@ def calls() -> dict[str, tuple[Any, tuple]]:
 
 
 CALLS = (
-    "match-two-way", "match-one-way", "group", "pool-weighted", "pool-maximum", "unmerge", "attention",
-    "attention-sized-biased", "importance", "ahead-weighted", "ahead-maximum",
+    "match-two-way", "match-one-way", "group", "pool-weighted", "pool-maximum", "keep", "mlerp", "select", "nearest",
+    "unmerge", "attention", "attention-sized-biased", "policy_attention", "importance", "ahead-weighted",
+    "ahead-maximum",
 )
 
 

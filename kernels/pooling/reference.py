@@ -38,3 +38,21 @@ def pool(x: Tensor, weight: Tensor | None, keep: Tensor, gone: Tensor, into: Ten
     else:
         y = torch.einsum("bmn,bn...->bm...", g * weight.double()[:, None], x.double()).to(x.dtype)
     return y.movedim(1, dim)
+
+
+def keep(x: Tensor, keep: Tensor, dim: int) -> Tensor:
+    """The reference of ``torch.ops.mctf.keep``; see there."""
+    return torch.stack([row[index] for row, index in zip(x.movedim(dim, 1), keep)]).movedim(1, dim)
+
+
+def mlerp(x: Tensor, weight: Tensor, keep: Tensor, gone: Tensor, into: Tensor) -> Tensor:
+    """The reference of ``torch.ops.mctf.mlerp``; see there. Group by group."""
+    g = assignment(keep, gone, into) > 0
+    factor = torch.ones(g.shape[:2], dtype=torch.float64)
+    for b in range(g.shape[0]):
+        for m in range(g.shape[1]):
+            members, w = x[b, g[b, m]].double(), weight[b, g[b, m]].double()
+            mean = (members * w[:, None]).sum(0) / w.sum()
+            if mean.norm() > 0:
+                factor[b, m] = members.norm(dim=1).max() / mean.norm()
+    return factor.to(x.dtype)
