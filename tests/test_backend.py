@@ -248,8 +248,8 @@ def test_dumps_every_pass(tmp_path, monkeypatch):
     mctf_compile.explain(tiny(), IMAGES, r=8)
     names = sorted(p.name for p in tmp_path.iterdir())
     assert names == [f"{i}-{n}.txt" for i, n in enumerate(
-        ["normalize", "token_axes", "blocks", "plan", "projections", "rewrite", "biases", "verify"])]
-    assert "mctf.ahead" in (tmp_path / "5-rewrite.txt").read_text()
+        ["normalize", "observations", "token_axes", "blocks", "plan", "projections", "rewrite", "biases", "verify"])]
+    assert "mctf.ahead" in (tmp_path / "6-rewrite.txt").read_text()
 
 
 def test_explaining_what_has_no_graph_is_a_clear_error():

@@ -114,7 +114,7 @@ def weighted_variance(call: FusedCall) -> Value:
     mean = (x * size).sum(given.dims, keepdim=True) / given.count
     correction = call.args.get("correction", call.args.get("unbiased", True))
     # A default of None is Bessel's correction.
-    correction = 1 if correction is None else correction
+    correction = 1.0 if correction is None else float(correction)
     variance = ((x - mean) ** 2 * size).sum(given.dims, True) / (given.count - correction)
     variance = given.without(variance)
     return call.result(variance.sqrt() if call.packet is aten.std else variance)
