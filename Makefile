@@ -4,10 +4,13 @@ PIP_FLAGS ?=
 ARGS ?=
 ready := .venv/.installed
 
-.PHONY: demo test clean
+.PHONY: demo compare test clean
 
 demo: $(ready)
 	.venv/bin/python examples/demo.py $(ARGS)
+
+compare: $(ready)
+	.venv/bin/python examples/compare.py $(ARGS)
 
 test: $(ready)
 	.venv/bin/python -m pytest $(ARGS)

@@ -67,9 +67,11 @@ def parser() -> argparse.ArgumentParser:
     named.add_argument("--pretrained", action="store_true", help="load pretrained weights (default: random ones)")
 
     common = argparse.ArgumentParser(add_help=False, parents=[named])
-    common.add_argument("--r", type=parse_value, default=16, metavar="R", help=(
+    common.add_argument("--method", metavar="NAME", help="reduction method (default: mctf)")
+    common.add_argument("--r", type=parse_value, metavar="R", help=(
         'tokens removed per block: a count, a ratio below 1, a list as "0,8,8", "(count, inflection)" '
-        'or a preset as "fast" (default: 16)'))
+        'or a preset as "fast" (default: 16)')
+    )
     common.add_argument("-o", "--option", type=parse_pair, action="append", default=[], dest="options",
                         metavar="KEY=VALUE", help="another option of the backend; may be repeated")
 
@@ -317,16 +319,23 @@ def run_coverage(args: argparse.Namespace) -> None:
 
 
 def prepare(args: argparse.Namespace, progress: Callable[[str, int, int], None]) -> tuple[nn.Module, Tensor, dict]:
-    """The model in eval mode, a batch of noise for it [B, C, H, W], and the validated options."""
+    """The model in eval mode, a batch of noise for it [B, C, H, W], and the validated options.
+
+    A learned method gets untrained modules: what it costs does not depend on what they have learned.
+    """
     progress("load torch and timm", 0, 1)
     import torch
 
-    from mctf_compile import FusionConfig
+    from mctf_compile import FusionConfig, attach
 
-    options = {"r": args.r, **dict(args.options)}
-    FusionConfig.from_options(options)
+    given = {name: getattr(args, name) for name in ("method", "r") if getattr(args, name) is not None}
+    options = {**given, **dict(args.options)}
+    config = FusionConfig.from_options(options)
     model = load(args, progress)
-    return model, torch.randn(args.batch, *input_size(model, args.img_size)), options
+    images = torch.randn(args.batch, *input_size(model, args.img_size))
+    if config.method.reads is not None:
+        attach(model, images, method=config.method.name, **{k: v for k, v in options.items() if k != "method"})
+    return model, images, options
 
 
 def load(args: argparse.Namespace, progress: Callable[[str, int, int], None]) -> nn.Module:

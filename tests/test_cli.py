@@ -85,6 +85,12 @@ def test_values_of_options(text: str, value: object) -> None:
     assert cli.parse_value(text) == value
 
 
+@pytest.mark.parametrize(("method", "shown"), [("evit", "evit: 3 of"), ("dtem", "modules of method 'dtem' are untrained")])
+def test_explain_takes_any_method(method: str, shown: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["explain", MODEL, "--method", method]) == 0
+    assert shown in " ".join(capsys.readouterr().out.split())
+
+
 def test_bench_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "result.json"
     arguments = ["--r", "8", "--batch", "2", "--rounds", "2", "--no-inductor", "-o", "inner=eager", "--json", str(path)]

@@ -373,15 +373,19 @@ IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
 
 @pytest.mark.parametrize(("method", "options"), [
     ("evit", {"keep_rate": 0.5, "fuse_token": False}), ("random", {"r": 9}), ("tofu", {"r": 9, "prune_layers": 9}),
+    ("dynamicvit", {}),
 ], ids=lambda value: str(value))
 def test_what_is_kept_is_the_dense_models_bit_for_bit(method, options):
     model = plain(0, 2)
     residual: list[Tensor] = []
-    # The residual stream between attention and the MLP is what the second norm reads.
-    model.blocks[1].norm2.register_forward_pre_hook(lambda module, args: residual.append(args[0]))
+    # The second norm reads the residual stream between attention and the MLP, the first the one before.
+    norm = model.blocks[1].norm1 if method == "dynamicvit" else model.blocks[1].norm2
+    hook = norm.register_forward_pre_hook(lambda module, args: residual.append(args[0]))
     with torch.no_grad():
         model(IMAGES)
-    model.blocks[1].norm2._forward_pre_hooks.clear()
+    hook.remove()
+    if method == "dynamicvit":
+        mctf_compile.attach(model, IMAGES, method=method, layers=[1])
     gm, inputs = capture(model, IMAGES)
     with torch.no_grad():
         fused, _ = mctf_compile.rewrite(gm, inputs, FusionConfig(method, layers=[1], **options))
@@ -395,7 +399,7 @@ def test_what_is_kept_is_the_dense_models_bit_for_bit(method, options):
                 return result
 
         Keep(fused).run(*inputs)
-    ((keep, tokens),) = kept
+    keep, tokens = kept[0]
     assert torch.equal(tokens, residual[0].gather(1, keep[:, :, None].expand(-1, -1, 48)))
 
 
