@@ -85,7 +85,9 @@ def test_values_of_options(text: str, value: object) -> None:
     assert cli.parse_value(text) == value
 
 
-@pytest.mark.parametrize(("method", "shown"), [("evit", "evit: 3 of"), ("dtem", "modules of method 'dtem' are untrained")])
+@pytest.mark.parametrize(
+    ("method", "shown"), [("evit", "evit: 3 of"), ("dtem", "modules of method 'dtem' are untrained")]
+)
 def test_explain_takes_any_method(method: str, shown: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["explain", MODEL, "--method", method]) == 0
     assert shown in " ".join(capsys.readouterr().out.split())

@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 from timm.layers import set_fused_attn
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
@@ -26,6 +27,7 @@ from mctf_compile.methods import METHODS, Evidence, dtem
 from mctf_compile.testing import TinyViT, VitSpec, assert_rewrite_sound
 
 SIZES = ("17", "65")
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
 
 
 @pytest.fixture(params=[True, False], ids=["sdpa", "softmax"])
@@ -99,6 +101,18 @@ def test_tome_is_official(tokens, case, fused_attention):
     result = check(data, official, vit(data), method="tome", **options)
     check_matches(result, official["blocks"], int(tokens))
     assert result.tokens_out == official["tokens_out"]
+
+
+def test_tome_protects_a_distillation_token():
+    torch.manual_seed(0)
+    model = VisionTransformerDistilled(
+        img_size=32, patch_size=4, embed_dim=48, depth=3, num_heads=3, num_classes=10, weight_init="skip"
+    ).eval()
+    result = run(model, IMAGES, method="tome", r=40)
+    assert result.tokens_out == [34, 18, 10]
+    for keep, gone, into in result.seen.matches:
+        assert keep[:, :2].tolist() == [[0, 1]] * 2
+        assert gone.min() >= 2 and into.min() >= 2
 
 
 @pytest.mark.parametrize("tokens", SIZES)
@@ -367,8 +381,6 @@ def plain(seed: int, depth: int) -> VisionTransformer:
     torch.manual_seed(seed)
     return VisionTransformer(img_size=32, patch_size=4, embed_dim=48, depth=depth, num_heads=3, num_classes=10).eval()
 
-
-IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
 
 
 @pytest.mark.parametrize(("method", "options"), [
