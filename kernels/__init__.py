@@ -2,13 +2,14 @@
 
 ==================  ==============================================================================
 ``match``           which tokens leave, and into which (MCTF's multi-criteria bipartite matching)
+``assign``          which tokens leave, from the scores of their pairs
 ``group``           the map, the pooling weights and the sizes that a matching gives
 ``pool``            combine each group of tokens into one
 ``keep``            the tokens that stay, the others dropped
 ``mlerp``           the factor that gives a mean the largest norm of its group
 ``observe``         what an attached module says of the tokens, for the compiler to find
 ``select``          which tokens have the highest scores
-``nearest``         the kept token most similar to each dropped one
+``nearest``         the unprotected kept token most similar to each dropped one
 ``unmerge``         give every token its group's value back
 ``attention``       attention over tokens that have sizes
 ``policy_attention``  attention in which a dropped token counts for itself alone (training)

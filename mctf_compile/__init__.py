@@ -7,6 +7,7 @@ offers beside the backend is here.
 from mctf_compile.attach import attach
 from mctf_compile.compiler import explain, rewrite
 from mctf_compile.config import FusionConfig
+from mctf_compile.dynamic import set_r
 from mctf_compile.errors import ConfigError, MctfError, NothingFusedError, PassError
 from mctf_compile.methods import (
     METHODS,
@@ -27,5 +28,5 @@ from mctf_compile.report import BlockReport, Report
 __all__ = [
     "METHODS", "Attached", "BlockReport", "Choice", "Combine", "ConfigError", "Count", "Evidence", "FusionConfig",
     "MctfError", "Merging", "Method", "Need", "NothingFusedError", "PassError", "Reads", "Report", "Site", "attach",
-    "explain", "register_method", "rewrite",
+    "explain", "register_method", "rewrite", "set_r",
 ]

@@ -45,9 +45,7 @@ def attach(model: nn.Module, *inputs: Any, method: str, **options: Any) -> nn.Mo
     if isinstance(model, nn.Sequential):
         raise ConfigError("attach cannot add modules to an nn.Sequential, which would run them; wrap it in a module.")
     state = _analyse(model, inputs or _example(model), config)
-    chosen = config.method.layers
-    if chosen is None:
-        chosen = config.method.default_layers(len(state.blocks))
+    chosen = config.method.acts_on(len(state.blocks))
     flow, added, module = Flow(state.normal.graph), nn.ModuleDict(), None
     device = next((p.device for p in model.parameters()), None)
     for i, block in enumerate(state.blocks):

@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import fx
 
-from mctf_compile.compiler import rewrite
+from mctf_compile.compiler import run_pipeline
 from mctf_compile.config import FusionConfig
+from mctf_compile.dynamic import Adjustable
 from mctf_compile.errors import PassError
+from mctf_compile.lowering import inner_compiler, lower, lower_counted
 
 
 def mctf(
@@ -39,9 +41,9 @@ def mctf(
         NothingFusedError: with ``strict=True``.
     """
     config = FusionConfig.from_options(options, mode)
-    fused = gm
+    state = None
     try:
-        fused, report = rewrite(gm, example_inputs, config)
+        state, report = run_pipeline(gm, example_inputs, config, config.lowering.dynamic_r)
         reason = report.reason
         for remark in report.remarks:
             warnings.warn(f"mctf: {remark}", stacklevel=2)
@@ -49,12 +51,16 @@ def mctf(
         if config.lowering.strict:
             raise
         reason = str(error)
-    if config.method.active:
+    if config.method.active or config.lowering.dynamic_r:
         if _split_by_ddp(gm):
             warnings.warn(SPLIT_BY_DDP, stacklevel=2)
         elif reason is not None:
             warnings.warn(f"mctf: the graph stays dense: {reason}", stacklevel=2)
-    return inner_compiler(config)(fused, example_inputs)
+    if reason is not None:
+        return inner_compiler(config)(gm, example_inputs)
+    if state.counts is not None:
+        return Adjustable(options, state, lower_counted(state.result, config))
+    return lower(state.result, example_inputs, config)
 
 
 SPLIT_BY_DDP = (
@@ -67,19 +73,3 @@ def _split_by_ddp(gm: fx.GraphModule) -> bool:
     """Whether Dynamo's DDPOptimizer made this graph of a larger one."""
     reason = getattr(gm, "compile_subgraph_reason", None)
     return "DDPOptimizer" in str(getattr(reason, "reason", ""))
-
-
-def inner_compiler(config: FusionConfig) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]:
-    """The compiler named by ``inner``, with the Inductor patches applied."""
-    if config.lowering.inner == "inductor":
-        from torch._inductor import list_mode_options
-        from torch._inductor.compile_fx import compile_fx
-
-        patches = dict(config.lowering.inductor)
-        mode = patches.pop("mode", None)
-        if mode is not None:
-            patches = {**list_mode_options(mode), **patches}
-        return lambda gm, inputs: compile_fx(gm, inputs, config_patches=patches or None)
-    from torch._dynamo.backends.registry import lookup_backend
-
-    return lookup_backend(config.lowering.inner)

@@ -12,10 +12,12 @@ from torch import fx
 import mctf_compile.kernels  # noqa: F401  registers torch.ops.mctf
 from mctf_compile.config import FusionConfig
 from mctf_compile.errors import MctfError, NothingFusedError, UnsupportedGraph
-from mctf_compile.passes import PIPELINE, State, run_passes
+from mctf_compile.measure import settle_by_running
+from mctf_compile.passes import PIPELINE, Findings, State, run_passes
 from mctf_compile.passes.macs import count_macs
 from mctf_compile.passes.normalize import fake_inputs
 from mctf_compile.report import BlockReport, Report
+from mctf_compile.schedule import NOT_CHOSEN
 
 
 def rewrite(
@@ -36,16 +38,25 @@ def rewrite(
         ConfigError: an option does not fit the model.
         NothingFusedError: ``strict`` is set and nothing could be fused.
     """
-    config = config or FusionConfig()
-    state = State(gm, fake_inputs(gm, example_inputs), config, example_inputs)
+    state, report = run_pipeline(gm, example_inputs, config or FusionConfig())
+    return (state.result if report.fused else gm), report
+
+
+def run_pipeline(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: FusionConfig, adjustable: bool = False
+) -> tuple[State, Report]:
+    """``rewrite``, with all that the passes found. ``adjustable``: see ``State``."""
     try:
+        found = settle_by_running(gm, example_inputs, config) if config.by_running else Findings()
+        state = State(gm, fake_inputs(gm, example_inputs), config, example_inputs, adjustable, config.by_counting,
+                      findings=found)
         report = make_report(run_passes(PIPELINE, state))
     except UnsupportedGraph as error:
         report = Report([], lambda: (0, 0), reason=str(error), method=config.method.name, seconds=state.seconds)
     if config.lowering.strict and not report.fused:
         reasons = "\n".join(f"  block {b.index}: {b.reason}" for b in report.blocks)
         raise NothingFusedError(f"no block fuses tokens ({report.reason}).\n{reasons}".rstrip())
-    return (state.result if report.fused else gm), report
+    return state, report
 
 
 def make_report(state: State) -> Report:
@@ -54,16 +65,17 @@ def make_report(state: State) -> Report:
     fused = bool(state.plan.fusing)
     reason = None
     if not fused:
-        reasons = {b.reason for b in planned}
+        reasons = {b.reason for b in planned} - {NOT_CHOSEN} or {NOT_CHOSEN}
         reason = "the graph has no self-attention over tokens" if not planned else (
             reasons.pop() if len(reasons) == 1 else "no block can fuse"
         )
     return Report(
         blocks=[BlockReport(b.index, b.tokens_in, b.tokens_out, b.reason, b.note) for b in planned],
-        count=partial(_count, state.normal, state.result if fused else None),
+        count=partial(_count, state.normal, state.portable if fused else None),
         unmerged=list(dict.fromkeys(f"{u.node.name}: {u.reason}" for u in state.unmerges)),
         reason=reason,
         method=state.plan.method.name,
+        target=state.findings.met,
         remarks=_remarks(state) if fused else [],
         seconds=state.seconds,
     )
@@ -72,8 +84,9 @@ def make_report(state: State) -> Report:
 def _remarks(state: State) -> list[str]:
     name = state.plan.method.name
     if not any(o.state == "untrained" for o in state.observations):
-        return []
-    return [f"the modules of method {name!r} are untrained: train them, or load their weights (mctf_{name})"]
+        return state.remarks
+    return [f"the modules of method {name!r} are untrained: train them, or load their weights (mctf_{name})",
+            *state.remarks]
 
 
 def _count(before: fx.GraphModule, after: fx.GraphModule | None) -> tuple[int, int]:
@@ -84,8 +97,10 @@ def _count(before: fx.GraphModule, after: fx.GraphModule | None) -> tuple[int, i
 def explain(model: torch.nn.Module, *inputs: Any, **options: Any) -> Report:
     """Report what ``torch.compile(model, backend="mctf", options=options)`` would do; compiles nothing.
 
+    With ``target="latency_ms=..."`` or ``profit="measure"`` the model is compiled and timed, without gradients.
+
     Args:
-        model: any module; it is captured with Dynamo in its present mode and not run.
+        model: any module; it is captured with Dynamo in its present mode and not run otherwise.
         inputs: example inputs.
         options: as for the backend.
 

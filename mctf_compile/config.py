@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mctf_compile.errors import ConfigError
-from mctf_compile.methods import METHODS, Method, get_method
-from mctf_compile.options import Options, flag, nearest, one_of, option
-
-
-def _kernels(name: str, value: Any) -> str:
-    one_of("auto", "triton", "aten")(name, value)
-    if value == "triton":
-        raise ConfigError("kernels='triton' is not available in this version; use 'auto' or 'aten'.")
-    return value
+from mctf_compile.methods import METHODS, Merging, Method, get_method
+from mctf_compile.options import Options, flag, hint, nearest, one_of, option
+from mctf_compile.schedule import AUTO, LATENCY
 
 
 def _patches(name: str, value: Any) -> dict[str, Any]:
@@ -34,14 +27,19 @@ class Lowering(Options):
     Options:
         inner: what compiles it: ``inductor``, ``aot_eager`` or ``eager``.
         inductor: patches for the Inductor config; the key ``"mode"`` names an Inductor mode.
-        kernels: ``auto``, ``triton`` or ``aten``.
+        kernels: what runs the fused operators: ``triton``, ``aten``, or ``auto``: Triton on CUDA, else ATen.
         strict: raise where nothing could be fused.
+        dynamic_r: let ``mctf_compile.set_r`` change ``r`` between calls without compiling again.
+        profit: what becomes of a block where fusing takes longer than it saves: ``model`` and ``measure`` leave it
+            dense, by an estimate or by running the model when it is compiled; ``off`` fuses it all the same.
     """
 
     inner: str = option("inductor", one_of("inductor", "aot_eager", "eager"))
     inductor: Mapping[str, Any] = field(default_factory=dict, metadata={"check": _patches})
-    kernels: str = option("auto", _kernels)
+    kernels: str = option("auto", one_of("auto", "triton", "aten"))
     strict: bool = option(False, flag)
+    dynamic_r: bool = option(False, flag)
+    profit: str = option("off", one_of("off", "model", "measure"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,6 +65,29 @@ class FusionConfig:
                 raise ConfigError(_unknown(name, chosen))
         self.method: Method = chosen(**options)
         self.lowering = Lowering(**lowering)
+        for name in ("dynamic_r", "profit"):
+            value = getattr(self.lowering, name)
+            if value not in (False, "off") and not isinstance(self.method, Merging):
+                raise ConfigError(f"{name}={value!r} is about the option r, which method {method!r} does not have.")
+        target = getattr(self.method, "target", None)
+        if target is not None and self.lowering.dynamic_r:
+            # Whatever r is now, set_r may go back to the target.
+            self.method = replace(self.method, r=AUTO)
+        elif target is not None and self.method.r != AUTO:
+            raise ConfigError(f"target={str(target)!r} has no effect with r={self.method.r!r}; it needs r='auto'.")
+
+    @property
+    def by_running(self) -> bool:
+        """Whether the graph must be run to settle what these options leave open."""
+        target = getattr(self.method, "solved_for", None)
+        return self.lowering.profit == "measure" or (target is not None and target.quantity == LATENCY)
+
+    @property
+    def by_counting(self) -> bool:
+        """Whether multiply-accumulates settle what these options leave open."""
+        return not self.by_running and (
+            self.lowering.profit == "model" or getattr(self.method, "solved_for", None) is not None
+        )
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None = None, mode: str | None = None) -> FusionConfig:
@@ -115,7 +136,5 @@ def _check_inductor(patches: Mapping[str, Any]) -> None:
         allowed = modes if name == "mode" else known
         asked = value if name == "mode" else name
         if asked not in allowed:
-            near = difflib.get_close_matches(str(asked), allowed, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
             kind = "mode" if name == "mode" else "config entry"
-            raise ConfigError(f"inductor: {asked!r} is no Inductor {kind}{hint}")
+            raise ConfigError(f"inductor: {asked!r} is no Inductor {kind}{hint(asked, allowed)}")

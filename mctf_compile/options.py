@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -39,12 +39,16 @@ def nearest(name: Any, known: list[str]) -> str:
     return f"did you mean {near[0]!r}? " if near else ""
 
 
+def hint(value: Any, allowed: Iterable[str]) -> str:
+    """``; did you mean 'x'?`` where one of the allowed values is near, else nothing."""
+    near = difflib.get_close_matches(str(value), allowed, 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
 def one_of(*allowed: str) -> Check:
     def check(name: str, value: Any) -> Any:
         if value not in allowed:
-            near = difflib.get_close_matches(str(value), allowed, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}{hint}")
+            raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}{hint(value, allowed)}")
         return value
 
     return check

@@ -35,6 +35,7 @@ class Report:
         unmerged: where, and why, the original tokens were given back before an operator.
         reason: why the whole graph stayed dense, or None.
         method: the reduction method.
+        target: what ``r="auto"`` was solved for, and what was measured for that, if so.
         remarks: what else the user should know.
         seconds: time spent in each pass.
     """
@@ -44,6 +45,7 @@ class Report:
     unmerged: list[str] = field(default_factory=list)
     reason: str | None = None
     method: str = "mctf"
+    target: str | None = None
     remarks: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -81,6 +83,7 @@ class Report:
         return (
             f"{self.method}: {count} of {len(self.blocks)} blocks fuse, {self.removed} tokens removed, "
             f"{before:.3f} -> {after:.3f} GMACs ({self.macs_before / max(self.macs_after, 1):.2f}x fewer)"
+            + (f", for {self.target}" if self.target else "")
         )
 
     def __str__(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +14,24 @@ PRESETS: dict[str, tuple[float, tuple[float, ...]]] = {
     # "MCTF-fast" of the official code: ratio 0.35 before blocks 3, 6 and 9 of 12.
     "fast": (0.35, (0.25, 0.5, 0.75)),
 }
+
+# Why a block fuses nothing that no option asked for.
+NOT_CHOSEN = "not among the layers that fuse"
+
+# The ``r`` that is solved for a target.
+AUTO = "auto"
+GMACS, SPEEDUP, LATENCY = "gmacs", "speedup", "latency_ms"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A goal for ``r="auto"``: at most ``gmacs`` per image or ``latency_ms`` per call; ``speedup`` times fewer MACs."""
+
+    quantity: str
+    value: float
+
+    def __str__(self) -> str:
+        return f"{self.quantity}={self.value:g}"
 
 
 @dataclass(frozen=True)
@@ -63,8 +83,43 @@ class Schedule:
 
 def check_r(name: str, r: Any) -> Any:
     """The option ``r`` as it is, if it is one."""
-    parse_r(r)
+    if r != AUTO:
+        parse_r(r)
     return r
+
+
+def parse_target(name: str, target: Any) -> Target | None:
+    """Validate the option ``target``; raises ``ConfigError``."""
+    if target is None or isinstance(target, Target):
+        return target
+    quantity, _, value = target.partition("=") if isinstance(target, str) else ("", "", "")
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    least = 1 if quantity == SPEEDUP else 0
+    if quantity not in (GMACS, SPEEDUP, LATENCY) or not least < number < math.inf:
+        raise ConfigError(f"{name}={target!r} must be 'gmacs=2.6' (per image), 'speedup=1.5' (times fewer MACs, above "
+                          "1) or 'latency_ms=20' (per call).")
+    return Target(quantity, number)
+
+
+def spread(total: int, blocks: Collection[int], depth: int) -> list[int]:
+    """``total`` tokens over some of ``depth`` blocks, as evenly as can be; later blocks remove what is left over."""
+    each, over = divmod(total, max(len(blocks), 1))
+    more = sorted(blocks)[len(blocks) - over :]
+    return [each + (i in more) if i in blocks else 0 for i in range(depth)]
+
+
+def least(meets: Callable[[int], bool], most: int) -> int | None:
+    """The least whole number up to ``most`` that meets a goal which all greater ones meet too, or None."""
+    if not meets(most):
+        return None
+    low, high = -1, most
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if meets(middle) else (middle, high)
+    return high
 
 
 def quarters(depth: int) -> list[int]:
@@ -76,7 +131,7 @@ def parse_r(r: Any) -> Schedule:
     """Validate the option ``r``; raises ``ConfigError``."""
     if isinstance(r, str):
         if r not in PRESETS:
-            raise ConfigError(f"r={r!r} is no preset; the presets are {', '.join(map(repr, PRESETS))}.")
+            raise ConfigError(f"r={r!r} is no preset; the presets are {', '.join(map(repr, (*PRESETS, AUTO)))}.")
         return Schedule(PRESETS[r][0], preset=PRESETS[r][1])
     if isinstance(r, list):
         return Schedule(tuple(_one(v, f"r[{i}]") for i, v in enumerate(r)))

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import Any
 
 import sympy
 import torch
@@ -51,6 +52,13 @@ class Cat:
 Axis = Atom | Cat
 Dim = tuple[Axis, ...]
 Dims = tuple[Dim, ...]
+
+
+def hint_of(value: Any) -> Any:
+    """A number as it is, a symbolic one by its value at tracing, without a guard; 2 for one that has none."""
+    if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return value
+    return 2 if value.node.hint is None else value.node.hint
 
 
 def size_of(value: int | torch.SymInt) -> Size:

@@ -92,8 +92,8 @@ class FusedCall:
         return found[0]
 
     def log_sizes(self, place: Place) -> Tensor | None:
-        """[B, M] log sizes of the tokens at a place; None where all sizes are 1 or count for nothing."""
-        if not self.generation or not self.rewriter.plan.method.counts_sizes:
+        """[B, M] log sizes of the tokens at a place; None where sizes count for nothing."""
+        if not self.rewriter.plan.method.counts_sizes:
             return None
         return self.stream.log_size(self.generation, place.lead, place.tail)
 

@@ -93,6 +93,8 @@ class Stream:
 
     tokens: Tokens
     fusions: list[Fusion] = field(default_factory=list)
+    # [B, N] sizes of the original tokens.
+    ones: Tensor | None = None
     _ends: dict[tuple[int, int, int], Fusion] = field(default_factory=dict)
     _maps: dict[tuple[int, int, int, int], Tensor] = field(default_factory=dict)
     _log_sizes: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
@@ -118,7 +120,8 @@ class Stream:
     def log_size(self, generation: int, lead: int, tail: int) -> Tensor:
         key = (generation, lead, tail)
         if key not in self._log_sizes:
-            self._log_sizes[key] = self.fusion(generation, lead, tail).size.log()
+            size = self.fusion(generation, lead, tail).size if generation else self.ones
+            self._log_sizes[key] = size.log()
         return self._log_sizes[key]
 
     def map(self, new: int, old: int, lead: int, tail: int) -> Tensor:

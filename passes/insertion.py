@@ -13,7 +13,7 @@ from mctf_compile.errors import PassError
 from mctf_compile.kernels.library import working_dtype
 from mctf_compile.kernels.pooling.aten import index_of
 from mctf_compile.methods import Choice, Combine, Evidence, Need, Site
-from mctf_compile.passes.axes import Place, Tokens, atoms
+from mctf_compile.passes.axes import Place, Tokens, atoms, hint_of
 from mctf_compile.passes.fused_call import FusedCall
 from mctf_compile.passes.fusion import Fusion, Stream, Value
 from mctf_compile.passes.masks import MASKED
@@ -53,6 +53,7 @@ class Insertion:
         self.undone: dict[int, str] = {}
         self._seen: dict[int, dict[str, Tensor]] = {}
         self._at_node = {b.block.attention.node: b for b in self.plan.fusing}
+        self._at_entry = {b.block.entry: b for b in reversed(self.plan.fusing)}
         self._at_weights = {
             b.block.attention.weights: b for b in self.plan.fusing if b.block.attention.weights is not None
         }
@@ -75,9 +76,22 @@ class Insertion:
         if node in self._at_end and self._at_end[node].index not in self.undone:
             planned = self._at_end[node]
             if self.plan.site is Site.AROUND:
-                return self._put_back(result, planned)
+                return result.stream.put_back(result, self._entry(planned))
             result = self._fuse(planned, result)
         return result
+
+    def begin(self, node: fx.Node) -> None:
+        """Called with each value that was emitted: original tokens that a block will fuse get their sizes.
+
+        The first block that fuses then does what later ones do, on sizes of 1, and is compiled with them.
+        """
+        planned = self._at_entry.get(node)
+        if planned is None or self._entry(planned).generation:
+            return
+        stream, x = self._stream(planned), self._entry(planned)
+        (place,) = stream.places(x.dims)
+        tokens = stream.canonical(replace(x, stream=stream), place)
+        stream.ones = tokens.new_ones(tokens.shape[:2], dtype=working_dtype(x.tensor.dtype))
 
     def _stream(self, block: PlannedBlock) -> Stream:
         """The stream of a block's tokens; a new one where they came back unfused since the last fusion."""
@@ -155,10 +169,6 @@ class Insertion:
         return self.rewriter.again(
             node, {n: x.stream.raise_to(replace(v, stream=x.stream), x.generation) for n, v in operands.items()}
         )
-
-    def _put_back(self, result: Value, block: PlannedBlock) -> Value:
-        """The residual stream after a block that only chosen tokens went through."""
-        return result.stream.put_back(result, self._entry(block))
 
     # What the method asked to see.
 
@@ -267,14 +277,11 @@ class Insertion:
         """Choose and combine the block's tokens: a new generation. Returns ``x`` in it."""
         stream = self._stream(block)
         (place,) = stream.places(x.dims)
-        if not self.plan.relaxed and stream.body(x.generation) + place.lead + place.tail != block.tokens_in:
+        if not self.plan.relaxed and hint_of(stream.body(x.generation)) + place.lead + place.tail != block.tokens_in:
             self.whole.add(block.index)
         x = Value(x.tensor, x.dims, stream, x.generation)
         tokens = stream.canonical(x, place)
-        if x.generation:
-            size = stream.fusion(x.generation, place.lead, place.tail).size
-        else:
-            size = tokens.new_ones(tokens.shape[:2], dtype=working_dtype(x.tensor.dtype))
+        size = stream.fusion(x.generation, place.lead, place.tail).size if x.generation else stream.ones
         evidence = self._evidence(block, tokens, size)
         fused = self._relax(block, x, evidence, place) if self.plan.relaxed else self._reduce(block, x, evidence, place)
         if self.plan.site in (Site.AHEAD, Site.BEFORE):
@@ -284,7 +291,8 @@ class Insertion:
 
     def _reduce(self, block: PlannedBlock, x: Value, evidence: Evidence, place: Place) -> Value:
         """``x`` with fewer tokens."""
-        choice = self._choose(evidence, block.removed)
+        left = self.rewriter.left.get(block.index)
+        choice = self._choose(evidence, block.removed if left is None else evidence.x.shape[1] - left)
         x.stream.fusions.append(self._fusion(choice, evidence, place))
         fused = x.stream.raise_to(x, x.generation + 1)
         if choice.gain is None:
@@ -316,7 +324,7 @@ class Insertion:
                 raise PassError(f"method {method.name!r} drops tokens, which has no attention one step ahead")
             into = choice.into
             if into is None:
-                into = torch.ops.mctf.nearest(evidence.x, choice.keep, choice.gone)
+                into = torch.ops.mctf.nearest(evidence.x, choice.keep, choice.gone, place.lead, place.tail)
             index = index_of(choice.keep, choice.gone, into)
             return Fusion(choice.keep, choice.gone, into, index, None, size.gather(1, choice.keep), place.lead,
                           place.tail, choice.combine, conserves=False)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import sympy
 import torch
-from torch import fx
+from torch import SymInt, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from mctf_compile.passes.axes import hint_of
+from mctf_compile.passes.counts import Counts
 
 
 def _attention_flops(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
@@ -31,6 +36,28 @@ def count_macs(gm: fx.GraphModule) -> int:
     return counter.get_total_flops() // 2
 
 
+def macs_by_counts(gm: fx.GraphModule, counts: Counts) -> Callable[[Sequence[int]], int]:
+    """``count_macs`` of a graph as a function of the tokens that its fusing blocks leave, which are its last inputs.
+
+    It is run once, on symbolic sizes.
+    """
+    inputs = [n.meta.get("val") for n in gm.graph.nodes if n.op == "placeholder"]
+    given = len(inputs) - len(counts.left)
+    with counts.mode:
+        inputs = [*map(_concrete, inputs[:given]), *inputs[given:]]
+        with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter, torch.no_grad():
+            _Numbers(gm).run(*inputs)
+    flops = counter.get_total_flops()
+    if not isinstance(flops, SymInt):
+        return lambda left: flops // 2
+    symbols = [size.node.expr for size in counts.left]
+
+    def macs(left: Sequence[int]) -> int:
+        return int(flops.node.expr.xreplace(dict(zip(symbols, map(sympy.Integer, left), strict=True)))) // 2
+
+    return macs
+
+
 class _Numbers(fx.Interpreter):
     """Runs a graph on tensors without data; a number that is read from one is the one it was traced with."""
 
@@ -45,19 +72,12 @@ class _Numbers(fx.Interpreter):
         if n not in self.live:
             return None
         if n.target in (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default):
-            return _hint(n.meta.get("val", 1))
+            return hint_of(n.meta.get("val", 1))
         return super().run_node(n)
 
 
 def _concrete(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        shape = [_hint(s) for s in value.shape]
+        shape = [hint_of(s) for s in value.shape]
         return torch.empty(shape, dtype=value.dtype, device=value.device)
-    return _hint(value)
-
-
-def _hint(value: Any) -> Any:
-    """A symbol's value at tracing; 2 for one that has none."""
-    if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        return value
-    return 2 if value.node.hint is None else value.node.hint
+    return hint_of(value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,12 +13,11 @@ from mctf_compile.passes.blocks import Block, Flow
 
 @dataclass(frozen=True)
 class Observation:
-    """``learned`` [B, N, K] is what a module attached for ``method`` says of the tokens of ``read``.
+    """``learned`` [B, N, K] is what an attached module says of the tokens of ``read``.
 
     ``state``: "untrained", "training" or "trained".
     """
 
-    method: str
     state: str
     read: fx.Node
     learned: fx.Node
@@ -37,22 +36,23 @@ def take_observations(gm: fx.GraphModule, method: str) -> list[Observation]:
             node.replace_all_uses_with(read)
             gm.graph.erase_node(node)
             if of == method:
-                found.append(Observation(of, state, read, learned))
+                found.append(Observation(state, read, learned))
     kept = {o.learned for o in found}
     gm.graph.eliminate_dead_code(lambda node: node in kept or node.is_impure())
     gm.recompile()
     return found
 
 
-def assign(observations: Iterable[Observation], blocks: Iterable[Block], graph: fx.Graph) -> list[Block]:
+def assign(observations: Sequence[Observation], blocks: list[Block], graph: fx.Graph) -> list[Block]:
     """The blocks, each with the observation of what lies between its residual stream and its query."""
+    if not observations:
+        return blocks
     flow = Flow(graph)
 
     def reads(o: Observation, block: Block) -> bool:
         before = o.read is block.entry or flow.leads(block.entry, o.read)
         return before and (o.read is block.attention.query or flow.leads(o.read, block.attention.query))
 
-    observations = list(observations)
     found = []
     for block in blocks:
         own = next((o for o in observations if block.tokens is not None and reads(o, block)), None)

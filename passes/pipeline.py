@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +13,28 @@ from torch import fx
 
 from mctf_compile.config import FusionConfig
 from mctf_compile.errors import ConfigError, PassError, UnsupportedGraph
+from mctf_compile.methods import Method
 from mctf_compile.passes.blocks import Block
+from mctf_compile.passes.counts import Counts
 from mctf_compile.passes.observations import Observation
-from mctf_compile.passes.plan import Plan
+from mctf_compile.passes.plan import Plan, PlannedBlock, make_plan
 from mctf_compile.passes.rewrite import Unmerge
 from mctf_compile.passes.token_axes import Axes
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What the rewrite learned that only the plan can act on.
+    """What was learned of a rewritten graph that only the plan can act on.
 
     ``declined``: blocks that are not worth fusing, with the reason. ``whole``: blocks that get the
-    original tokens back, because an operator between them and the block before needs those.
+    original tokens back, because an operator between them and the block before needs those. ``r``: the removal
+    per block that meets a target, and ``met`` what it meets.
     """
 
     declined: dict[int, str] = field(default_factory=dict)
     whole: frozenset[int] = frozenset()
+    r: tuple[int, ...] | None = None
+    met: str | None = None
 
 
 @dataclass
@@ -41,6 +46,11 @@ class State:
     config: FusionConfig
     # The tensors that Dynamo passes for the graph's inputs, where it does.
     examples: Sequence[Any] = ()
+    # Whether the result is to take the tokens that each block leaves as further inputs.
+    adjustable: bool = False
+    # Whether the budget is yet to be settled, on a result that takes them.
+    unsettled: bool = False
+    counts: Counts | None = None
     normal: fx.GraphModule | None = None
     observations: list[Observation] | None = None
     axes: Axes | None = None
@@ -48,8 +58,27 @@ class State:
     findings: Findings = Findings()
     plan: Plan | None = None
     result: fx.GraphModule | None = None
+    # The result before kernels were chosen, in operators whose work can be counted.
+    portable: fx.GraphModule | None = None
+    remarks: list[str] = field(default_factory=list)
     unmerges: list[Unmerge] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def method(self) -> Method:
+        """The method, with the ``r`` that was found for its target."""
+        method, r = self.config.method, self.findings.r
+        return method if r is None else replace(method, r=list(r), target=None)
+
+    def planned(self, method: Method) -> list[PlannedBlock]:
+        """The blocks as ``method`` would have them, where those of the plan are adjustable."""
+        declined, whole = self.findings.declined, self.findings.whole
+        return make_plan(self.blocks, self.axes, method, declined, whole, adjustable=True).blocks
+
+    def left(self, method: Method) -> list[int]:
+        """The tokens that each fusing block of an adjustable result leaves under ``method``: its last inputs."""
+        blocks = self.planned(method)
+        return [blocks[b.index].tokens_out for b in self.plan.fusing]
 
     @property
     def current(self) -> fx.GraphModule:
@@ -126,4 +155,4 @@ def _dump(number: int, name: str, state: State) -> None:
         lines.append(f"{node.format_node()}{shown}" if node.op != "output" else f"return {node.args[0]}")
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    (path / f"{number}-{name}.txt").write_text("\n".join(lines) + "\n")
+    (path / f"{number:02}-{name}.txt").write_text("\n".join(lines) + "\n")

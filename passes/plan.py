@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from torch import fx
 
 from mctf_compile.errors import ConfigError
-from mctf_compile.methods import Count, Method, Need, Site
+from mctf_compile.methods import Count, Merging, Method, Need, Site
 from mctf_compile.methods.base import OF_CLASS_TOKEN
 from mctf_compile.passes.axes import Dim, places, product
 from mctf_compile.passes.blocks import Block
@@ -18,7 +18,7 @@ from mctf_compile.passes.projections import Projection
 from mctf_compile.passes.rules import schema_arguments
 from mctf_compile.passes.rules.attention import head_layout
 from mctf_compile.passes.token_axes import Axes
-from mctf_compile.schedule import Removal
+from mctf_compile.schedule import NOT_CHOSEN, Removal
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,13 @@ def make_plan(
     declined: Mapping[int, str] = MappingProxyType({}),
     whole: frozenset[int] = frozenset(),
     relaxed: bool = False,
+    adjustable: bool = False,
 ) -> Plan:
     """Schedule the reduction over the blocks.
 
     ``declined`` and ``whole`` are what an earlier rewrite found: blocks not worth fusing, with their
-    reasons, and blocks that get the original tokens back before they run.
+    reasons, and blocks that get the original tokens back before they run. ``adjustable``: blocks among the layers of
+    the method take part even where they are to remove no token now.
     Raises ``ConfigError`` where options of the method do not fit the blocks.
     """
     depth = len(blocks)
@@ -91,7 +93,7 @@ def make_plan(
         if reason is None and i in chosen:
             reason = _unmet(block, axes, method)
         if reason is not None:
-            size = _static_size(block, axes)
+            size = _size(block, axes, counts)
             planned.append(PlannedBlock(i, block, size, size, reason))
             continue
         (place,) = places(axes.of(block.entry), block.tokens)
@@ -103,10 +105,13 @@ def make_plan(
         # Padding may leave one token of either kind without a partner of its own.
         spare = 2 if block.mask is Mask.TOKENS else 0
         count = Count(tokens, lead + place.tail, block.tokens.size + place.lead - lead, spare)
-        outcome = Removal(0, "not among the layers that fuse")
+        outcome = Removal(0, NOT_CHOSEN)
         if i in chosen:
             outcome = method.removal(i, depth, count)
-        if outcome.r == 0 and not outcome.acts:
+            if outcome.r >= count.free > 0:
+                # The tokens that left need one that stands for them.
+                outcome = replace(outcome, r=count.free - 1, note="one unprotected token stays")
+        if outcome.r == 0 and not outcome.acts and not (adjustable and i in chosen):
             reason = outcome.note
         elif block.entry in entries:
             reason = f"reads the same tokens as block {entries[block.entry]}, which fuses them"
@@ -121,6 +126,17 @@ def make_plan(
     return Plan(method, planned, relaxed)
 
 
+def typical(method: Merging, blocks: list[Block]) -> Merging:
+    """The method with an ``r`` at which every block removes two tokens or more, where there are so many.
+
+    Symbolic sizes are traced at such numbers: code for none or one token would hold for nothing else.
+    """
+    counts = [b.tokens.size for b in blocks if b.tokens is not None and isinstance(b.tokens.size, int)]
+    most = max(min(counts, default=0) // (len(blocks) + 1), 2)
+    asked = method.r if isinstance(method.r, int) and method.r >= 2 else most
+    return replace(method, r=min(asked, most), target=None, min_tokens=1)
+
+
 def _exposed(block: Block, method: Method) -> str | None:
     """What a user should know who leaves a prefix token unprotected that the model reads by its place."""
     if not block.tokens.positional:
@@ -128,13 +144,12 @@ def _exposed(block: Block, method: Method) -> str | None:
     return f"protected={method.protected} lets prefix tokens be fused; position 0 may then hold another token"
 
 
-def _layers(method: Method, depth: int) -> set[int]:
-    if method.layers is None:
-        return set(method.default_layers(depth))
-    beyond = [i for i in method.layers if i >= depth]
-    if beyond and depth:
+def _layers(method: Method, depth: int) -> list[int]:
+    chosen = method.acts_on(depth)
+    beyond = [i for i in chosen if i >= depth]
+    if method.layers is not None and beyond and depth:
         raise ConfigError(f"layers={list(method.layers)}: block {beyond[0]} does not exist; the model has {depth}.")
-    return set(method.layers)
+    return chosen
 
 
 def _unmet(block: Block, axes: Axes, method: Method) -> str | None:
@@ -167,6 +182,9 @@ def _unsupported(block: Block, axes: Axes) -> str | None:
     return None
 
 
-def _static_size(block: Block, axes: Axes) -> int | None:
+def _size(block: Block, axes: Axes, counts: Mapping[Dim, int]) -> int | None:
+    """The tokens that a block which does not fuse attends to, protected ones included, where that is a number."""
+    if block.tokens is not None and block.tokens.body in counts:
+        return block.tokens.lead + counts[block.tokens.body] + block.tokens.tail
     size = product(axes.table.canonical(block.attention.key_axis))
     return size if isinstance(size, int) else None

@@ -6,20 +6,25 @@ import operator
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import SymInt, Tensor, fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.fx.traceback import set_current_meta
 
 from mctf_compile.errors import Declined
+from mctf_compile.kernels.library import shapes_alone
 from mctf_compile.passes.axes import has_batch, mentions
+from mctf_compile.passes.counts import Counts
 from mctf_compile.passes.fused_call import FusedCall, flat_values
 from mctf_compile.passes.fusion import Stream, Value
 from mctf_compile.passes.insertion import Insertion
 from mctf_compile.passes.normalize import trace
 from mctf_compile.passes.plan import Plan
 from mctf_compile.passes.projector import Projector
+from mctf_compile.passes.regions import SEGMENT
 from mctf_compile.passes.reasons import name_of
 from mctf_compile.passes.rules import find_rule
 from mctf_compile.passes.token_axes import Axes
@@ -50,7 +55,9 @@ class Outcome:
     whole: frozenset[int]
 
 
-def rewrite_graph(gm: fx.GraphModule, inputs: Sequence[Any], axes: Axes, plan: Plan) -> Outcome:
+def rewrite_graph(
+    gm: fx.GraphModule, inputs: Sequence[Any], axes: Axes, plan: Plan, counts: Counts | None = None
+) -> Outcome:
     """Fuse tokens at each planned block and make everything downstream size-weighted.
 
     Before::  x1 = add(x0, proj(sdpa(q, k, v)))
@@ -65,10 +72,17 @@ def rewrite_graph(gm: fx.GraphModule, inputs: Sequence[Any], axes: Axes, plan: P
     3. An operator that mixes tokens runs its rule's size-weighted form.
     4. An operator without one, and every output, gets the original tokens back (``mctf.unmerge``).
 
+    With ``counts`` the graph has one more input for each fusing block: the tokens that it leaves.
+
     Source: Lee et al., CVPR 2024, section 3.
     """
     rewriter = Rewriter(gm, axes, plan)
-    result = trace(rewriter.run, inputs)
+    with shapes_alone():
+        if counts is None:
+            result = trace(rewriter.run, inputs)
+        else:
+            result = trace(partial(rewriter.run_counted, len(inputs)), [*counts.inputs, *counts.left])
+    rewriter.close(result.graph)
     # What was computed of the old tokens alone and is read no more.
     result.graph.eliminate_dead_code()
     result.recompile()
@@ -83,6 +97,9 @@ class Rewriter:
         self.order = {node: i for i, node in enumerate(gm.graph.nodes)}
         self.unmerges: list[Unmerge] = []
         self.env: dict[fx.Node, Any] = {}
+        self._segment = 0
+        # By block, the number of tokens that it leaves, where that is an input of the graph.
+        self.left: dict[int, SymInt] = {}
         self.insertion = Insertion(self)
         self._projector = Projector(axes, plan)
         self._raised: dict[tuple[fx.Node, Tensor, int], Value] = {}
@@ -98,9 +115,15 @@ class Rewriter:
                     found[planned.index] = f"the fused tokens would be given back within the block: {unmerge.reason}"
         return found
 
+    def run_counted(self, given: int, *inputs: Any) -> Any:
+        """``run`` on the first ``given`` inputs; the others are the tokens that the fusing blocks leave."""
+        self.left = {block.index: left for block, left in zip(self.plan.fusing, inputs[given:], strict=True)}
+        return self.run(*inputs[:given])
+
     def run(self, *inputs: Any) -> Any:
         """The rewritten program; call it once, under a tracer."""
         feed = iter(inputs)
+        ends = {n for b in self.plan.blocks for n in (b.block.entry, b.block.exit)}
         for node in self.gm.graph.nodes:
             if node.op == "placeholder":
                 self.env[node] = self._dense(node, next(feed))
@@ -109,7 +132,18 @@ class Rewriter:
             else:
                 with set_current_meta(node):
                     self.env[node] = self.insertion.emit(node)
+                    self.insertion.begin(node)
+                if node in ends:
+                    self.close(get_proxy_mode().tracer.graph)
         raise AssertionError("a graph without an output")
+
+    def close(self, graph: fx.Graph) -> None:
+        """Give the nodes since the last call their place in the order of blocks."""
+        for made in reversed(graph.nodes):
+            if SEGMENT in made.meta:
+                break
+            made.meta[SEGMENT] = self._segment
+        self._segment += 1
 
     def _plain(self, value: Any) -> Any:
         """What the original program would hold: tensors over the original tokens."""

@@ -6,10 +6,14 @@ import torch
 from torch import fx
 
 from mctf_compile.errors import PassError
+from mctf_compile.passes.axes import size_of
+from mctf_compile.passes.counts import Counts
 
 
-def verify(before: fx.GraphModule, after: fx.GraphModule) -> None:
+def verify(before: fx.GraphModule, after: fx.GraphModule, counts: Counts | None = None) -> None:
     """Outputs have the shapes, dtypes and devices they had; the graph is well formed.
+
+    ``counts``: whose symbols the shapes of ``after`` are in, where it is not those of ``before``.
 
     Raises ``PassError`` otherwise: never a wrong graph to the inner compiler.
     """
@@ -19,7 +23,7 @@ def verify(before: fx.GraphModule, after: fx.GraphModule) -> None:
         raise PassError(f"the rewritten graph has {len(new)} outputs instead of {len(old)}")
     for i, (a, b) in enumerate(zip(old, new)):
         if isinstance(a, torch.Tensor):
-            same = _shape(a) == _shape(b) and a.dtype == b.dtype and a.device == b.device
+            same = _shape(a) == _shape(b, counts) and a.dtype == b.dtype and a.device == b.device
             if not same:
                 raise PassError(
                     f"output {i} of the rewritten graph is {b.dtype}{_shape(b)} on {b.device} "
@@ -34,6 +38,7 @@ def _outputs(gm: fx.GraphModule) -> list:
     return values
 
 
-def _shape(value: torch.Tensor) -> tuple[str, ...]:
+def _shape(value: torch.Tensor, counts: Counts | None = None) -> tuple[str, ...]:
     """The shape as expressions; comparing SymInts themselves would install guards."""
-    return tuple(str(s) for s in value.shape)
+    sizes = map(size_of, value.shape)
+    return tuple(str(s if counts is None or isinstance(s, int) else counts.original(s)) for s in sizes)

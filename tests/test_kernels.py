@@ -511,8 +511,16 @@ def test_select_refuses_a_count_out_of_range(count: int) -> None:
 @dtypes
 def test_nearest_is_the_reference(dtype: torch.dtype) -> None:
     x = randn(2, 17, 8, seed=5, dtype=dtype)
-    keep, gone = ops.select(randn(2, 17), 6, 1, 0)
-    assert torch.equal(ops.nearest(x, keep, gone), selection_reference.nearest(x, keep, gone))
+    for lead, tail in ((0, 0), (1, 0), (2, 1)):
+        keep, gone = ops.select(randn(2, 17), 6, lead, tail)
+        expected = selection_reference.nearest(x, keep, gone, lead, tail)
+        assert torch.equal(ops.nearest(x, keep, gone, lead, tail), expected)
+
+
+def test_a_protected_token_stands_for_no_other() -> None:
+    x = torch.tensor([[[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]]])
+    keep, gone = torch.tensor([[0, 2]]), torch.tensor([[1]])
+    assert ops.nearest(x, keep, gone, 1, 0).tolist() == [[1]]
 
 
 @pytest.mark.parametrize("dim", [1, 2])
@@ -640,7 +648,7 @@ def calls() -> dict[str, tuple[Any, tuple]]:
         "keep": (ops.keep, (tokens, matching[0], 1)),
         "mlerp": (ops.mlerp, (tokens, raw, *matching)),
         "select": (ops.select, (raw, 3, 1, 0)),
-        "nearest": (ops.nearest, (tokens, *matching[:2])),
+        "nearest": (ops.nearest, (tokens, *matching[:2], 1, 0)),
         "policy_attention": (ops.policy_attention, (q, k, v, positive(2, 9), 0.3)),
         "unmerge": (ops.unmerge, (fused, index, 2)),
         "attention": (ops.attention, (q, k, v, None, None, 0.3, 0.0)),

@@ -492,6 +492,20 @@ def test_pruned_tokens_come_back_from_the_most_similar_one_that_was_kept():
     assert [len(image.unique(dim=0)) for image in out] == [33, 33]
 
 
+@pytest.mark.parametrize(
+    "options", [{"method": "random", "r": 1}, {"method": "idlevit", "keep_ratio": 0.01},
+                {"method": "evit", "keep_rate": 0.01, "fuse_token": False}],
+    ids=lambda o: o["method"],
+)
+def test_patches_alone_come_back_without_the_class_token(options):
+    # The grid holds patches, and no row of it may come from the class token, nor from nowhere.
+    model = TinyViT(VitSpec(heads=1, grid=3, norm="post", extra="grid")).eval()
+    with torch.no_grad():
+        for seed in range(5):
+            torch.manual_seed(seed)
+            assert_rewrite_sound(model, *model.example(2, 1), **options)
+
+
 # Modules that belong to the user.
 
 

@@ -8,9 +8,14 @@ from mctf_compile.kernels.pooling import aten as pooling
 from mctf_compile.kernels.unmerge.op import unmerge
 
 
+def _shapes(weights: Tensor, norm: Tensor, v: Tensor, *_: object) -> Tensor:
+    return v.new_empty(v.shape)
+
+
 @composite(
     "ahead(Tensor weights, Tensor norm, Tensor v, Tensor index, Tensor? weight, Tensor keep, Tensor gone, Tensor into, "
-    "float dropout_p) -> Tensor"
+    "float dropout_p) -> Tensor",
+    _shapes,
 )
 def ahead(
     weights: Tensor, norm: Tensor, v: Tensor, index: Tensor, weight: Tensor | None, keep: Tensor, gone: Tensor,

@@ -3,11 +3,16 @@
 from torch import Tensor
 
 from mctf_compile.kernels.attention import aten
-from mctf_compile.kernels.library import composite
+from mctf_compile.kernels.library import composite, resized, working_dtype
+
+
+def _attention_shapes(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
+    return resized(q, 3, v.shape[3])
 
 
 @composite(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? log_size, Tensor? bias, float scale, float dropout_p) -> Tensor"
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? log_size, Tensor? bias, float scale, float dropout_p) -> Tensor",
+    _attention_shapes,
 )
 def attention(
     q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None, bias: Tensor | None, scale: float, dropout_p: float
@@ -29,8 +34,17 @@ def attention(
     return aten.attention(q, k, v, log_size, bias, scale, dropout_p)
 
 
+def _importance_shapes(q: Tensor, k: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    exact = working_dtype(q.dtype)
+    return (
+        q.new_empty(k.shape[0], k.shape[2], dtype=exact), resized(q, 3, k.shape[2]),
+        q.new_empty(*q.shape[:3], 1, dtype=exact),
+    )
+
+
 @composite(
-    "importance(Tensor q, Tensor k, Tensor? log_size, Tensor? bias, float scale) -> (Tensor, Tensor, Tensor)"
+    "importance(Tensor q, Tensor k, Tensor? log_size, Tensor? bias, float scale) -> (Tensor, Tensor, Tensor)",
+    _importance_shapes,
 )
 def importance(
     q: Tensor, k: Tensor, log_size: Tensor | None, bias: Tensor | None, scale: float

@@ -7,10 +7,36 @@ from mctf_compile.kernels.library import without_autocast, working_dtype
 
 
 def scores(
-    x: Tensor, a: Tensor | None, s: Tensor, alpha: slice, beta: slice,
+    x: Tensor, a: Tensor | None, s: Tensor, lead: int, tail: int, tau_sim: float, tau_info: float, tau_size: float,
+    kind: Tensor | None,
+) -> Tensor:
+    """W [B, |alpha|, |beta|] up to a positive factor, which no choice depends on.
+
+    Protected tokens neither leave nor receive: they take no part, and only the order knows them.
+    """
+    n = x.shape[1]
+    first, second = _sides(lead)
+    split = (n - tail - first + 1) // 2
+    # Both sides in one gather, even positions first: one kernel, which knows no odd and even counts.
+    place = torch.arange(n - lead - tail, device=x.device)
+    order = torch.where(place < split, first + 2 * place, second + 2 * (place - split))
+    with without_autocast(x.device.type):
+        w = _products(x, a, s, order, split, tau_sim, tau_info, tau_size)
+    if kind is None:
+        return w
+    kind = kind[:, order]
+    return w.masked_fill(kind[:, :split, None] != kind[:, None, split:], float("-inf"))
+
+
+def _sides(lead: int) -> tuple[int, int]:
+    """The first unprotected even position, and the first odd one."""
+    return lead + lead % 2, lead + 1 - lead % 2
+
+
+def _products(
+    x: Tensor, a: Tensor | None, s: Tensor, order: Tensor, split: int,
     tau_sim: float, tau_info: float, tau_size: float,
 ) -> Tensor:
-    """W [B, |alpha|, |beta|] up to a positive factor, which no choice depends on."""
     dtype = working_dtype(x.dtype)
     # The outer products of two criteria factor into one number per token.
     emphasis = torch.ones_like(s, dtype=dtype)
@@ -20,38 +46,26 @@ def scores(
             # The least one over each: at most 1, whatever the temperature.
             emphasis = emphasis * (criterion.amin(-1, keepdim=True) / criterion) ** (1 / tau)
     if not tau_sim:
-        return emphasis[:, alpha, None] * emphasis[:, None, beta]
+        emphasis = emphasis[:, order]
+        return emphasis[:, :split, None] * emphasis[:, None, split:]
     x = torch.nn.functional.normalize(x.to(dtype), dim=-1, eps=1e-8)
     if tau_sim == 1:
         # (cos + 1) e e' is one product of vectors with an entry more: no pass over the matrix.
-        x = torch.cat([x, torch.ones_like(x[..., :1])], -1) * emphasis[..., None]
-        return x[:, alpha] @ x[:, beta].transpose(1, 2)
-    similarity = torch.clamp((x[:, alpha] @ x[:, beta].transpose(1, 2) + 1) / 2, min=0)
-    return similarity ** (1 / tau_sim) * (emphasis[:, alpha, None] * emphasis[:, None, beta])
+        x = (torch.cat([x, torch.ones_like(x[..., :1])], -1) * emphasis[..., None])[:, order]
+        return x[:, :split] @ x[:, split:].transpose(1, 2)
+    x, emphasis = x[:, order], emphasis[:, order]
+    similarity = torch.clamp((x[:, :split] @ x[:, split:].transpose(1, 2) + 1) / 2, min=0)
+    return similarity ** (1 / tau_sim) * (emphasis[:, :split, None] * emphasis[:, None, split:])
 
 
-def match(
-    x: Tensor, a: Tensor | None, s: Tensor, r: int, lead: int, tail: int,
-    tau_sim: float, tau_info: float, tau_size: float, bidirectional: bool, kind: Tensor | None,
+def assign(
+    w: Tensor, n: int, r: int, lead: int, tail: int, bidirectional: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``torch.ops.mctf.match`` in ATen. A tie goes to the token at the lower position.
-
-    Protected tokens neither leave nor receive: they take no part, and only the order knows them.
-    """
-    n = x.shape[1]
-    first, second = lead + lead % 2, lead + 1 - lead % 2
-    with without_autocast(x.device.type):
-        alpha, beta = slice(first, n - tail, 2), slice(second, n - tail, 2)
-        w = scores(x, a, s, alpha, beta, tau_sim, tau_info, tau_size)
-    if kind is not None:
-        w = w.masked_fill(kind[:, alpha, None] != kind[:, None, beta], float("-inf"))
-    position = torch.arange(n, device=x.device).expand(x.shape[0], -1)
-    if 0 in w.shape[1:]:
-        # Fewer than two tokens are free: the order alone is left to settle.
-        sides = [position[:, :lead], position[:, first : n - tail : 2], position[:, second : n - tail : 2]]
-        nothing = position[:, :0]
-        return torch.cat([*sides, position[:, n - tail :]], 1), nothing, nothing
-
+    """``torch.ops.mctf.assign`` in ATen. A tie goes to the token at the lower position."""
+    position = torch.arange(n, device=w.device).expand(w.shape[0], -1)
+    if not r:
+        return position.clone(), *(position.new_empty(w.shape[0], 0) for _ in range(2))
+    first, second = _sides(lead)
     r1 = r // 2 if bidirectional else r
     best, column = w.max(-1)
     order = best.argsort(stable=True, dim=-1, descending=True)
@@ -62,7 +76,10 @@ def match(
     gone = [first + 2 * row_gone]
     target = [second + 2 * column.gather(1, row_gone)]
     if bidirectional:
-        w = w.gather(1, row_kept[:, :, None].expand(-1, -1, w.shape[2]))
+        # Whole rows at a time; a gather goes number by number.
+        images, rows, columns = w.shape
+        start = torch.arange(images, device=w.device)[:, None] * rows
+        w = w.reshape(-1, columns).index_select(0, (row_kept + start).flatten()).view(images, -1, columns)
         best, row = w.max(1)
         order = best.argsort(stable=True, dim=-1, descending=True)
         column_gone, column_kept = order[:, : r - r1], order[:, r - r1 :]

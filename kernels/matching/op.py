@@ -3,13 +3,23 @@
 import torch
 from torch import Tensor
 
-from mctf_compile.kernels.library import composite
+from mctf_compile.kernels.library import composite, opaque
 from mctf_compile.kernels.matching import aten
 
 
+def _shapes(x: Tensor, importance: Tensor | None, size: Tensor, r: int, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    return _matching(x, x.shape[1], r)
+
+
+def _matching(x: Tensor, n: int, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty keep, gone and into, for the images of ``x``."""
+    return tuple(x.new_empty(x.shape[0], count, dtype=torch.long) for count in (n - r, r, r))
+
+
 @composite(
-    "match(Tensor x, Tensor? importance, Tensor size, int r, int lead, int tail, float tau_sim, "
-    "float tau_info, float tau_size, bool bidirectional, Tensor? kind=None) -> (Tensor, Tensor, Tensor)"
+    "match(Tensor x, Tensor? importance, Tensor size, SymInt r, int lead, int tail, float tau_sim, "
+    "float tau_info, float tau_size, bool bidirectional, Tensor? kind=None) -> (Tensor, Tensor, Tensor)",
+    _shapes,
 )
 def match(
     x: Tensor, importance: Tensor | None, size: Tensor, r: int, lead: int, tail: int,
@@ -32,16 +42,40 @@ def match(
     Returns:
         keep: int64 [B, N - r], the old position of each new token's carrier. Order: protected prefix,
             even positions ascending (by descending score where nothing is protected, as the official
-            code has it), odd positions by descending score (one-way: ascending), suffix.
+            code has it), odd positions by descending score (one-way: ascending), suffix. With r = 0 the
+            tokens stay in their order.
         gone: int64 [B, r], old positions of the tokens that left.
         into: int64 [B, r], the new position each went into.
         All three are constants for autograd. Of equal scores, the token at the lower position wins.
 
     Source: Lee et al., CVPR 2024 (arXiv 2403.10030), section 3.2 and 3.3.
     """
-    n = x.shape[1]
-    torch._check(0 <= 2 * r <= max(n - lead - tail, 0), lambda: f"match: r={r} of {n} tokens is out of range")
     importance = None if importance is None else importance.detach()
-    return aten.match(
-        x.detach(), importance, size.detach(), r, lead, tail, tau_sim, tau_info, tau_size, bidirectional, kind
-    )
+    scores = aten.scores(x.detach(), importance, size.detach(), lead, tail, tau_sim, tau_info, tau_size, kind)
+    return torch.ops.mctf.assign(scores, x.shape[1], r, lead, tail, bidirectional)
+
+
+def _assign_shapes(
+    scores: Tensor, n: int, r: int, lead: int, tail: int, bidirectional: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _matching(scores, n, r)
+
+
+@opaque(
+    "assign(Tensor scores, SymInt n, SymInt r, int lead, int tail, bool bidirectional) -> (Tensor, Tensor, Tensor)",
+    _assign_shapes,
+)
+def assign(
+    scores: Tensor, n: int, r: int, lead: int, tail: int, bidirectional: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The part of ``mctf::match`` that is no arithmetic: which of ``n`` tokens leave by the scores of their pairs.
+
+    Args:
+        scores: [B, alpha, beta], of the unprotected tokens at even positions with those at odd ones.
+        n, r, lead, tail, bidirectional: as for ``mctf::match``.
+
+    Returns:
+        keep, gone, into: as for ``mctf::match``. Raises ``RuntimeError`` for an ``r`` out of range.
+    """
+    torch._check(0 <= 2 * r <= max(n - lead - tail, 0), lambda: f"match: r={r} of {n} tokens is out of range")
+    return aten.assign(scores, n, r, lead, tail, bidirectional)

@@ -49,6 +49,8 @@ def match_image(
 ) -> tuple[list[int], list[int], list[int]]:
     """Match one image's tokens by their scores ``w`` [N, N]: (keep, gone, into) as lists."""
     n = len(w)
+    if not r:
+        return list(range(n)), [], []
     protected = {*range(lead), *range(n - tail, n)}
     alpha, beta = list(range(0, n, 2)), list(range(1, n, 2))
 

@@ -13,9 +13,10 @@ def select(score: Tensor, count: int, lead: int, tail: int) -> tuple[Tensor, Ten
     return torch.cat([position[:, :lead], order[:, :count], position[:, n - tail :]], 1), order[:, count:]
 
 
-def nearest(x: Tensor, keep: Tensor, gone: Tensor) -> Tensor:
+def nearest(x: Tensor, keep: Tensor, gone: Tensor, lead: int, tail: int) -> Tensor:
     with without_autocast(x.device.type):
         unit = torch.nn.functional.normalize(x.to(working_dtype(x.dtype)), dim=-1, eps=1e-8)
+        keep = keep[:, lead : keep.shape[1] - tail]
         of = unit.gather(1, gone[:, :, None].expand(-1, -1, x.shape[2]))
         to = unit.gather(1, keep[:, :, None].expand(-1, -1, x.shape[2]))
-        return (of @ to.transpose(1, 2)).argmax(-1)
+        return (of @ to.transpose(1, 2)).argmax(-1) + lead

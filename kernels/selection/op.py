@@ -7,7 +7,14 @@ from mctf_compile.kernels.library import composite
 from mctf_compile.kernels.selection import aten
 
 
-@composite("select(Tensor score, int count, int lead, int tail) -> (Tensor, Tensor)")
+def _select_shapes(score: Tensor, count: int, lead: int, tail: int) -> tuple[Tensor, Tensor]:
+    kept = lead + count + tail
+    return tuple(
+        score.new_empty(score.shape[0], m, dtype=torch.long) for m in (kept, score.shape[1] - kept)
+    )
+
+
+@composite("select(Tensor score, SymInt count, int lead, int tail) -> (Tensor, Tensor)", _select_shapes)
 def select(score: Tensor, count: int, lead: int, tail: int) -> tuple[Tensor, Tensor]:
     """Keep the ``count`` unprotected tokens with the highest scores.
 
@@ -26,15 +33,20 @@ def select(score: Tensor, count: int, lead: int, tail: int) -> tuple[Tensor, Ten
     return aten.select(score.detach(), count, lead, tail)
 
 
-@composite("nearest(Tensor x, Tensor keep, Tensor gone) -> Tensor")
-def nearest(x: Tensor, keep: Tensor, gone: Tensor) -> Tensor:
-    """The kept token most similar (by cosine) to each one that left.
+def _nearest_shapes(x: Tensor, keep: Tensor, gone: Tensor, *_: object) -> Tensor:
+    return gone.new_empty(gone.shape)
+
+
+@composite("nearest(Tensor x, Tensor keep, Tensor gone, int lead, int tail) -> Tensor", _nearest_shapes)
+def nearest(x: Tensor, keep: Tensor, gone: Tensor, lead: int, tail: int) -> Tensor:
+    """The unprotected kept token most similar (by cosine) to each one that left.
 
     Args:
         x: [B, N, C], floating.
         keep: int64 [B, M], gone: int64 [B, r]: the selection.
+        lead, tail: protected tokens at either end of ``keep``; one at least is between them.
 
     Returns:
         int64 [B, r]: positions in ``keep``; a constant for autograd.
     """
-    return aten.nearest(x.detach(), keep, gone)
+    return aten.nearest(x.detach(), keep, gone, lead, tail)

@@ -15,11 +15,14 @@ def select(score: Tensor, count: int, lead: int, tail: int) -> tuple[Tensor, Ten
     return torch.tensor(kept), torch.tensor(left, dtype=torch.long).reshape(len(kept), -1)
 
 
-def nearest(x: Tensor, keep: Tensor, gone: Tensor) -> Tensor:
+def nearest(x: Tensor, keep: Tensor, gone: Tensor, lead: int, tail: int) -> Tensor:
     """The reference of ``torch.ops.mctf.nearest``; see there."""
     into = torch.zeros_like(gone)
     for b in range(len(x)):
         for i, old in enumerate(gone[b]):
-            similar = [torch.cosine_similarity(x[b, old].double(), x[b, k].double(), 0).item() for k in keep[b]]
-            into[b, i] = similar.index(max(similar))
+            similar = {
+                new: torch.cosine_similarity(x[b, old].double(), x[b, keep[b, new]].double(), 0).item()
+                for new in range(lead, keep.shape[1] - tail)
+            }
+            into[b, i] = max(similar, key=similar.__getitem__)
     return into

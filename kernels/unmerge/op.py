@@ -2,11 +2,15 @@
 
 from torch import Tensor
 
-from mctf_compile.kernels.library import composite
+from mctf_compile.kernels.library import composite, resized
 from mctf_compile.kernels.pooling.aten import along
 
 
-@composite("unmerge(Tensor y, Tensor index, int dim) -> Tensor")
+def _shapes(y: Tensor, index: Tensor, dim: int) -> Tensor:
+    return resized(y, dim, index.shape[1])
+
+
+@composite("unmerge(Tensor y, Tensor index, int dim) -> Tensor", _shapes)
 def unmerge(y: Tensor, index: Tensor, dim: int) -> Tensor:
     """Gather fused tokens through a map.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from mctf_compile.errors import ConfigError
 from mctf_compile.methods.attached import Attached
 from mctf_compile.options import Options, block_numbers, flag, option, whole
-from mctf_compile.schedule import Removal, Schedule, check_r, parse_r, removal
+from mctf_compile.schedule import AUTO, NOT_CHOSEN, Removal, Schedule, Target, check_r, parse_r, parse_target, removal
 
 
 class Site(enum.Enum):
@@ -171,6 +171,10 @@ class Method(Options):
         """The blocks of ``depth`` that it acts on by default."""
         return range(depth)
 
+    def acts_on(self, depth: int) -> list[int]:
+        """The blocks of ``depth`` that it acts on, in order: those of the option ``layers``, or its default."""
+        return sorted(self.default_layers(depth) if self.layers is None else self.layers)
+
     def removal(self, index: int, depth: int, count: Count) -> Removal:
         """How many tokens block ``index`` of ``depth`` removes. Raises ``ConfigError`` where options do not fit."""
         raise NotImplementedError
@@ -197,14 +201,27 @@ class Merging(Method):
 
     Options:
         r: tokens removed per block: int, ratio < 1 of the unprotected tokens, list with one entry per
-            block, ``(r, inflection)`` or a preset name (``"fast"``).
+            block, ``(r, inflection)``, a preset name (``"fast"``), or ``"auto"``: the least that meets ``target``.
+        target: for ``r="auto"``: ``"gmacs=2.6"`` (per image), ``"speedup=1.5"`` (times fewer multiply-accumulates) or
+            ``"latency_ms=20"`` (per call, measured when it is compiled).
         min_tokens: no block leaves fewer tokens than this (protected ones included).
         proportional: add log size to the logits of attention over fused tokens.
     """
 
     r: int | float | list | tuple | str = option(16, check_r)
+    target: Target | str | None = option(None, parse_target)
     min_tokens: int = option(1, whole(1))
     proportional: bool = option(True, flag)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.solved_for is None and self.r == AUTO:
+            raise ConfigError("r='auto' needs a target, as in target='speedup=1.5', 'gmacs=2.6' or 'latency_ms=20'.")
+
+    @property
+    def solved_for(self) -> Target | None:
+        """The target that ``r`` is yet to be solved for."""
+        return self.target if self.r == AUTO else None
 
     @cached_property
     def schedule(self) -> Schedule:
@@ -212,7 +229,7 @@ class Merging(Method):
 
     @property
     def active(self) -> bool:
-        return self.schedule.asks_for_fusion
+        return self.solved_for is not None or self.schedule.asks_for_fusion
 
     @property
     def counts_sizes(self) -> bool:
@@ -222,7 +239,7 @@ class Merging(Method):
         request = self.schedule.per_block(depth)[index]
         preset = self.schedule.layers(depth)
         if preset is not None and self.layers is None and index not in preset:
-            return Removal(0, "not among the layers that fuse")
+            return Removal(0, NOT_CHOSEN)
         return removal(request, count.now, count.protected, self.min_tokens, count.spare)
 
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mctf_compile.methods.base import Choice, Evidence
+from mctf_compile.methods.base import Choice, Combine, Evidence
+
+
+def highest(score: Tensor, evidence: Evidence, r: int) -> Choice:
+    """A choice that drops the ``r`` unprotected tokens with the lowest scores [B, N]."""
+    count = score.shape[1] - evidence.lead - evidence.tail - r
+    keep, gone = torch.ops.mctf.select(score, count, evidence.lead, evidence.tail)
+    return Choice(keep, gone, None, combine=Combine.DROP)
 
 
 def combined(how: str, evidence: Evidence, keep: Tensor, gone: Tensor, into: Tensor, sized: bool = False) -> Choice:

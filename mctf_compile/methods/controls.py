@@ -8,7 +8,8 @@ from typing import ClassVar
 
 import torch
 
-from mctf_compile.methods.base import Choice, Combine, Count, Evidence, Merging, Method, Site, register_method
+from mctf_compile.methods.base import Choice, Count, Evidence, Merging, Method, Site, register_method
+from mctf_compile.methods.combining import highest
 from mctf_compile.schedule import Removal
 
 
@@ -23,10 +24,7 @@ class Random(Merging):
     sized: ClassVar[bool] = False
 
     def choose(self, evidence: Evidence, r: int) -> Choice:
-        free = evidence.x.shape[1] - evidence.lead - evidence.tail
-        score = torch.rand_like(evidence.size)
-        keep, gone = torch.ops.mctf.select(score, free - r, evidence.lead, evidence.tail)
-        return Choice(keep, gone, None, combine=Combine.DROP)
+        return highest(torch.rand_like(evidence.size), evidence, r)
 
 
 @register_method

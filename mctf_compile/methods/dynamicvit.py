@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from mctf_compile.methods.attached import Attached
 from mctf_compile.methods.base import (
     Choice,
-    Combine,
     Count,
     Evidence,
     Method,
@@ -22,6 +21,7 @@ from mctf_compile.methods.base import (
     Site,
     register_method,
 )
+from mctf_compile.methods.combining import highest
 from mctf_compile.options import option, share
 from mctf_compile.schedule import Removal, quarters
 
@@ -109,11 +109,8 @@ class DynamicViT(Method):
         return Relaxed(evidence.learned[..., 0], whole_to_itself=True)
 
     def removal(self, index: int, depth: int, count: Count) -> Removal:
-        chosen = sorted(self.default_layers(depth) if self.layers is None else self.layers)
-        kept = int(count.first * self.keep_ratio ** (1 + chosen.index(index)))
+        kept = int(count.first * self.keep_ratio ** (1 + self.acts_on(depth).index(index)))
         return Removal(max(count.free - kept, 0), None if kept < count.free else "keeps all tokens")
 
     def choose(self, evidence: Evidence, r: int) -> Choice:
-        free = evidence.x.shape[1] - evidence.lead - evidence.tail
-        keep, gone = torch.ops.mctf.select(evidence.learned[..., 0], free - r, evidence.lead, evidence.tail)
-        return Choice(keep, gone, None, combine=Combine.DROP)
+        return highest(evidence.learned[..., 0], evidence, r)

@@ -9,7 +9,8 @@ from typing import ClassVar
 
 import torch
 
-from mctf_compile.methods.base import Choice, Combine, Count, Evidence, Method, Need, Site, register_method
+from mctf_compile.methods.base import Choice, Count, Evidence, Method, Need, Site, register_method
+from mctf_compile.methods.combining import highest
 from mctf_compile.options import flag, one_of, option, share
 from mctf_compile.schedule import Removal, quarters
 
@@ -51,11 +52,10 @@ class EViT(Method):
 
     def choose(self, evidence: Evidence, r: int) -> Choice:
         score = evidence.class_attention if self.score == "class_attention" else evidence.importance
-        n = score.shape[1] - evidence.lead - evidence.tail
         if not self.fuse_token:
-            keep, gone = torch.ops.mctf.select(score, n - r, evidence.lead, evidence.tail)
-            return Choice(keep, gone, None, combine=Combine.DROP)
-        keep, gone = torch.ops.mctf.select(score, n - r - 1, evidence.lead, evidence.tail)
+            return highest(score, evidence, r)
+        away = highest(score, evidence, r + 1)
+        keep, gone = away.keep, away.gone
         # The first that is not attentive carries the others, at the end of the patches.
         place = keep.shape[1] - evidence.tail
         keep = torch.cat([keep[:, :place], gone[:, :1], keep[:, place:]], 1)

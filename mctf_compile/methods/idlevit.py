@@ -6,9 +6,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
-from mctf_compile.methods.base import Choice, Combine, Count, Evidence, Method, Need, Site, register_method
+from mctf_compile.methods.base import Choice, Count, Evidence, Method, Need, Site, register_method
+from mctf_compile.methods.combining import highest
 from mctf_compile.options import option, share
 from mctf_compile.schedule import Removal
 
@@ -36,13 +35,11 @@ class IdleViT(Method):
         return range(max(depth // 4, 1), depth)
 
     def removal(self, index: int, depth: int, count: Count) -> Removal:
-        chosen = sorted(self.default_layers(depth) if self.layers is None else self.layers)
+        chosen = self.acts_on(depth)
         stage = 1 + chosen.index(index) * 3 // len(chosen)
         kept = int(count.free * self.keep_ratio**stage)
         idle = count.free - kept
         return Removal(idle, f"{idle} tokens idle") if idle else Removal(0, "keeps all tokens")
 
     def choose(self, evidence: Evidence, r: int) -> Choice:
-        free = evidence.x.shape[1] - evidence.lead - evidence.tail
-        keep, gone = torch.ops.mctf.select(evidence.class_logits, free - r, evidence.lead, evidence.tail)
-        return Choice(keep, gone, None, combine=Combine.DROP)
+        return highest(evidence.class_logits, evidence, r)

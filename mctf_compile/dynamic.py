@@ -1,0 +1,90 @@
+"""``dynamic_r``: the reduction of a compiled model, changed between calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch._dynamo.eval_frame import OptimizeContext
+
+from mctf_compile.errors import ConfigError
+from mctf_compile.methods import Merging
+from mctf_compile.passes import State
+from mctf_compile.schedule import AUTO
+
+
+class Adjustable:
+    """A compiled graph that reads ``r`` from the options at every call.
+
+    Args:
+        options: the dict that the model was compiled with.
+        state: what the passes found; its plan is made again for another ``r``.
+        run: takes the graph's inputs, then the tokens that each fusing block leaves.
+    """
+
+    def __init__(self, options: MutableMapping[str, Any], state: State, run: Callable[..., Any]) -> None:
+        self.options, self.state, self.run = options, state, run
+        self._left: dict[str, list[int]] = {}
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self.run(*inputs, *self.left(self.options.get("r", self.state.config.method.r)))
+
+    def left(self, r: Any) -> list[int]:
+        """The tokens that each fusing block leaves at ``r``."""
+        key = repr(r)
+        if key not in self._left:
+            config = self.state.config.method
+            method = self.state.method if r == config.r else replace(config, r=r, target=None)
+            self._left[key] = self.state.left(method)
+        return self._left[key]
+
+
+class set_r(AbstractContextManager):  # noqa: N801  called like torch.set_grad_enabled
+    """Change the reduction of a model that was compiled with ``dynamic_r=True``; nothing is compiled again.
+
+    As a function, ``mctf_compile.set_r(compiled, 8)`` holds until the next change; as a context manager
+    (``with mctf_compile.set_r(compiled, 8): ...``) until its end. It writes ``r`` into the options dict that the
+    model was compiled with: models compiled with the same dict have the same ``r``.
+
+    Args:
+        compiled: what ``torch.compile(model, backend="mctf", options={"dynamic_r": True, ...})`` returned.
+        r: as the option ``r``; clamped like it.
+
+    Raises:
+        ConfigError: ``compiled`` is something else, or ``r`` is not valid.
+    """
+
+    def __init__(self, compiled: Any, r: int | float | list | tuple | str) -> None:
+        self.options = _options(compiled)
+        if self.options is None:
+            raise ConfigError('set_r takes what torch.compile(model, backend="mctf", options={"dynamic_r": True, ...}) '
+                              "returned.")
+        # Where the number of blocks is known, a list of another length is refused by the next call.
+        Merging(r=r, target=self.options.get("target") if r == AUTO else None)
+        self.before = {"r": self.options["r"]} if "r" in self.options else {}
+        self.options["r"] = r
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.options.pop("r", None)
+        self.options.update(self.before)
+
+
+def _options(compiled: Any) -> MutableMapping[str, Any] | None:
+    """The options that a module or function was compiled with, where they have ``dynamic_r``."""
+    if isinstance(compiled, torch.nn.Module) and getattr(compiled, "_compiled_call_impl", None) is not None:
+        compiled = compiled._compiled_call_impl
+    held = [c.cell_contents for c in getattr(compiled, "__closure__", None) or ()]
+    contexts = [x for x in (getattr(compiled, "dynamo_ctx", None), *held) if isinstance(x, OptimizeContext)]
+    backend = contexts[0].callback if contexts else None
+    while backend is not None:
+        options = getattr(backend, "kwargs", {}).get("options")
+        if isinstance(options, MutableMapping) and options.get("dynamic_r"):
+            return options
+        backend = getattr(backend, "_torchdynamo_orig_backend", None)
+    return None

@@ -1,0 +1,161 @@
+"""Blocks that do the same are compiled once, and what runs is what each block says."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import mctf_compile
+from mctf_compile.regional import CompiledRegion
+from mctf_compile.testing import TinyViT, VitSpec
+
+IMAGES = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def compilations(monkeypatch) -> list[tuple[int, int]]:
+    """Of each region that is compiled: its sites, and how many numbers are symbolic."""
+    made = []
+    compile_one = CompiledRegion._compile
+
+    def noted(self, numbers, tensors):
+        made.append((self.region.sites, len(numbers)))
+        return compile_one(self, numbers, tensors)
+
+    monkeypatch.setattr(CompiledRegion, "_compile", noted)
+    return made
+
+
+def vit(depth: int = 6, **options) -> nn.Module:
+    torch.manual_seed(1)
+    return timm.create_model("vit_tiny_patch16_224", img_size=48, patch_size=8, depth=depth, **options).eval()
+
+
+def run(model: nn.Module, *inputs: torch.Tensor, inner: str = "aot_eager", dynamic: bool = False, **options):
+    torch._dynamo.reset()
+    return torch.compile(model, backend="mctf", options={"inner": inner, **options}, dynamic=dynamic)(*inputs)
+
+
+@pytest.mark.parametrize("r", [2, 3, [0, 2, 5, 3, 2, 4]], ids=str)
+def test_blocks_that_fuse_are_one_region(compilations, r):
+    model = vit()
+    with torch.no_grad():
+        got = run(model, IMAGES, r=r)
+        assert torch.equal(got, run(model, IMAGES, inner="eager", r=r))
+    # Patches and the dense first block; five blocks of their own token counts; the head.
+    assert [sites for sites, _ in compilations] == [1, 5, 1]
+
+
+def test_depth_costs_no_compilation(compilations):
+    with torch.no_grad():
+        run(vit(3), IMAGES, r=1)
+        shallow = len(compilations)
+        run(vit(9), IMAGES, r=1)
+    assert len(compilations) == 2 * shallow
+
+
+def test_a_block_of_another_width_is_a_region_of_its_own(compilations):
+    model = vit()
+    model.blocks[3].mlp.fc1, model.blocks[3].mlp.fc2 = nn.Linear(192, 100), nn.Linear(100, 192)
+    with torch.no_grad():
+        got = run(model, IMAGES, r=2)
+        assert torch.equal(got, run(model, IMAGES, inner="eager", r=2))
+    assert [sites for sites, _ in compilations] == [1, 4, 1, 1]
+
+
+def test_sizes_that_no_site_changes_stay_numbers(compilations):
+    with torch.no_grad():
+        run(vit(), IMAGES, r=2)
+    assert [numbers for _, numbers in compilations if numbers == 0] == [0, 0]
+    # Tokens before and after; images, heads and channels are plain numbers.
+    assert max(numbers for _, numbers in compilations) == 2
+
+
+@pytest.mark.parametrize("method", ["tome", "evit", "idlevit", "random"])
+def test_other_methods_are_cut_alike(method):
+    model = vit()
+    with torch.no_grad():
+        torch.manual_seed(0)
+        got = run(model, IMAGES, method=method)
+        torch.manual_seed(0)
+        expected = run(model, IMAGES, inner="eager", method=method)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+def test_gradients_go_through_the_regions():
+    model = vit(4)
+
+    def gradients(inner: str) -> list[torch.Tensor]:
+        model.zero_grad()
+        run(model, IMAGES, inner=inner, r=3).square().sum().backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    for got, expected in zip(gradients("aot_eager"), gradients("eager"), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_same_graph_serves_gradients_and_none():
+    model = vit(4)
+    compiled = torch.compile(model, backend="mctf", options={"inner": "aot_eager", "r": 3}, dynamic=False)
+    with torch.no_grad():
+        expected = compiled(IMAGES)
+    with torch.inference_mode():
+        inferred = compiled(IMAGES)
+    trained = compiled(IMAGES)
+    trained.sum().backward()
+    torch.testing.assert_close(trained, expected)
+    torch.testing.assert_close(inferred, expected)
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_symbolic_batch_is_one_more_number(compilations):
+    model = vit()
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="mctf", options={"inner": "aot_eager", "r": 3}, dynamic=True)
+        for batch in (2, 3, 5):
+            images = torch.randn(batch, 3, 48, 48)
+            expected = torch.cat([run(model, image[None], inner="eager", r=3) for image in images])
+            torch.testing.assert_close(compiled(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_grid_detour_between_blocks_is_sound():
+    model = TinyViT(VitSpec(heads=1, grid=3, norm="post", extra="grid")).eval()
+    inputs = model.example(2, 1)
+    with torch.no_grad():
+        assert mctf_compile.explain(model, *inputs, method="tome", r=1).unmerged
+        got = run(model, *inputs, method="tome", r=1)
+        torch.testing.assert_close(got, run(model, *inputs, inner="eager", method="tome", r=1), rtol=0, atol=1e-5)
+
+
+PROGRAM = """
+import torch, timm
+from torch._dynamo.utils import counters
+torch.manual_seed(0)
+model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3).eval()
+with torch.no_grad():
+    torch.compile(model, backend="mctf", options={"r": 1, "min_tokens": 1})(torch.ones(1, 3, 32, 32))
+print(counters["inductor"]["fxgraph_cache_miss"], counters["aot_autograd"]["autograd_cache_hit"])
+"""
+
+
+def test_a_second_process_finds_everything_in_the_caches(tmp_path: Path):
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    misses = []
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        misses.append([int(word) for word in done.stdout.split()])
+    (first, _), (second, hits) = misses
+    assert first > 0 and second == 0 and hits == first
