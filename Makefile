@@ -4,13 +4,16 @@ PIP_FLAGS ?=
 ARGS ?=
 ready := .venv/.installed
 
-.PHONY: demo compare test clean
+.PHONY: demo compare bench test clean
 
 demo: $(ready)
 	.venv/bin/python examples/demo.py $(ARGS)
 
 compare: $(ready)
 	.venv/bin/python examples/compare.py $(ARGS)
+
+bench: $(ready)
+	.venv/bin/python -m benchmarks $(ARGS)
 
 test: $(ready)
 	.venv/bin/python -m pytest $(ARGS)

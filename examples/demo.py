@@ -17,7 +17,7 @@ from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mctf_compile.bench import bench
+from mctf_compile.bench import EAGER, MCTF, USUAL, bench
 from mctf_compile.cli import stages
 
 MODEL, R = "deit_small_patch16_224", 16
@@ -69,7 +69,8 @@ def run_photo(console: Console, pretrained: bool, rounds: int, output: Path) -> 
         progress("try the C++ compiler", 0, 1)
         compiled = inductor_works()
         options["inner"] = "inductor" if compiled else "eager"
-        result = bench(model, [images], options, rounds, progress, with_inductor=compiled, report=report)
+        candidates = USUAL if compiled else (EAGER, MCTF)
+        result = bench(model, [images], options, rounds, progress, candidates=candidates, report=report)
     console.print(result.table())
 
 

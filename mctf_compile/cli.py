@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument("--method", metavar="NAME", help="reduction method (default: mctf)")
     common.add_argument("--r", type=parse_value, metavar="R", help=(
         'tokens removed per block: a count, a ratio below 1, a list as "0,8,8", "(count, inflection)" '
-        'or a preset as "fast" (default: 16)')
+        'a preset as "fast", or "auto" with -o target=speedup=1.5 (default: 16)')
     )
     common.add_argument("-o", "--option", type=parse_pair, action="append", default=[], dest="options",
                         metavar="KEY=VALUE", help="another option of the backend; may be repeated")
@@ -79,14 +79,17 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("--batch", type=positive, default=1, metavar="N", help="batch size (default: 1)")
     show.set_defaults(run=run_explain)
 
-    measure = commands.add_parser("bench", parents=[common], help="time dense eager, dense Inductor and mctf")
+    measure = commands.add_parser("bench", parents=[common], help="time mctf against the dense model")
     measure.add_argument("--batch", type=positive, default=8, metavar="N", help="batch size (default: 8)")
     measure.add_argument("--threads", type=positive, default=1, metavar="N", help="CPU threads (default: 1)")
     measure.add_argument("--rounds", type=positive, default=10, metavar="N", help="timed rounds (default: 10)")
     measure.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
                          help="bfloat16: under autocast (default: float32)")
     measure.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
-    measure.add_argument("--no-inductor", action="store_true", help="leave dense Inductor out")
+    measure.add_argument("--candidates", type=parse_names, default=["eager", "inductor", "mctf"], metavar="A,B", help=(
+        "what to time: eager, inductor, max-autotune, freezing, max-autotune-freezing, all dense, and mctf "
+        "(default: eager,inductor,mctf)")
+    )
     measure.add_argument("--json", type=writable, metavar="FILE", help="write the result here too")
     measure.set_defaults(run=run_bench)
 
@@ -189,18 +192,21 @@ def run_bench(args: argparse.Namespace) -> None:
         import torch
 
         from mctf_compile.bench import bench
+        from mctf_compile.machine import machine
 
         if args.device == "cuda" and not torch.cuda.is_available():
             raise CommandError("--device cuda: no CUDA device is available")
         torch.set_num_threads(args.threads)
+        measured_on = machine(args.device)
         result = bench(
             model.to(args.device), [images.to(args.device)], options, args.rounds, progress,
-            autocast=torch.bfloat16 if args.dtype == "bfloat16" else None, with_inductor=not args.no_inductor,
+            autocast=torch.bfloat16 if args.dtype == "bfloat16" else None, candidates=args.candidates,
         )
     Console().print(result.table())
     if args.json is not None:
         setting = {key: getattr(args, key) for key in ("model", "batch", "threads", "rounds", "dtype", "device")}
-        args.json.write_text(json.dumps({**setting, "options": options, **result.to_dict()}, indent=2) + "\n")
+        found = {**setting, "options": options, **result.to_dict(), "machine": measured_on}
+        args.json.write_text(json.dumps(found, indent=2) + "\n")
 
 
 def run_compare(args: argparse.Namespace) -> None:

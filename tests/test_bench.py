@@ -9,7 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from mctf_compile import ConfigError, Report
-from mctf_compile.bench import BenchResult, Timing, WrongOutputError, bench, first_calls, interleave
+from mctf_compile import bench as measuring
+from mctf_compile.bench import (
+    TOLERANCES,
+    BenchResult,
+    Timing,
+    WrongOutputError,
+    bench,
+    check_fused,
+    first_calls,
+    interleave,
+    relative_errors,
+    tolerance_of,
+)
+from mctf_compile.testing import TinyViT, VitSpec
 
 
 def test_interleave_runs_the_candidates_in_turn() -> None:
@@ -51,6 +64,21 @@ def test_ratios_are_those_of_the_medians() -> None:
     assert values["realized_over_inductor"] == pytest.approx(0.8)
 
 
+def test_the_fastest_of_all_dense_ones_is_compared_with() -> None:
+    result = result_of(**{"eager": 30.0, "inductor": 24.0, "max-autotune-freezing": 22.0, "mctf": 20.0})
+    values = result.to_dict()
+    assert values["best_dense"] == "max-autotune-freezing"
+    assert values["speedup_over_best_dense"] == pytest.approx(1.1)
+    assert values["realized_over_best_dense"] == pytest.approx(1.1 / 1.5)
+
+
+def test_the_spread_of_the_speedup_is_taken_round_by_round() -> None:
+    # The machine is ten times slower in the second round; the ratios are 2, 1.5 and 1.
+    timings = {"eager": Timing("eager", [20.0, 150.0, 10.0]), "mctf": Timing("mctf", [10.0, 100.0, 10.0])}
+    result = BenchResult(timings, dict.fromkeys(timings, 1.0), Report([], lambda: (300, 200)))
+    assert result.speedup_quartiles("eager") == pytest.approx((1.25, 1.75))
+
+
 def test_the_better_dense_can_be_eager() -> None:
     values = result_of(eager=20.0, inductor=24.0, mctf=20.0).to_dict()
     assert values["best_dense"] == "eager" and values["speedup_over_best_dense"] == pytest.approx(1.0)
@@ -81,6 +109,77 @@ def test_a_wrong_output_is_refused(wrong: Callable[[Tensor], object], message: s
         first_calls({"eager": lambda: x, "mctf": lambda: wrong(x)})
 
 
+def test_a_dense_candidate_must_agree_with_eager() -> None:
+    x = torch.ones(2, 4)
+    seconds, errors = first_calls({"eager": lambda: x, "freezing": lambda: x * (1 + 5e-5)})
+    assert list(seconds) == ["eager", "freezing"] and errors["freezing"] == pytest.approx(5e-5, rel=1e-2)
+    with pytest.raises(WrongOutputError, match="the output of freezing is 2.0e-04 away from dense eager's"):
+        first_calls({"eager": lambda: x, "freezing": lambda: x * (1 + 2e-4)})
+
+
+def test_errors_are_those_of_each_image() -> None:
+    expected = [torch.tensor([[3.0, 4.0], [0.0, 0.0], [1.0, 0.0]]), torch.tensor([2.0, 1.0, 1.0])]
+    output = [torch.tensor([[3.0, 3.0], [0.0, 0.0], [1.0, 0.0]]), torch.tensor([2.0, 1.0, 1.5])]
+    assert relative_errors(output, expected) == pytest.approx([0.2, 0.0, 0.5])
+    # Tensors with no dimension in common are one image; whole numbers are not compared.
+    assert relative_errors([output[1], output[0]], [expected[1], expected[0][:2]][:1]) == pytest.approx([0, 0, 0.5])
+    assert relative_errors([torch.tensor(2.0)], [torch.tensor(1.0)]) == [1.0]
+    assert relative_errors([torch.tensor([1])], [torch.tensor([2])]) == [0.0]
+
+
+def test_the_coarsest_dtype_tells_the_tolerance() -> None:
+    model, x = nn.Linear(2, 2), torch.ones(1, 2)
+    assert tolerance_of(model, [x]) == TOLERANCES[torch.float32]
+    assert tolerance_of(model, [x], torch.bfloat16) == TOLERANCES[torch.bfloat16]
+    assert tolerance_of(model.double(), [x.double()]) == TOLERANCES[torch.float64]
+    assert tolerance_of(model.bfloat16(), [x.bfloat16()]) == TOLERANCES[torch.bfloat16]
+
+
+class Fused:
+    """What stands for a rewrite: images whose sum is above ``tipped`` come out as if another token had been fused."""
+
+    def __init__(self, tipped: float = float("inf"), by: float = 0.0, wrong: float = 0.0) -> None:
+        self.tipped, self.by, self.wrong = tipped, by, wrong
+
+    def __call__(self, x: Tensor) -> Tensor:
+        tipped = (x.sum(1, keepdim=True) > self.tipped) * self.by
+        return torch.ones_like(x) * (1.1 + tipped + self.wrong)
+
+
+def dense(x: Tensor) -> Tensor:
+    return torch.ones_like(x)
+
+
+IMAGES = torch.tensor([[0.0, 1.0], [0.0, 3.0], [0.0, 5.0]])
+
+
+def test_images_whose_choices_tip_are_allowed_for() -> None:
+    # Fusion moves an output by 9 % of its norm; two ways to fuse may lie 18 % apart.
+    found = check_fused(Fused(tipped=4, by=0.1), Fused(), dense, [IMAGES], 1e-4)
+    assert found == 0.0
+    with pytest.raises(WrongOutputError, match=r"is 2.7e-01 away .* fusion itself moves it by 9.1e-02"):
+        check_fused(Fused(tipped=4, by=0.3), Fused(), dense, [IMAGES], 1e-4)
+
+
+def test_one_image_at_least_must_agree() -> None:
+    wrong = Fused(wrong=0.01)
+    with pytest.raises(WrongOutputError, match="of 12 images none comes out of mctf as its own rewrite"):
+        check_fused(wrong, Fused(), dense, [IMAGES], 1e-4)
+    # In half precision a choice tips in every image.
+    assert check_fused(wrong, Fused(), dense, [IMAGES], TOLERANCES[torch.bfloat16]) == pytest.approx(0.01 / 1.1)
+
+
+def test_other_batches_are_looked_at_for_an_image_that_agrees() -> None:
+    tips_as_given = lambda x: torch.ones_like(x) * (1.2 if x[0, 0] == 0 else 1.1)
+    assert check_fused(tips_as_given, Fused(), dense, [IMAGES[:1]], 1e-4) == pytest.approx(0.1 / 1.1 / 2)
+
+
+def test_a_rewrite_that_fuses_at_random_agrees_with_nothing() -> None:
+    torch.manual_seed(0)
+    at_random = lambda x: torch.ones_like(x) * (1.1 + 0.01 * torch.rand(len(x), 1))
+    assert 0 < check_fused(at_random, at_random, dense, [IMAGES], 1e-4) < 0.01
+
+
 class Broken(nn.Module):
     """A model without a finite output."""
 
@@ -88,10 +187,65 @@ class Broken(nn.Module):
         return x / 0
 
 
-def test_no_speed_is_reported_where_the_outputs_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mctf_compile.bench.interleave", lambda *_: pytest.fail("timed in spite of a wrong output"))
-    with pytest.raises(WrongOutputError, match="no time is reported"):
-        bench(Broken(), [torch.ones(2, 4)], {"inner": "eager"}, with_inductor=False, report=Report([], 1, 1))
+@pytest.fixture
+def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "interleave", lambda *_: pytest.fail("timed in spite of a wrong output"))
+
+
+@pytest.mark.usefixtures("untimed")
+def test_no_speed_is_reported_where_the_outputs_are_wrong() -> None:
+    with pytest.raises(WrongOutputError, match="No time is reported"):
+        bench(Broken(), [torch.ones(2, 4)], {"inner": "eager"}, candidates=["eager", "mctf"], report=Report([], 1, 1))
+
+
+def tiny() -> tuple[nn.Module, list[Tensor]]:
+    torch.manual_seed(0)
+    return TinyViT(VitSpec()).eval(), [torch.randn(2, 3, 32, 32)]
+
+
+@pytest.mark.usefixtures("untimed")
+def test_a_compiler_that_breaks_the_fused_graph_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = measuring.candidate
+
+    def broken(name: str, model: nn.Module, options: dict) -> Callable[..., Tensor]:
+        run = made(name, model, options)
+        return (lambda x: run(x) + 1e-3) if name == "mctf" and options["inner"] == "aot_eager" else run
+
+    monkeypatch.setattr(measuring, "candidate", broken)
+    model, inputs = tiny()
+    with pytest.raises(WrongOutputError, match="none comes out of mctf as its own rewrite run by inner='eager' says"):
+        bench(model, inputs, {"r": 4, "min_tokens": 4, "inner": "aot_eager"}, candidates=["eager", "mctf"])
+
+
+def test_a_right_one_is_timed() -> None:
+    model, inputs = tiny()
+    result = bench(model, inputs, {"r": 4, "min_tokens": 4, "inner": "aot_eager"}, 2, candidates=["mctf", "eager"])
+    assert list(result.timings) == ["eager", "mctf"] and result.errors["mctf"] < 1e-4 and result.report.fused
+
+
+def test_frozen_weights_are_constants_of_the_graph() -> None:
+    """Inductor freezes only what Dynamo made an attribute of the graph."""
+    seen = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: list) -> Callable[..., object]:
+        seen.append(len(inputs))
+        return gm.forward
+
+    for name in ("inductor", "freezing"):
+        torch._dynamo.reset()
+        with torch.no_grad(), measuring.compiling(name):
+            torch.compile(nn.Linear(2, 2), backend=backend)(torch.ones(1, 2))
+    assert seen == [3, 1]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [(["eager", "inductr", "mctf"], "no candidate 'inductr'; did you mean 'inductor'"), (["eager"], "compares nothing"),
+     (["mctf"], "compares nothing")],
+)
+def test_candidates_that_are_no_comparison_are_refused(names: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        bench(Broken(), [torch.ones(2, 4)], candidates=names)
 
 
 def test_a_bad_option_is_refused_before_anything_runs() -> None:

@@ -95,14 +95,15 @@ def test_explain_takes_any_method(method: str, shown: str, capsys: pytest.Captur
 
 def test_bench_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "result.json"
-    arguments = ["--r", "8", "--batch", "2", "--rounds", "2", "--no-inductor", "-o", "inner=eager", "--json", str(path)]
+    arguments = ["--r", "8", "--batch", "2", "--rounds", "2", "--candidates", "eager,mctf",
+                 "-o", "inner=eager", "--json", str(path)]
     assert cli.main(["bench", MODEL, *arguments]) == 0
     assert "dense eager *" in capsys.readouterr().out
     result = json.loads(path.read_text())
     assert result["model"] == MODEL and result["options"] == {"r": 8, "inner": "eager"}
     assert list(result["candidates"]) == ["eager", "mctf"]
     for candidate in result["candidates"].values():
-        assert set(candidate) == {"median_ms", "spread_ms", "milliseconds", "first_call_s"}
+        assert set(candidate) == {"median_ms", "spread_ms", "milliseconds", "first_call_s", "error"}
         assert len(candidate["milliseconds"]) == 2
     assert result["macs_after"] < result["macs_before"]
     assert result["best_dense"] == "eager" and result["speedup_over_inductor"] is None

@@ -1,0 +1,1 @@
+"""What mctf gains, over tables of workloads: ``python -m benchmarks``."""

@@ -1,0 +1,64 @@
+"""The workloads that are measured, as tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mctf_compile.workload import Workload
+
+# On a CPU, max-autotune without freezing has nothing to tune.
+ON_CPU = ("eager", "inductor", "freezing", "max-autotune-freezing", "mctf")
+ON_CUDA = ("eager", "inductor", "max-autotune", "mctf")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison.
+
+    ``name``: that of its file of results. ``candidates``: those that run in turn in one process. ``isolated``: those
+    whose first call and memory are measured in processes of their own.
+    """
+
+    name: str
+    work: Workload
+    candidates: tuple[str, ...] = ON_CPU
+    isolated: tuple[str, ...] = ("eager", "inductor", "mctf")
+
+
+CPU = [
+    Row("deit_s", Workload("deit_small_patch16_224")),
+    Row("deit_t", Workload("deit_tiny_patch16_224")),
+    Row("vit_b", Workload("vit_base_patch16_224")),
+    Row("deit_s-batch1", Workload("deit_small_patch16_224", batch=1)),
+    # 47 of 577 tokens are what 16 are of 197.
+    Row("vit_s-384", Workload("vit_small_patch16_384", r=47, batch=4, image_size=384)),
+    Row("deit_s-fast", Workload("deit_small_patch16_224", r="fast")),
+    Row("deit_s-2threads", Workload("deit_small_patch16_224", threads=2)),
+    Row("deit_s-autocast", Workload("deit_small_patch16_224", dtype="autocast")),
+    Row("vit_m-gap", Workload("vit_medium_patch16_gap_240")),
+]
+
+# As many tokens of 24 blocks as 16 are of 12.
+LARGE = {"vit_large_patch16_224": 8, "vit_large_patch16_384": 23}
+
+
+def _on_cuda(name: str, model: str, r: int | str, batch: int) -> Row:
+    options = {"inductor": {"mode": "max-autotune"}}
+    return Row(f"cuda-{name}", Workload(model, r, batch, dtype="bfloat16", device="cuda", options=options), ON_CUDA,
+               ("eager", "max-autotune", "mctf"))
+
+
+CUDA = [
+    *(_on_cuda(f"deit_s-batch{n}", "deit_small_patch16_224", 16, n) for n in (1, 32, 256)),
+    _on_cuda("deit_s-fast", "deit_small_patch16_224", "fast", 256),
+    *(_on_cuda(f"deit_b-batch{n}", "deit_base_patch16_224", 16, n) for n in (1, 32, 256)),
+    *(_on_cuda(f"vit_l-{model[-3:]}-batch{n}", model, r, n) for model, r in LARGE.items() for n in (1, 32, 256)),
+]
+
+# Seconds, and nothing compiled: whether all of this works, not how fast anything is.
+QUICK = [
+    Row("quick", Workload("test_vit", r=8, batch=2, options={"inner": "eager"}), ("eager", "mctf"), ("mctf",)),
+    Row("quick-batch1", Workload("test_vit", r=4, batch=1, options={"inner": "eager"}), ("eager", "mctf"), ()),
+]
+
+SUITES = {"cpu": CPU, "cuda": CUDA, "quick": QUICK}
