@@ -125,16 +125,16 @@ class Rewriter:
         feed = iter(inputs)
         ends = {n for b in self.plan.blocks for n in (b.block.entry, b.block.exit)}
         for node in self.gm.graph.nodes:
-            if node.op == "placeholder":
-                self.env[node] = self._dense(node, next(feed))
-            elif node.op == "output":
+            if node.op == "output":
                 return fx.node.map_arg(node.args[0], lambda n: self._plain(self.env[n]))
-            else:
-                with set_current_meta(node):
+            with set_current_meta(node):
+                if node.op == "placeholder":
+                    self.env[node] = self._dense(node, next(feed))
+                else:
                     self.env[node] = self.insertion.emit(node)
-                    self.insertion.begin(node)
-                if node in ends:
-                    self.close(get_proxy_mode().tracer.graph)
+                self.insertion.begin(node)
+            if node in ends:
+                self.close(get_proxy_mode().tracer.graph)
         raise AssertionError("a graph without an output")
 
     def close(self, graph: fx.Graph) -> None:

@@ -443,7 +443,7 @@ def attention_forward(
 
 def backward_launch(width: int, itemsize: int, arch: str) -> tuple[Launch, Launch]:
     """As ``forward_launch``, for dq and dk, whose ``rows`` are the program's own, and for dbias."""
-    rare = Launch(32, 32, 4, 1)
+    rare = Launch(32, 32, 8 if itemsize == 2 and 64 < width <= 128 else 4, 1)
     if itemsize == 4:
         return Launch(32 if width <= 64 and arch.startswith("sm") else 16, 16, 8, 1), rare
     if arch.startswith("gfx"):
