@@ -14,7 +14,7 @@ from torch.library import wrap_triton
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 # Matched tokens that are looked through at a time.
-LOOK = 32
+LOOK = 16
 
 
 def supported(x: Tensor, weight: Tensor | None) -> bool:
