@@ -12,6 +12,7 @@ from torch.library import triton_op
 
 from mctf_compile.kernels.ahead import triton as _ahead
 from mctf_compile.kernels.attention import triton as _attention
+from mctf_compile.kernels.attention import triton_backward as _gradients
 from mctf_compile.kernels.matching import triton as _matching
 from mctf_compile.kernels.pooling import triton as _pooling
 from mctf_compile.kernels.unmerge import triton as _unmerge
@@ -30,7 +31,7 @@ def attention_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None, bias: Tensor | None, scale: float, o: Tensor,
     lse: Tensor, bias_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *grads, dbias = _attention.attention_backward(do, q, k, v, log_size, bias, scale, o, lse, bias_gradient)
+    *grads, dbias = _gradients.attention_backward(do, q, k, v, log_size, bias, scale, o, lse, bias_gradient)
     return *grads, q.new_empty(0) if dbias is None else dbias
 
 

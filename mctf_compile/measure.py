@@ -52,13 +52,19 @@ def settle_by_running(gm: fx.GraphModule, inputs: Sequence[Any], config: FusionC
             meet_latency(state, target, clock, macs)
             if state.findings.r is None:
                 return state.findings
-        costs = {"off": lambda: None, "model": lambda: nominal(state.plan.fusing),
-                 "measure": lambda: measured(state, clock, macs)}[config.lowering.profit]()
-        settle(state, macs, costs)
+        settle(state, macs, _costs(state, clock, macs))
         findings = state.findings
         # Where blocks dropped out, what a target takes is found anew without them.
         if config.method.solved_for is None or findings.r is not None:
             return findings
+
+
+def _costs(state: State, clock: Clock, macs: Measure) -> Costs | None:
+    """What the option ``profit`` weighs; None where it is off."""
+    profit = state.config.lowering.profit
+    if profit == "measure":
+        return measured(state, clock, macs)
+    return nominal(state.plan.fusing) if profit == "model" else None
 
 
 def meet_latency(state: State, target: Target, clock: Clock, macs: Measure) -> None:

@@ -138,7 +138,7 @@ def with_r(method: Merging, r: list[int]) -> Merging:
 
 
 def unprofitable(state: State, method: Merging, macs: Measure, costs: Costs) -> dict[int, str]:
-    """The blocks whose fusion takes longer than it saves, here and in later blocks, with the reasons; the worst first."""
+    """The blocks whose fusion takes longer than it saves in all, here and in later blocks, with the reasons."""
     removed = [b.removed for b in state.planned(method)]
     declined: dict[int, str] = {}
     while any(removed):
@@ -165,6 +165,6 @@ def _images(state: State) -> int:
         return hint_of(block.entry.meta["val"].shape[alone[0]])
     sizes = [axis.size for axis in block.tokens.batch]
     if not all(isinstance(size, int) for size in sizes):
-        raise ConfigError("the number of images is symbolic and shares a dimension with others, so gmacs per image cannot "
-                          "be told; give target='speedup=...' instead.")
+        raise ConfigError("the number of images is symbolic and shares a dimension with others, so gmacs per image "
+                          "cannot be told; give target='speedup=...' instead.")
     return math.prod(sizes)

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from mctf_compile.kernels.ahead import triton as ahead
 from mctf_compile.kernels.attention import triton as attention
+from mctf_compile.kernels.attention import triton_backward as gradients
 from mctf_compile.kernels.matching import triton as matching
 from mctf_compile.kernels.pooling import triton as pooling
 from mctf_compile.kernels.unmerge import triton as unmerge
 from mctf_compile.kernels.device import Launch
 
-MODULES = (attention, ahead, matching, pooling)
+MODULES = (attention, gradients, ahead, matching, pooling)
 B, H, R = 2, 3, 16
 
 
@@ -33,7 +34,7 @@ def attend(width: int, dtype: torch.dtype, n: int) -> None:
     q, k, v = empty(B, n, 3, H, width, dtype=dtype).permute(2, 0, 3, 1, 4)
     for terms in ((empty(B, n), empty(1, H, n, n, dtype=dtype)), (None, None)):
         o, lse = attention.attention_forward(q, k, v, *terms, 0.125)
-        attention.attention_backward(o, q, k, v, *terms, 0.125, o, lse, terms[1] is not None)
+        gradients.attention_backward(o, q, k, v, *terms, 0.125, o, lse, terms[1] is not None)
         attention.importance(q, k, *terms, 0.125)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from mctf_compile.kernels.attention import triton as attention
+from mctf_compile.kernels.attention import triton_backward as gradients
 from mctf_compile.kernels.attention.triton import (
     LOG2_E,
     add_terms,
@@ -150,7 +151,7 @@ def ahead_backward(
     bias_gradient: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv, and, where asked for, dbias: through the weights A, and through v; the map is constant."""
-    dq, dk, dv, dbias = attention.backward(
+    dq, dk, dv, dbias = gradients.backward(
         do, q, k, v, log_size, bias, scale, rows, lse, bias_gradient, index, weight
     )
     return dq, dk, add_groups(dv, keep, gone, into), dbias

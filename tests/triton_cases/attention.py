@@ -1,4 +1,4 @@
-"""``kernels/attention/triton.py`` against float64."""
+"""``kernels/attention/triton.py`` and ``triton_backward.py`` against float64."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from budgets import randn, within_budget
 from torch import Tensor
 
 from mctf_compile.kernels.attention import reference
-from mctf_compile.kernels.attention.triton import attention_backward, attention_forward, importance, supported
+from mctf_compile.kernels.attention.triton import attention_forward, importance, supported
+from mctf_compile.kernels.attention.triton_backward import attention_backward
 
 
 @dataclass(frozen=True)
