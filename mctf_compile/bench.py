@@ -19,7 +19,7 @@ from mctf_compile.compiler import explain
 from mctf_compile.config import FusionConfig
 from mctf_compile.errors import ConfigError, MctfError
 from mctf_compile.lowering import inductor_patches
-from mctf_compile.options import hint
+from mctf_compile.options import nearest
 from mctf_compile.report import Report
 
 Call = Callable[[], object]
@@ -227,8 +227,8 @@ def check_candidates(names: Sequence[str]) -> list[str]:
     """The names in the order of ``CANDIDATES``; raises ``ConfigError`` where they are no comparison."""
     for name in names:
         if name not in CANDIDATES:
-            raise ConfigError(f"there is no candidate {name!r}{hint(name, CANDIDATES)}; "
-                              f"there are: {', '.join(CANDIDATES)}.")
+            raise ConfigError(f"there is no candidate {name!r}; {nearest(name, list(CANDIDATES))}"
+                              f"The candidates are: {', '.join(CANDIDATES)}.")
     chosen = [name for name in CANDIDATES if name in names]
     if MCTF not in chosen or len(chosen) < 2:
         raise ConfigError(f"candidates={','.join(names)} compares nothing; name {MCTF} and a dense one.")
