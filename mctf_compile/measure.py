@@ -16,7 +16,7 @@ from mctf_compile.config import FusionConfig
 from mctf_compile.errors import ConfigError
 from mctf_compile.lowering import lower, lower_counted
 from mctf_compile.passes import PIPELINE, Findings, State, run_passes
-from mctf_compile.passes.budget import Costs, Measure, everything, nominal, settle, solve, with_r
+from mctf_compile.passes.budget import Costs, Measure, estimated, everything, settle, solve, with_r
 from mctf_compile.passes.macs import macs_by_counts
 from mctf_compile.passes.normalize import fake_inputs
 from mctf_compile.passes.rewrite import rewrite_graph
@@ -52,19 +52,12 @@ def settle_by_running(gm: fx.GraphModule, inputs: Sequence[Any], config: FusionC
             meet_latency(state, target, clock, macs)
             if state.findings.r is None:
                 return state.findings
-        settle(state, macs, _costs(state, clock, macs))
+        by_running = config.lowering.profit == "measure"
+        settle(state, macs, measured(state, clock, macs) if by_running else estimated(state))
         findings = state.findings
         # Where blocks dropped out, what a target takes is found anew without them.
         if config.method.solved_for is None or findings.r is not None:
             return findings
-
-
-def _costs(state: State, clock: Clock, macs: Measure) -> Costs | None:
-    """What the option ``profit`` weighs; None where it is off."""
-    profit = state.config.lowering.profit
-    if profit == "measure":
-        return measured(state, clock, macs)
-    return nominal(state.plan.fusing) if profit == "model" else None
 
 
 def meet_latency(state: State, target: Target, clock: Clock, macs: Measure) -> None:

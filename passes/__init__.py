@@ -102,8 +102,7 @@ def budget(state: State) -> str | None:
         raise ConfigError("r='auto' and profit='model' need the tokens that are removed, and a model in training keeps "
                           "all; set r while it trains.")
     declined = state.findings.declined
-    costs = _budget.nominal(state.plan.fusing) if state.config.lowering.profit == "model" else None
-    _budget.settle(state, macs_by_counts(state.result, state.counts), costs)
+    _budget.settle(state, macs_by_counts(state.result, state.counts), _budget.estimated(state))
     # Where blocks dropped out, what a target takes is found anew without them.
     state.unsettled = state.method.solved_for is not None
     return None if state.adjustable and state.findings.declined == declined else "plan"

@@ -62,6 +62,11 @@ def nominal(blocks: Sequence[PlannedBlock]) -> Costs:
     return Costs(1 / (device.macs * threads), fusion, f"estimated for {entry.device.type}")
 
 
+def estimated(state: State) -> Costs | None:
+    """What ``profit="model"`` weighs; None where the option is another."""
+    return nominal(state.plan.fusing) if state.config.lowering.profit == "model" else None
+
+
 def _bytes(node: fx.Node) -> float:
     value = node.meta["val"]
     size = value.element_size()
