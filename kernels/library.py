@@ -54,6 +54,20 @@ def opaque(schema: str, shapes: Callable) -> Callable[[Callable], Callable]:
     return register
 
 
+def declare(schema: str) -> Callable[[Callable], Callable]:
+    """Declare an operator that is implemented elsewhere; the decorated function gives the shapes of its results.
+
+    It takes operands of any strides, which a compiler would else copy to have those that they were traced with.
+    """
+
+    def register(shapes: Callable) -> Callable:
+        name = LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
+        torch.library.register_fake(f"mctf::{name}", shapes, lib=LIBRARY)
+        return shapes
+
+    return register
+
+
 @contextmanager
 def shapes_alone() -> Iterator[None]:
     """Within it composite operators compute no results, only their shapes and dtypes."""

@@ -27,7 +27,8 @@ class Lowering(Options):
     Options:
         inner: what compiles it: ``inductor``, ``aot_eager`` or ``eager``.
         inductor: patches for the Inductor config; the key ``"mode"`` names an Inductor mode.
-        kernels: what runs the fused operators: ``triton``, ``aten``, or ``auto``: Triton on CUDA, else ATen.
+        kernels: what runs the fused operators: ``triton``, ``cpp``, ``aten``, or ``auto``: Triton on CUDA, C++ on a
+            CPU, each where it can run.
         strict: raise where nothing could be fused.
         dynamic_r: let ``mctf_compile.set_r`` change ``r`` between calls without compiling again.
         profit: what becomes of a block where fusing takes longer than it saves: ``model`` and ``measure`` leave it
@@ -36,7 +37,7 @@ class Lowering(Options):
 
     inner: str = option("inductor", one_of("inductor", "aot_eager", "eager"))
     inductor: Mapping[str, Any] = field(default_factory=dict, metadata={"check": _patches})
-    kernels: str = option("auto", one_of("auto", "triton", "aten"))
+    kernels: str = option("auto", one_of("auto", "triton", "cpp", "aten"))
     strict: bool = option(False, flag)
     dynamic_r: bool = option(False, flag)
     profit: str = option("off", one_of("off", "model", "measure"))

@@ -111,7 +111,8 @@ def budget(state: State) -> str | None:
 @graph_pass(requires=("result",), ensures=("portable",))
 def kernels(state: State) -> None:
     state.portable = state.result
-    state.result, state.remarks = _kernels.choose_kernels(state.result, state.config.lowering.kernels)
+    gradients = _kernels.records_gradients(state.normal, state.inputs)
+    state.result, state.remarks = _kernels.choose_kernels(state.result, state.config.lowering.kernels, gradients)
 
 
 @graph_pass(requires=("result",))

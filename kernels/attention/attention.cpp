@@ -1,0 +1,434 @@
+// Attention over tokens that have sizes, a few queries at a time: their rows of the map stay in the first-level cache.
+//
+// A product keeps ROWS queries by up to COLUMNS vectors in registers. Keys are laid out channel by channel and values
+// token by token, in float32 whatever the operands are. Each sum is made by one task, in a fixed order. A bias of -inf
+// masks a key; a row that is masked out as a whole has a log-sum-exp of -inf, and 0 as its output.
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+using torch::stable::Tensor;
+using std::optional;
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr int ROWS = 4, COLUMNS = 3;  // of 16 registers
+#else
+constexpr int ROWS = 6, COLUMNS = 4;  // of 32 registers
+#endif
+constexpr float LOG2_E = 1.44269504f;
+// A task has no fewer tokens of a head: each lays out the keys anew.
+constexpr int64_t FEWEST = 32;
+
+// Elements of a tensor of float32 or bfloat16, of which some dimensions may be broadcast.
+struct Elements {
+  const char* data = nullptr;
+  bool bfloat16 = false;
+
+  Elements() = default;
+  explicit Elements(const Tensor& x)
+      : data((const char*)x.data_ptr()), bfloat16(x.scalar_type() == torch::headeronly::ScalarType::BFloat16) {}
+
+  // to[i] = element first + i * stride
+  void read(int64_t first, int64_t stride, int64_t count, float* to) const {
+    if (bfloat16) {
+      const uint16_t* from = (const uint16_t*)data + first;
+      if (stride == 1) widen(from, count, to);
+      else
+        for (int64_t i = 0; i < count; i++) widen(from + i * stride, 1, to + i);
+    } else {
+      const float* from = (const float*)data + first;
+      if (stride == 1) memcpy(to, from, count * sizeof(float));
+      else
+        for (int64_t i = 0; i < count; i++) to[i] = from[i * stride];
+    }
+  }
+};
+
+// [B, H, N, D], or what is broadcast to it.
+struct Operand : Elements {
+  int64_t strides[4] = {};
+
+  Operand() = default;
+  explicit Operand(const Tensor& x) : Elements(x) {
+    const int64_t missing = 4 - x.dim();
+    for (int64_t d = missing; d < 4; d++) strides[d] = x.size(d - missing) == 1 ? 0 : x.stride(d - missing);
+  }
+
+  void read_row(int64_t b, int64_t h, int64_t token, int64_t count, float* to) const {
+    read(b * strides[0] + h * strides[1] + token * strides[2], strides[3], count, to);
+  }
+};
+
+// [B, N]
+template <class T>
+struct PerToken {
+  const T* data = nullptr;
+  int64_t batch = 0, token = 0;
+
+  PerToken() = default;
+  explicit PerToken(const Tensor& x) : data((const T*)x.data_ptr()), batch(x.stride(0)), token(x.stride(1)) {}
+  explicit operator bool() const { return data; }
+  T operator()(int64_t b, int64_t n) const { return data[b * batch + n * token]; }
+};
+
+// What is attended to, and by what.
+struct Problem {
+  int64_t batch, heads, queries, keys, width;
+  float scale;
+  Operand q, k, bias;
+  PerToken<float> log_size;
+  // For attention's output: values of fused tokens, and the map from tokens to them.
+  int64_t value_width = 0;
+  Operand v;
+  PerToken<int64_t> index;
+
+  Problem(const Tensor& q, const Tensor& k, const optional<Tensor>& log_size, const optional<Tensor>& bias, double scale)
+      : batch(q.size(0)), heads(q.size(1)), queries(q.size(2)), keys(k.size(2)), width(q.size(3)), scale(scale), q(q),
+        k(k) {
+    if (log_size) this->log_size = PerToken<float>(*log_size);
+    if (bias) this->bias = Operand(*bias);
+  }
+
+  int64_t parts_of(int64_t tokens) const {
+    const int64_t planes = std::max<int64_t>(batch * heads, 1), tasks = 2 * torch::stable::get_num_threads();
+    return std::max<int64_t>(1, std::min((tasks + planes - 1) / planes, tokens / FEWEST));
+  }
+};
+
+// sums = left x right[:, V vectors]; left: ROWS rows of `depth`; right: rows that are `stride` apart.
+template <int V>
+static inline void multiply(
+    const float* const (&left)[ROWS], const float* right, int64_t stride, int64_t depth, vec (&sums)[ROWS][V]) {
+  for (int r = 0; r < ROWS; r++)
+    for (int v = 0; v < V; v++) sums[r][v] = vec{};
+  for (int64_t d = 0; d < depth; d++) {
+    vec columns[V];
+    for (int v = 0; v < V; v++) columns[v] = load(right + d * stride + v * LANES);
+    for (int r = 0; r < ROWS; r++)
+      for (int v = 0; v < V; v++) sums[r][v] += left[r][d] * columns[v];
+  }
+}
+
+// Runs `step` for `wide` columns, as many vectors at a time as there are registers for.
+template <class Step>
+static inline void for_columns(int64_t wide, Step step) {
+  int64_t c = 0;
+  for (; c + COLUMNS * LANES <= wide; c += COLUMNS * LANES) step.template run<COLUMNS>(c);
+  const int64_t left = (wide - c) / LANES;
+  if (left == 3) step.template run<3>(c);
+  if (left == 2) step.template run<2>(c);
+  if (left == 1) step.template run<1>(c);
+}
+
+// One head of one image, on one thread.
+struct Head {
+  const Problem& p;
+  const int64_t b, h, wide, value_wide;  // wide: whole vectors of keys, and of a value's channels
+  // Keys by channel, values by token; a few rows of each: queries, terms, weights, output.
+  float *keys, *values, *queries, *terms, *biased, *weights, *rows, *output;
+
+  Head(const Problem& p, int64_t plane, int64_t outputs)
+      : p(p), b(plane / p.heads), h(plane % p.heads), wide(whole_vectors(p.keys)),
+        value_wide(whole_vectors(p.value_width)) {
+    const int64_t sizes[] = {p.width * wide, p.keys * value_wide, std::max(ROWS, LANES) * p.width, wide, ROWS * wide,
+                             ROWS * wide, ROWS * value_wide, outputs * value_wide};
+    float** parts[] = {&keys, &values, &queries, &terms, &biased, &weights, &rows, &output};
+    int64_t total = 0;
+    for (int64_t size : sizes) total += whole_vectors(size);
+    static thread_local std::vector<float> scratch;
+    if ((int64_t)scratch.size() < total) scratch.resize(total);
+    float* next = scratch.data();
+    for (int i = 0; i < 8; i++) {
+      *parts[i] = next;
+      next += whole_vectors(sizes[i]);
+    }
+  }
+
+  // Keys, and what they add to the logits of every query: -inf beyond the last.
+  void read_keys() const {
+    const int64_t width = p.width, wide = this->wide;
+    for (int64_t j = 0; j < wide; j += LANES) {
+      const int count = std::min<int64_t>(LANES, p.keys - j);
+      for (int i = 0; i < count; i++) p.k.read_row(b, h, j + i, width, queries + i * width);
+      memset(queries + count * width, 0, (LANES - count) * width * sizeof(float));
+      for (int64_t c = 0; c < width; c++)
+        for (int i = 0; i < LANES; i++) keys[c * wide + j + i] = queries[i * width + c];
+    }
+    for (int64_t j = 0; j < wide; j++) terms[j] = j >= p.keys ? -INFINITY : p.log_size ? p.log_size(b, j) : 0.0f;
+  }
+
+  int64_t fused(int64_t token) const { return p.index ? p.index(b, token) : token; }
+
+  // Values, each repeated for the members of its group.
+  void read_values() const {
+    for (int64_t j = 0; j < p.keys; j++) {
+      float* const to = values + j * value_wide;
+      p.v.read_row(b, h, fused(j), p.value_width, to);
+      for (int64_t c = p.value_width; c < value_wide; c++) to[c] = 0;
+    }
+  }
+
+  const float* terms_of(int r, int64_t query) const {
+    if (!p.bias.data) return terms;
+    float* const to = biased + r * wide;
+    p.bias.read_row(b, h, query, p.keys, to);
+    for (int64_t j = 0; j < p.keys; j++) to[j] += terms[j];
+    for (int64_t j = p.keys; j < wide; j++) to[j] = -INFINITY;
+    return to;
+  }
+
+  struct LogitsStep {
+    const Head& head;
+    const float* queries[ROWS];
+    const float* terms[ROWS];
+    vec* peaks;
+
+    template <int V>
+    void run(int64_t j) {
+      const float scale = head.p.scale;
+      vec sums[ROWS][V];
+      multiply(queries, head.keys + j, head.wide, head.p.width, sums);
+      for (int r = 0; r < ROWS; r++) {
+        const float* const from = terms[r] + j;
+        float* const to = head.weights + r * head.wide + j;
+        for (int v = 0; v < V; v++) {
+          const vec logits = sums[r][v] * scale + load(from + v * LANES);
+          peaks[r] = higher(peaks[r], logits);
+          store(to + v * LANES, logits);
+        }
+      }
+    }
+  };
+
+  // The logits of `count` queries, in the place of weights, and the highest of each; rows beyond repeat the last.
+  void logits(const int64_t* chosen, int count, float (&peaks)[ROWS]) const {
+    vec highest[ROWS];
+    LogitsStep step{*this, {}, {}, highest};
+    for (int r = 0; r < ROWS; r++) {
+      const int64_t query = chosen[std::min(r, count - 1)];
+      p.q.read_row(b, h, query, p.width, queries + r * p.width);
+      step.queries[r] = queries + r * p.width;
+      step.terms[r] = terms_of(r, query);
+      highest[r] = all(-INFINITY);
+    }
+    for_columns(wide, step);
+    for (int r = 0; r < ROWS; r++) peaks[r] = highest_of(highest[r]);
+  }
+
+  // Weights exp(logits - level), in the place of the logits of row r, and their sum.
+  float exponentiate(int r, float level) const {
+    if (level == -INFINITY) level = 0;  // masked out as a whole
+    float* const to = weights + r * wide;
+    const int64_t wide = this->wide;
+    vec total{};
+    for (int64_t j = 0; j < wide; j += LANES) {
+      const vec e = exp2_of((load(to + j) - level) * LOG2_E);
+      total += e;
+      store(to + j, e);
+    }
+    return sum_of(total);
+  }
+
+  struct ValuesStep {
+    const Head& head;
+    const float* weights[ROWS];
+
+    template <int V>
+    void run(int64_t c) {
+      vec sums[ROWS][V];
+      multiply(weights, head.values + c, head.value_wide, head.p.keys, sums);
+      for (int r = 0; r < ROWS; r++) {
+        float* const to = head.rows + r * head.value_wide + c;
+        for (int v = 0; v < V; v++) store(to + v * LANES, sums[r][v]);
+      }
+    }
+  };
+
+  // Adds to row outputs[r] of the output shares[r] times the values by weights[r] [Nk], for `count` rows.
+  void add(const float* (&weights)[ROWS], int count, const int64_t* outputs, const float* shares) const {
+    for (int r = count; r < ROWS; r++) weights[r] = weights[0];
+    ValuesStep step{*this, {}};
+    std::copy(weights, weights + ROWS, step.weights);
+    for_columns(value_wide, step);
+    for (int r = 0; r < count; r++) {
+      float* const to = output + outputs[r] * value_wide;
+      const float* const from = rows + r * value_wide;
+      for (int64_t c = 0; c < value_wide; c += LANES) store(to + c, load(to + c) + load(from + c) * shares[r]);
+    }
+  }
+};
+
+// Runs `task(first, last, number, plane)` for the parts of every head's tokens.
+template <class Task>
+static void for_heads(const Problem& p, int64_t tokens, int64_t parts, Task task) {
+  const int64_t length = (tokens + parts - 1) / parts;
+  torch::stable::parallel_for(0, p.batch * p.heads * parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t first = std::min(i % parts * length, tokens);
+      task(first, std::min(first + length, tokens), i, i / parts);
+    }
+  });
+}
+
+// The output [B, H, N, Dv] of attention, laid out [B, N, H, Dv] so that joining the heads copies nothing.
+struct Output {
+  Tensor tensor;
+  char* data;
+  int64_t heads, tokens, width;
+  bool bfloat16;
+
+  Output(const Tensor& v, int64_t tokens)
+      : tensor(torch::stable::new_empty(v, {v.size(0), tokens, v.size(1), v.size(3)})),
+        data((char*)tensor.mutable_data_ptr()), heads(v.size(1)), tokens(tokens), width(v.size(3)),
+        bfloat16(Elements(v).bfloat16) {
+    tensor = torch::stable::transpose(tensor, 1, 2);
+  }
+
+  // Tokens from `first` to `last` of a head, from rows of float32.
+  void write(const Head& head, int64_t first, int64_t last) const {
+    for (int64_t n = first; n < last; n++) {
+      const float* const from = head.output + (n - first) * head.value_wide;
+      const int64_t at = ((head.b * tokens + n) * heads + head.h) * width;
+      if (bfloat16) narrow(from, width, (uint16_t*)data + at);
+      else memcpy((float*)data + at, from, width * sizeof(float));
+    }
+  }
+};
+
+static Tensor attention(
+    Tensor q, Tensor k, Tensor v, optional<Tensor> log_size, optional<Tensor> bias, double scale) {
+  Problem p(q, k, log_size, bias, scale);
+  p.v = Operand(v);
+  p.value_width = v.size(3);
+  const Output out(v, p.queries);
+  for_heads(p, p.queries, p.parts_of(p.queries), [&](int64_t first, int64_t last, int64_t, int64_t plane) {
+    const Head head(p, plane, last - first);
+    head.read_keys();
+    head.read_values();
+    std::fill(head.output, head.output + (last - first) * head.value_wide, 0.0f);
+    for (int64_t i = first; i < last; i += ROWS) {
+      const int count = std::min<int64_t>(ROWS, last - i);
+      int64_t queries[ROWS], outputs[ROWS];
+      float peaks[ROWS], shares[ROWS];
+      const float* weights[ROWS];
+      for (int r = 0; r < count; r++) queries[r] = i + r, outputs[r] = i + r - first;
+      head.logits(queries, count, peaks);
+      for (int r = 0; r < count; r++) {
+        const float total = head.exponentiate(r, peaks[r]);
+        shares[r] = peaks[r] == -INFINITY ? 0 : 1 / total;
+        weights[r] = head.weights + r * head.wide;
+      }
+      head.add(weights, count, outputs, shares);
+    }
+    out.write(head, first, last);
+  });
+  return out.tensor;
+}
+
+static std::tuple<Tensor, Tensor, Tensor> importance(
+    Tensor q, Tensor k, optional<Tensor> log_size, optional<Tensor> bias, double scale, int64_t stored) {
+  const Problem p(q, k, log_size, bias, scale);
+  stored = std::min(stored, p.queries);
+  const auto float32 = torch::headeronly::ScalarType::Float;
+  Tensor importance = torch::stable::new_empty(q, {p.batch, p.keys}, float32);
+  Tensor lse = torch::stable::new_empty(q, {p.batch, p.heads, p.queries}, float32);
+  Tensor map = torch::stable::new_empty(q, {p.batch, p.heads, stored, p.keys}, float32);
+  float *const lse_data = (float*)lse.mutable_data_ptr(), *const map_data = (float*)map.mutable_data_ptr();
+  const int64_t parts = p.parts_of(p.queries), wide = whole_vectors(p.keys);
+  std::vector<float> received(p.batch * p.heads * parts * wide);
+
+  for_heads(p, p.queries, parts, [&](int64_t first, int64_t last, int64_t number, int64_t plane) {
+    const Head head(p, plane, 0);
+    head.read_keys();
+    float* const sums = received.data() + number * wide;
+    for (int64_t i = first; i < last; i += ROWS) {
+      const int count = std::min<int64_t>(ROWS, last - i);
+      int64_t queries[ROWS];
+      float peaks[ROWS], shares[ROWS] = {};
+      for (int r = 0; r < count; r++) queries[r] = i + r;
+      head.logits(queries, count, peaks);
+      for (int r = 0; r < count; r++) {
+        const float total = head.exponentiate(r, peaks[r]);
+        const bool masked = peaks[r] == -INFINITY;
+        shares[r] = masked ? 0 : 1 / total;
+        lse_data[plane * p.queries + i + r] = masked ? -INFINITY : peaks[r] + std::log(total);
+      }
+      const float* const weights = head.weights;
+      for (int64_t j = 0; j < wide; j += LANES) {
+        vec sum = load(sums + j);
+        // Rows without a query have a share of 0 of another's weights.
+        for (int r = 0; r < ROWS; r++) sum += load(weights + r * wide + j) * shares[r];
+        store(sums + j, sum);
+      }
+      for (int r = 0; r < count && i + r < stored; r++) {
+        float* const to = map_data + (plane * stored + i + r) * p.keys;
+        const float* const from = weights + r * wide;
+        int64_t j = 0;
+        for (; j + LANES <= p.keys; j += LANES) store(to + j, load(from + j) * shares[r]);
+        for (; j < p.keys; j++) to[j] = from[j] * shares[r];
+      }
+    }
+  });
+
+  float* const total = (float*)importance.mutable_data_ptr();
+  for (int64_t b = 0; b < p.batch; b++)
+    for (int64_t j = 0; j < p.keys; j++) {
+      float sum = 0;
+      for (int64_t i = 0; i < p.heads * parts; i++) sum += received[(b * p.heads * parts + i) * wide + j];
+      total[b * p.keys + j] = sum / (p.heads * p.queries);
+    }
+  return {importance, lse, map};
+}
+
+static Tensor ahead(
+    Tensor q, Tensor k, Tensor v, optional<Tensor> log_size, optional<Tensor> bias, double scale, Tensor lse, Tensor map,
+    Tensor index, Tensor weight) {
+  Problem p(q, k, log_size, bias, scale);
+  p.v = Operand(v);
+  p.value_width = v.size(3);
+  p.index = PerToken<int64_t>(index);
+  const PerToken<float> weight_of(weight);
+  const float *const lse_data = (const float*)lse.data_ptr(), *const map_data = (const float*)map.data_ptr();
+  const int64_t fused = v.size(2), stored = map.size(2);
+  const Output out(v, fused);
+
+  for_heads(p, fused, p.parts_of(fused), [&](int64_t first, int64_t last, int64_t, int64_t plane) {
+    const Head head(p, plane, last - first);
+    if (stored < p.queries) head.read_keys();
+    head.read_values();
+    std::fill(head.output, head.output + (last - first) * head.value_wide, 0.0f);
+
+    // Queries that are fused into tokens from `first` to `last`, a few at a time: all among the stored rows, or none.
+    int64_t queries[ROWS], outputs[ROWS];
+    int count = 0;
+    for (int64_t i = 0; i <= p.queries; i++) {
+      if (count && (count == ROWS || i == stored || i == p.queries)) {
+        float peaks[ROWS], shares[ROWS];
+        const float* weights[ROWS];
+        const bool computed = queries[0] >= stored;
+        if (computed) head.logits(queries, count, peaks);
+        for (int r = 0; r < count; r++) {
+          const float level = lse_data[plane * p.queries + queries[r]];
+          shares[r] = level == -INFINITY ? 0 : weight_of(head.b, queries[r]);
+          if (computed) head.exponentiate(r, level);
+          weights[r] = computed ? head.weights + r * head.wide : map_data + (plane * stored + queries[r]) * p.keys;
+        }
+        head.add(weights, count, outputs, shares);
+        count = 0;
+      }
+      if (i == p.queries) break;
+      const int64_t m = head.fused(i);
+      if (m >= first && m < last) queries[count] = i, outputs[count++] = m - first;
+    }
+    out.write(head, first, last);
+  });
+  return out.tensor;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mctf, CPU, library) {
+  library.impl("attention_cpp", TORCH_BOX(&attention));
+  library.impl("importance_cpp", TORCH_BOX(&importance));
+  library.impl("ahead_cpp", TORCH_BOX(&ahead));
+}

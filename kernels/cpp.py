@@ -1,0 +1,26 @@
+"""C++ kernels: built once on each machine with the compiler that Inductor uses, and kept in Inductor's cache."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+HERE = Path(__file__).parent
+SOURCES = ("attention/attention.cpp", "matching/assign.cpp")
+# The kernels are written for multiply-adds, which Inductor's flags leave out.
+FLAGS = ("-ffp-contract=fast",)
+
+
+@functools.cache
+def problem() -> str | None:
+    """Why C++ kernels cannot run here, or None: then they have been built, and ``torch.ops.mctf.*_cpp`` run."""
+    from torch._inductor.codecache import CppCodeCache
+
+    import mctf_compile.kernels.on_cpu  # noqa: F401  declares the operators
+
+    try:
+        for source in SOURCES:
+            CppCodeCache.load("\n".join((HERE / name).read_text() for name in ("cpp.h", source)), extra_flags=FLAGS)
+    except Exception as error:
+        return f"the C++ kernels do not build: {str(error).strip().splitlines()[0]}"
+    return None

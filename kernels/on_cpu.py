@@ -1,0 +1,90 @@
+"""The C++ kernels as operators ``torch.ops.mctf.*_cpp``, declared here and implemented where they are built.
+
+They take operands of any strides, and have no gradients.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from mctf_compile.kernels.library import LIBRARY, composite, declare
+from mctf_compile.kernels.matching import op as matching
+
+
+def attention_supported(q: Tensor, k: Tensor, v: Tensor | None, bias: Tensor | None, dropout_p: float = 0.0) -> bool:
+    """Whether attention's kernels take these operands: float32 or bfloat16, without dropout."""
+    known = (torch.float32, torch.bfloat16)
+    same = q.dtype == k.dtype and (v is None or v.dtype == q.dtype)
+    return same and q.dtype in known and (bias is None or bias.dtype in known) and not dropout_p
+
+
+def match_supported(x: Tensor) -> bool:
+    """Whether the scores of tokens of this dtype are float32, as ``assign_cpp`` takes them."""
+    return x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _token_major(v: Tensor, n: int | torch.SymInt) -> Tensor:
+    """Empty [B, H, N, D] laid out [B, N, H, D]."""
+    return v.new_empty(v.shape[0], n, v.shape[1], v.shape[3]).transpose(1, 2)
+
+
+# ``mctf::attention`` without dropout.
+@declare("attention_cpp(Tensor q, Tensor k, Tensor v, Tensor? log_size, Tensor? bias, float scale) -> Tensor")
+def attention(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
+    return _token_major(v, q.shape[2])
+
+
+# The importance of ``mctf::importance``, the log-sum-exp [B, H, Nq], and the map's first rows, normalised: all of
+# them, or ``stored`` where there are more.
+@declare(
+    "importance_cpp(Tensor q, Tensor k, Tensor? log_size, Tensor? bias, float scale, int stored) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+def importance(
+    q: Tensor, k: Tensor, log_size: Tensor | None, bias: Tensor | None, scale: float, stored: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads, queries, _ = q.shape
+    rows = torch.sym_min(queries, stored) if stored else 0
+    shapes = (batch, k.shape[2]), (batch, heads, queries), (batch, heads, rows, k.shape[2])
+    return tuple(q.new_empty(shape, dtype=torch.float32) for shape in shapes)
+
+
+# ``mctf::ahead`` without dropout; lse and map: what ``importance_cpp`` gave for the same operands.
+@declare(
+    "ahead_cpp(Tensor q, Tensor k, Tensor v, Tensor? log_size, Tensor? bias, float scale, Tensor lse, Tensor map, "
+    "Tensor index, Tensor weight) -> Tensor"
+)
+def ahead(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
+    return _token_major(v, v.shape[2])
+
+
+def _no_gradient(ctx: Any, *grads: Tensor) -> NoReturn:
+    raise RuntimeError("The C++ kernels of mctf_compile have no gradient: compile the model where gradients are recorded "
+                       "(without torch.no_grad), or with kernels='aten'.")
+
+
+for _name in ("attention_cpp", "importance_cpp", "ahead_cpp"):
+    torch.library.register_autograd(f"mctf::{_name}", _no_gradient, lib=LIBRARY)
+
+
+# ``mctf::assign`` of float32 scores.
+declare(
+    "assign_cpp(Tensor scores, SymInt n, SymInt r, int lead, int tail, bool bidirectional) -> (Tensor, Tensor, Tensor)"
+)(matching.assign_shapes)
+
+
+@composite(
+    "match_cpp(Tensor x, Tensor? importance, Tensor size, SymInt r, int lead, int tail, float tau_sim, "
+    "float tau_info, float tau_size, bool bidirectional, Tensor? kind=None) -> (Tensor, Tensor, Tensor)",
+    matching.match_shapes,
+)
+def match(
+    x: Tensor, importance: Tensor | None, size: Tensor, r: int, lead: int, tail: int,
+    tau_sim: float, tau_info: float, tau_size: float, bidirectional: bool, kind: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``mctf::match``, from the scores on in C++."""
+    scores = matching.scores(x, importance, size, lead, tail, tau_sim, tau_info, tau_size, kind)
+    return torch.ops.mctf.assign_cpp(scores, x.shape[1], r, lead, tail, bidirectional)

@@ -1,0 +1,97 @@
+"""C++ kernels for the ``mctf`` operators of a graph that runs on a CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from mctf_compile.passes.replacing import (
+    NOT_TAKEN,
+    Replacement,
+    by_the_same_operands,
+    call,
+    item,
+    items,
+    readers_of_map,
+    replace,
+    values,
+)
+from mctf_compile.passes.rules import schema_arguments
+
+mctf = torch.ops.mctf
+
+# Rows of the map that are stored, for each channel of a head: then it is as large as the hidden layer of an MLP of
+# ratio 4, and the peak of memory stays where that has it. Further rows are computed again, from a third to two
+# thirds slower.
+MOST_ROWS = 4
+
+
+def problem(device: torch.device) -> str | None:
+    """Why C++ kernels cannot run there, or None."""
+    from mctf_compile.kernels import cpp
+
+    return f"the model is on {device.type}" if device.type != "cpu" else cpp.problem()
+
+
+def replacements(gradients: bool) -> dict[object, Replacement]:
+    """What puts a C++ kernel in the place of each operator. Of those, a matching alone needs no gradient."""
+    from mctf_compile.kernels.on_cpu import match_supported
+
+    def match(args: dict) -> bool:
+        return match_supported(*values(args["x"]))
+
+    return {
+        mctf.attention.default: _without_gradient if gradients else _attention,
+        mctf.importance.default: _without_gradient if gradients else _importance,
+        mctf.match.default: by_the_same_operands(mctf.match_cpp.default, match),
+    }
+
+
+def _without_gradient(node: fx.Node) -> str:
+    return "the C++ kernel has no gradient"
+
+
+def _attention(node: fx.Node) -> str | None:
+    from mctf_compile.kernels.on_cpu import attention_supported
+
+    args = schema_arguments(node)
+    operands = [args[name] for name in ("q", "k", "v", "log_size", "bias")]
+    if not attention_supported(*values(*operands[:3], args["bias"]), args["dropout_p"]):
+        return NOT_TAKEN
+    replace(node, call(node, mctf.attention_cpp.default, (*operands, args["scale"]), node.meta["val"]))
+    return None
+
+
+def _importance(node: fx.Node) -> str | None:
+    """With the attentions one step ahead that read its map, of which no more is made than memory has room for.
+
+    Before::  importance, weights, norm = mctf.importance(q, k, log_size, bias, scale)
+              o = mctf.ahead(weights, norm, v, index, weight, keep, gone, into, 0.0)
+    After::   importance, lse, map = mctf.importance_cpp(q, k, log_size, bias, scale, stored)
+              o = mctf.ahead_cpp(q, k, v, log_size, bias, scale, lse, map, index, weight)
+    """
+    from mctf_compile.kernels.on_cpu import attention_supported, importance
+
+    args = schema_arguments(node)
+    operands = [args[name] for name in ("q", "k", "log_size", "bias")]
+    q, k, bias = values(*operands[:2], args["bias"])
+    readers = readers_of_map(node)
+    if readers is None or not attention_supported(q, k, None, bias):
+        return NOT_TAKEN
+    for of_reader in map(schema_arguments, readers):
+        v = of_reader["v"].meta["val"]
+        if of_reader["weight"] is None or not attention_supported(q, k, v, bias, of_reader["dropout_p"]):
+            return NOT_TAKEN
+
+    arguments = (*operands, args["scale"], MOST_ROWS * q.shape[3] if readers else 0)
+    several = call(node, mctf.importance_cpp.default, arguments, importance(q, k, *arguments[2:]))
+    received, lse, rows = (item(several, i) for i in range(3))
+    if 0 in items(node):
+        replace(items(node)[0], received)
+    for reader in readers:
+        of_reader = schema_arguments(reader)
+        with reader.graph.inserting_before(reader):
+            arguments = (*operands[:2], of_reader["v"], *operands[2:], args["scale"], lse, rows, of_reader["index"],
+                         of_reader["weight"])
+            replace(reader, call(reader, mctf.ahead_cpp.default, arguments, reader.meta["val"]))
+    return None
