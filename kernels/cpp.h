@@ -1,11 +1,20 @@
-// Vectors of float32 for the C++ kernels, in what GCC and Clang share; and PyTorch's stable ABI.
+// What the C++ kernels share: vectors of float32, in what GCC and Clang have in common; reading tensors of PyTorch's
+// stable ABI; products of small tiles. Each sum is made by one task, in a fixed order.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+using std::optional;
+using torch::stable::Tensor;
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
@@ -80,4 +89,132 @@ static inline void narrow(const float* from, int64_t n, uint16_t* to) {
     memcpy(&bits, from + i, 4);
     to[i] = (from[i] == from[i] ? bits + 0x7fff + (bits >> 16 & 1) : bits | 0x400000) >> 16;
   }
+}
+
+// Elements of a tensor of float32 or bfloat16, of which some dimensions may be broadcast.
+struct Elements {
+  const char* data = nullptr;
+  bool bfloat16 = false;
+
+  Elements() = default;
+  explicit Elements(const Tensor& x)
+      : data((const char*)x.data_ptr()), bfloat16(x.scalar_type() == torch::headeronly::ScalarType::BFloat16) {}
+
+  // to[i] = element first + i * stride
+  void read(int64_t first, int64_t stride, int64_t count, float* to) const {
+    if (bfloat16) {
+      const uint16_t* from = (const uint16_t*)data + first;
+      if (stride == 1) widen(from, count, to);
+      else
+        for (int64_t i = 0; i < count; i++) widen(from + i * stride, 1, to + i);
+    } else {
+      const float* from = (const float*)data + first;
+      if (stride == 1) memcpy(to, from, count * sizeof(float));
+      else
+        for (int64_t i = 0; i < count; i++) to[i] = from[i * stride];
+    }
+  }
+};
+
+// [B, H, N, D], or what is broadcast to it.
+struct Operand : Elements {
+  int64_t strides[4] = {};
+
+  Operand() = default;
+  explicit Operand(const Tensor& x) : Elements(x) {
+    const int64_t missing = 4 - x.dim();
+    for (int64_t d = missing; d < 4; d++) strides[d] = x.size(d - missing) == 1 ? 0 : x.stride(d - missing);
+  }
+
+  void read_row(int64_t b, int64_t h, int64_t token, int64_t count, float* to) const {
+    read(b * strides[0] + h * strides[1] + token * strides[2], strides[3], count, to);
+  }
+};
+
+// [B, N]
+template <class T>
+struct PerToken {
+  const T* data = nullptr;
+  int64_t batch = 0, token = 0;
+
+  PerToken() = default;
+  explicit PerToken(const Tensor& x) : data((const T*)x.data_ptr()), batch(x.stride(0)), token(x.stride(1)) {}
+  explicit operator bool() const { return data; }
+  T operator()(int64_t b, int64_t n) const { return data[b * batch + n * token]; }
+};
+
+// A product keeps ROWS rows by up to COLUMNS vectors in registers.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr int ROWS = 4, COLUMNS = 3;  // of 16 registers
+#else
+constexpr int ROWS = 6, COLUMNS = 4;  // of 32 registers
+#endif
+
+#if defined(__GNUC__) && !defined(__clang__)
+// One step of transposing a square of vectors: swaps its halves of width H off the diagonal, in blocks of 2 H.
+template <int H>
+static inline void swap_halves(vec (&x)[LANES]) {
+  ivec upper, lower;
+  for (int i = 0; i < LANES; i++) {
+    upper[i] = i & H ? LANES + i - H : i;
+    lower[i] = i & H ? LANES + i : i + H;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; i++) {
+    if (i & H) continue;
+    const vec a = x[i], b = x[i + H];
+    x[i] = __builtin_shuffle(a, b, upper);
+    x[i + H] = __builtin_shuffle(a, b, lower);
+  }
+  if constexpr (H > 1) swap_halves<H / 2>(x);
+}
+#endif
+
+// to[c * stride + i] = from[i * width + c], for LANES rows of `width`
+static inline void transpose(const float* from, int64_t width, float* to, int64_t stride) {
+  int64_t c = 0;
+#if defined(__GNUC__) && !defined(__clang__)
+  for (; c + LANES <= width; c += LANES) {
+    vec x[LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) x[i] = load(from + i * width + c);
+    swap_halves<LANES / 2>(x);
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) store(to + (c + i) * stride, x[i]);
+  }
+#endif
+  for (; c < width; c++)
+    for (int i = 0; i < LANES; i++) to[c * stride + i] = from[i * width + c];
+}
+
+// How many tasks to make of one of `units` that has so many tokens, for the threads there are. A task has no fewer than
+// 32: each lays out its operands anew.
+static inline int64_t parts_of(int64_t tokens, int64_t units) {
+  const int64_t tasks = 2 * torch::stable::get_num_threads(), several = std::max<int64_t>(units, 1);
+  return std::max<int64_t>(1, std::min((tasks + several - 1) / several, tokens / 32));
+}
+
+// sums = left x right[:, V vectors]; left: ROWS rows of `depth`; right: rows that are `stride` apart.
+template <int V>
+static inline void multiply(
+    const float* const (&left)[ROWS], const float* right, int64_t stride, int64_t depth, vec (&sums)[ROWS][V]) {
+  for (int r = 0; r < ROWS; r++)
+    for (int v = 0; v < V; v++) sums[r][v] = vec{};
+  for (int64_t d = 0; d < depth; d++) {
+    vec columns[V];
+    for (int v = 0; v < V; v++) columns[v] = load(right + d * stride + v * LANES);
+    for (int r = 0; r < ROWS; r++)
+      for (int v = 0; v < V; v++) sums[r][v] += left[r][d] * columns[v];
+  }
+}
+
+// Runs `step` for `wide` columns, as many vectors at a time as there are registers for.
+template <class Step>
+static inline void for_columns(int64_t wide, Step step) {
+  int64_t c = 0;
+  for (; c + COLUMNS * LANES <= wide; c += COLUMNS * LANES) step.template run<COLUMNS>(c);
+  const int64_t left = (wide - c) / LANES;
+  if (left == 3) step.template run<3>(c);
+  if (left == 2) step.template run<2>(c);
+  if (left == 1) step.template run<1>(c);
 }

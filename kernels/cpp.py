@@ -6,7 +6,7 @@ import functools
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SOURCES = ("attention/attention.cpp", "matching/assign.cpp")
+SOURCES = ("attention/attention.cpp", "matching/match.cpp")
 # The kernels are written for multiply-adds, which Inductor's flags leave out.
 FLAGS = ("-ffp-contract=fast",)
 

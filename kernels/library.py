@@ -2,6 +2,9 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,6 +69,13 @@ def declare(schema: str) -> Callable[[Callable], Callable]:
         return shapes
 
     return register
+
+
+@cache
+def sources_digest() -> str:
+    """A digest of the operators' sources: what was compiled of others is not of use."""
+    files = sorted(path for path in Path(__file__).parent.rglob("*") if path.suffix in (".py", ".cpp", ".h"))
+    return sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
 @contextmanager

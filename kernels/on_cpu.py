@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from mctf_compile.kernels.library import LIBRARY, composite, declare
-from mctf_compile.kernels.matching import op as matching
+from mctf_compile.kernels.library import LIBRARY, declare
+from mctf_compile.kernels.matching.op import shapes as matching_shapes
 
 
 def attention_supported(q: Tensor, k: Tensor, v: Tensor | None, bias: Tensor | None, dropout_p: float = 0.0) -> bool:
@@ -21,9 +21,9 @@ def attention_supported(q: Tensor, k: Tensor, v: Tensor | None, bias: Tensor | N
     return same and q.dtype in known and (bias is None or bias.dtype in known) and not dropout_p
 
 
-def match_supported(x: Tensor) -> bool:
-    """Whether the scores of tokens of this dtype are float32, as ``assign_cpp`` takes them."""
-    return x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+def match_supported(x: Tensor, kind: Tensor | None) -> bool:
+    """Whether the matching's kernel takes these operands: tokens of float32 or bfloat16 that are all of one kind."""
+    return x.dtype in (torch.float32, torch.bfloat16) and kind is None
 
 
 def _token_major(v: Tensor, n: int | torch.SymInt) -> Tensor:
@@ -70,21 +70,8 @@ for _name in ("attention_cpp", "importance_cpp", "ahead_cpp"):
     torch.library.register_autograd(f"mctf::{_name}", _no_gradient, lib=LIBRARY)
 
 
-# ``mctf::assign`` of float32 scores.
+# ``mctf::match`` without kinds; importance and sizes in float32.
 declare(
-    "assign_cpp(Tensor scores, SymInt n, SymInt r, int lead, int tail, bool bidirectional) -> (Tensor, Tensor, Tensor)"
-)(matching.assign_shapes)
-
-
-@composite(
     "match_cpp(Tensor x, Tensor? importance, Tensor size, SymInt r, int lead, int tail, float tau_sim, "
-    "float tau_info, float tau_size, bool bidirectional, Tensor? kind=None) -> (Tensor, Tensor, Tensor)",
-    matching.match_shapes,
-)
-def match(
-    x: Tensor, importance: Tensor | None, size: Tensor, r: int, lead: int, tail: int,
-    tau_sim: float, tau_info: float, tau_size: float, bidirectional: bool, kind: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``mctf::match``, from the scores on in C++."""
-    scores = matching.scores(x, importance, size, lead, tail, tau_sim, tau_info, tau_size, kind)
-    return torch.ops.mctf.assign_cpp(scores, x.shape[1], r, lead, tail, bidirectional)
+    "float tau_info, float tau_size, bool bidirectional) -> (Tensor, Tensor, Tensor)"
+)(matching_shapes)

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from mctf_compile.config import FusionConfig
+from mctf_compile.kernels.library import sources_digest
 from mctf_compile.regional import Compiler, compile_regions
 
 
@@ -50,7 +51,14 @@ def inner_compiler(config: FusionConfig) -> Compiler:
         from torch._inductor.compile_fx import compile_fx
 
         patches = inductor_patches(config)
-        return lambda gm, inputs: compile_fx(gm, inputs, config_patches=patches or None)
+
+        def compile_inner(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+            # PyTorch's caches know an operator by its name; what one opens up into is ours to tell them.
+            tag = f"{torch.compiler.config.cache_key_tag} mctf {sources_digest()}"
+            with torch.compiler.config.patch(cache_key_tag=tag):
+                return compile_fx(gm, inputs, config_patches=patches or None)
+
+        return compile_inner
     from torch._dynamo.backends.registry import lookup_backend
 
     return lookup_backend(config.lowering.inner)

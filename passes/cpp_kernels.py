@@ -8,7 +8,6 @@ from torch import fx
 from mctf_compile.passes.replacing import (
     NOT_TAKEN,
     Replacement,
-    by_the_same_operands,
     call,
     item,
     items,
@@ -35,16 +34,23 @@ def problem(device: torch.device) -> str | None:
 
 def replacements(gradients: bool) -> dict[object, Replacement]:
     """What puts a C++ kernel in the place of each operator. Of those, a matching alone needs no gradient."""
-    from mctf_compile.kernels.on_cpu import match_supported
-
-    def match(args: dict) -> bool:
-        return match_supported(*values(args["x"]))
+    import mctf_compile.kernels.on_cpu  # noqa: F401  declares torch.ops.mctf.*_cpp
 
     return {
         mctf.attention.default: _without_gradient if gradients else _attention,
         mctf.importance.default: _without_gradient if gradients else _importance,
-        mctf.match.default: by_the_same_operands(mctf.match_cpp.default, match),
+        mctf.match.default: _match,
     }
+
+
+def _match(node: fx.Node) -> str | None:
+    from mctf_compile.kernels.on_cpu import match_supported
+
+    args = schema_arguments(node)
+    if not match_supported(*values(args["x"], args["kind"])):
+        return NOT_TAKEN
+    node.target, node.args, node.kwargs = mctf.match_cpp.default, tuple(v for k, v in args.items() if k != "kind"), {}
+    return None
 
 
 def _without_gradient(node: fx.Node) -> str:

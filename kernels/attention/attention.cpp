@@ -1,77 +1,9 @@
 // Attention over tokens that have sizes, a few queries at a time: their rows of the map stay in the first-level cache.
 //
-// A product keeps ROWS queries by up to COLUMNS vectors in registers. Keys are laid out channel by channel and values
-// token by token, in float32 whatever the operands are. Each sum is made by one task, in a fixed order. A bias of -inf
+// Keys are laid out channel by channel and values token by token, in float32 whatever the operands are. A bias of -inf
 // masks a key; a row that is masked out as a whole has a log-sum-exp of -inf, and 0 as its output.
 
-#include <algorithm>
-#include <optional>
-#include <tuple>
-#include <vector>
-
-using torch::stable::Tensor;
-using std::optional;
-
-#if defined(__AVX2__) && !defined(__AVX512F__)
-constexpr int ROWS = 4, COLUMNS = 3;  // of 16 registers
-#else
-constexpr int ROWS = 6, COLUMNS = 4;  // of 32 registers
-#endif
 constexpr float LOG2_E = 1.44269504f;
-// A task has no fewer tokens of a head: each lays out the keys anew.
-constexpr int64_t FEWEST = 32;
-
-// Elements of a tensor of float32 or bfloat16, of which some dimensions may be broadcast.
-struct Elements {
-  const char* data = nullptr;
-  bool bfloat16 = false;
-
-  Elements() = default;
-  explicit Elements(const Tensor& x)
-      : data((const char*)x.data_ptr()), bfloat16(x.scalar_type() == torch::headeronly::ScalarType::BFloat16) {}
-
-  // to[i] = element first + i * stride
-  void read(int64_t first, int64_t stride, int64_t count, float* to) const {
-    if (bfloat16) {
-      const uint16_t* from = (const uint16_t*)data + first;
-      if (stride == 1) widen(from, count, to);
-      else
-        for (int64_t i = 0; i < count; i++) widen(from + i * stride, 1, to + i);
-    } else {
-      const float* from = (const float*)data + first;
-      if (stride == 1) memcpy(to, from, count * sizeof(float));
-      else
-        for (int64_t i = 0; i < count; i++) to[i] = from[i * stride];
-    }
-  }
-};
-
-// [B, H, N, D], or what is broadcast to it.
-struct Operand : Elements {
-  int64_t strides[4] = {};
-
-  Operand() = default;
-  explicit Operand(const Tensor& x) : Elements(x) {
-    const int64_t missing = 4 - x.dim();
-    for (int64_t d = missing; d < 4; d++) strides[d] = x.size(d - missing) == 1 ? 0 : x.stride(d - missing);
-  }
-
-  void read_row(int64_t b, int64_t h, int64_t token, int64_t count, float* to) const {
-    read(b * strides[0] + h * strides[1] + token * strides[2], strides[3], count, to);
-  }
-};
-
-// [B, N]
-template <class T>
-struct PerToken {
-  const T* data = nullptr;
-  int64_t batch = 0, token = 0;
-
-  PerToken() = default;
-  explicit PerToken(const Tensor& x) : data((const T*)x.data_ptr()), batch(x.stride(0)), token(x.stride(1)) {}
-  explicit operator bool() const { return data; }
-  T operator()(int64_t b, int64_t n) const { return data[b * batch + n * token]; }
-};
 
 // What is attended to, and by what.
 struct Problem {
@@ -90,37 +22,7 @@ struct Problem {
     if (log_size) this->log_size = PerToken<float>(*log_size);
     if (bias) this->bias = Operand(*bias);
   }
-
-  int64_t parts_of(int64_t tokens) const {
-    const int64_t planes = std::max<int64_t>(batch * heads, 1), tasks = 2 * torch::stable::get_num_threads();
-    return std::max<int64_t>(1, std::min((tasks + planes - 1) / planes, tokens / FEWEST));
-  }
 };
-
-// sums = left x right[:, V vectors]; left: ROWS rows of `depth`; right: rows that are `stride` apart.
-template <int V>
-static inline void multiply(
-    const float* const (&left)[ROWS], const float* right, int64_t stride, int64_t depth, vec (&sums)[ROWS][V]) {
-  for (int r = 0; r < ROWS; r++)
-    for (int v = 0; v < V; v++) sums[r][v] = vec{};
-  for (int64_t d = 0; d < depth; d++) {
-    vec columns[V];
-    for (int v = 0; v < V; v++) columns[v] = load(right + d * stride + v * LANES);
-    for (int r = 0; r < ROWS; r++)
-      for (int v = 0; v < V; v++) sums[r][v] += left[r][d] * columns[v];
-  }
-}
-
-// Runs `step` for `wide` columns, as many vectors at a time as there are registers for.
-template <class Step>
-static inline void for_columns(int64_t wide, Step step) {
-  int64_t c = 0;
-  for (; c + COLUMNS * LANES <= wide; c += COLUMNS * LANES) step.template run<COLUMNS>(c);
-  const int64_t left = (wide - c) / LANES;
-  if (left == 3) step.template run<3>(c);
-  if (left == 2) step.template run<2>(c);
-  if (left == 1) step.template run<1>(c);
-}
 
 // One head of one image, on one thread.
 struct Head {
@@ -153,8 +55,7 @@ struct Head {
       const int count = std::min<int64_t>(LANES, p.keys - j);
       for (int i = 0; i < count; i++) p.k.read_row(b, h, j + i, width, queries + i * width);
       memset(queries + count * width, 0, (LANES - count) * width * sizeof(float));
-      for (int64_t c = 0; c < width; c++)
-        for (int i = 0; i < LANES; i++) keys[c * wide + j + i] = queries[i * width + c];
+      transpose(queries, width, keys + j, wide);
     }
     for (int64_t j = 0; j < wide; j++) terms[j] = j >= p.keys ? -INFINITY : p.log_size ? p.log_size(b, j) : 0.0f;
   }
@@ -303,7 +204,7 @@ static Tensor attention(
   p.v = Operand(v);
   p.value_width = v.size(3);
   const Output out(v, p.queries);
-  for_heads(p, p.queries, p.parts_of(p.queries), [&](int64_t first, int64_t last, int64_t, int64_t plane) {
+  for_heads(p, p.queries, parts_of(p.queries, p.batch * p.heads), [&](int64_t first, int64_t last, int64_t, int64_t plane) {
     const Head head(p, plane, last - first);
     head.read_keys();
     head.read_values();
@@ -336,7 +237,7 @@ static std::tuple<Tensor, Tensor, Tensor> importance(
   Tensor lse = torch::stable::new_empty(q, {p.batch, p.heads, p.queries}, float32);
   Tensor map = torch::stable::new_empty(q, {p.batch, p.heads, stored, p.keys}, float32);
   float *const lse_data = (float*)lse.mutable_data_ptr(), *const map_data = (float*)map.mutable_data_ptr();
-  const int64_t parts = p.parts_of(p.queries), wide = whole_vectors(p.keys);
+  const int64_t parts = parts_of(p.queries, p.batch * p.heads), wide = whole_vectors(p.keys);
   std::vector<float> received(p.batch * p.heads * parts * wide);
 
   for_heads(p, p.queries, parts, [&](int64_t first, int64_t last, int64_t number, int64_t plane) {
@@ -394,7 +295,7 @@ static Tensor ahead(
   const int64_t fused = v.size(2), stored = map.size(2);
   const Output out(v, fused);
 
-  for_heads(p, fused, p.parts_of(fused), [&](int64_t first, int64_t last, int64_t, int64_t plane) {
+  for_heads(p, fused, parts_of(fused, p.batch * p.heads), [&](int64_t first, int64_t last, int64_t, int64_t plane) {
     const Head head(p, plane, last - first);
     if (stored < p.queries) head.read_keys();
     head.read_values();

@@ -7,7 +7,7 @@ from mctf_compile.kernels.library import composite, opaque
 from mctf_compile.kernels.matching import aten
 
 
-def match_shapes(x: Tensor, importance: Tensor | None, size: Tensor, r: int, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+def shapes(x: Tensor, importance: Tensor | None, size: Tensor, r: int, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     return _matching(x, x.shape[1], r)
 
 
@@ -19,7 +19,7 @@ def _matching(x: Tensor, n: int, r: int) -> tuple[Tensor, Tensor, Tensor]:
 @composite(
     "match(Tensor x, Tensor? importance, Tensor size, SymInt r, int lead, int tail, float tau_sim, "
     "float tau_info, float tau_size, bool bidirectional, Tensor? kind=None) -> (Tensor, Tensor, Tensor)",
-    match_shapes,
+    shapes,
 )
 def match(
     x: Tensor, importance: Tensor | None, size: Tensor, r: int, lead: int, tail: int,
@@ -50,20 +50,12 @@ def match(
 
     Source: Lee et al., CVPR 2024 (arXiv 2403.10030), section 3.2 and 3.3.
     """
-    pairs = scores(x, importance, size, lead, tail, tau_sim, tau_info, tau_size, kind)
-    return torch.ops.mctf.assign(pairs, x.shape[1], r, lead, tail, bidirectional)
-
-
-def scores(
-    x: Tensor, importance: Tensor | None, size: Tensor, lead: int, tail: int,
-    tau_sim: float, tau_info: float, tau_size: float, kind: Tensor | None,
-) -> Tensor:
-    """The scores [B, alpha, beta] that ``mctf::match`` chooses by, as constants for autograd."""
     importance = None if importance is None else importance.detach()
-    return aten.scores(x.detach(), importance, size.detach(), lead, tail, tau_sim, tau_info, tau_size, kind)
+    scores = aten.scores(x.detach(), importance, size.detach(), lead, tail, tau_sim, tau_info, tau_size, kind)
+    return torch.ops.mctf.assign(scores, x.shape[1], r, lead, tail, bidirectional)
 
 
-def assign_shapes(
+def _assign_shapes(
     scores: Tensor, n: int, r: int, lead: int, tail: int, bidirectional: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _matching(scores, n, r)
@@ -71,7 +63,7 @@ def assign_shapes(
 
 @opaque(
     "assign(Tensor scores, SymInt n, SymInt r, int lead, int tail, bool bidirectional) -> (Tensor, Tensor, Tensor)",
-    assign_shapes,
+    _assign_shapes,
 )
 def assign(
     scores: Tensor, n: int, r: int, lead: int, tail: int, bidirectional: bool
