@@ -16,9 +16,9 @@ from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mctf_compile
-import mctf_compile.passes as passes
 from mctf_compile.compiler import rewrite, run_pipeline
 from mctf_compile.config import FusionConfig
+from mctf_compile.passes import cpp_kernels, triton_kernels
 from mctf_compile.passes.regions import Symbol, split
 from mctf_compile.regional import CompiledRegion
 
@@ -37,7 +37,7 @@ def any_device(monkeypatch):
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    monkeypatch.setattr(passes._kernels, "triton_problem", lambda device: None)
+    monkeypatch.setattr(triton_kernels, "problem", lambda device: None)
     monkeypatch.setattr(driver, "_active", SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32)))
 
 
@@ -87,8 +87,35 @@ def test_auto_takes_triton_on_cuda(kernels, expected):
         assert look(chosen, "cuda") == expected
 
 
-def test_auto_takes_aten_on_the_cpu():
-    assert look(lambda gm, inputs: targets(rewrite(gm, inputs, FusionConfig(r=4))[0])) == TWO_BLOCKS
+ON_CPP = {**TWO_BLOCKS, "importance": 0, "ahead": 0, "match": 0, "importance_cpp": 2, "ahead_cpp": 2, "match_cpp": 2}
+IN_TRAINING = {**TWO_BLOCKS, "match": 0, "match_cpp": 2}
+
+
+@pytest.mark.parametrize("kernels", ["auto", "cpp"])
+@pytest.mark.parametrize(("gradients", "expected"), [(False, ON_CPP), (True, IN_TRAINING)], ids=["inference", "training"])
+def test_auto_takes_cpp_on_the_cpu(kernels, gradients, expected):
+    """Attention is left to ATen where its gradient is wanted."""
+    with torch.set_grad_enabled(gradients):
+        gm, report = look(lambda gm, inputs: rewrite(gm, inputs, FusionConfig(r=4, kernels=kernels)))
+    assert targets(gm) == Counter(expected)
+    said = [remark for remark in report.remarks if "stays ATen: the C++ kernel has no gradient" in remark]
+    assert len(said) == (2 if gradients and kernels == "cpp" else 0)
+
+
+def test_auto_takes_aten_where_nothing_can_be_built(monkeypatch):
+    monkeypatch.setattr(cpp_kernels, "problem", lambda device: "there is no compiler")
+    with torch.no_grad():
+        gm, report = look(lambda gm, inputs: rewrite(gm, inputs, FusionConfig(r=4)))
+        assert targets(gm) == TWO_BLOCKS and "kernels are ATen: there is no compiler" in report.remarks
+        with pytest.raises(BackendCompilerFailed, match="kernels='cpp': there is no compiler; use 'auto' or 'aten'"):
+            mctf_compile.explain(vit(), torch.zeros(1, 3, 48, 48), r=4, kernels="cpp")
+
+
+def test_cpp_leaves_float64_to_aten():
+    with torch.no_grad():
+        gm, report = look(lambda gm, inputs: rewrite(gm, inputs, FusionConfig(r=4, kernels="cpp")), dtype=torch.float64)
+    assert targets(gm) == TWO_BLOCKS
+    assert len(report.remarks) == 4 and all("the kernel does not take its operands" in r for r in report.remarks)
 
 
 def test_triton_on_the_cpu_is_an_error():

@@ -247,7 +247,7 @@ static std::tuple<Tensor, Tensor, Tensor> importance(
     for (int64_t i = first; i < last; i += ROWS) {
       const int count = std::min<int64_t>(ROWS, last - i);
       int64_t queries[ROWS];
-      float peaks[ROWS], shares[ROWS] = {};
+      float peaks[ROWS], shares[ROWS];
       for (int r = 0; r < count; r++) queries[r] = i + r;
       head.logits(queries, count, peaks);
       for (int r = 0; r < count; r++) {
@@ -259,8 +259,7 @@ static std::tuple<Tensor, Tensor, Tensor> importance(
       const float* const weights = head.weights;
       for (int64_t j = 0; j < wide; j += LANES) {
         vec sum = load(sums + j);
-        // Rows without a query have a share of 0 of another's weights.
-        for (int r = 0; r < ROWS; r++) sum += load(weights + r * wide + j) * shares[r];
+        for (int r = 0; r < count; r++) sum += load(weights + r * wide + j) * shares[r];
         store(sums + j, sum);
       }
       for (int r = 0; r < count && i + r < stored; r++) {

@@ -1,0 +1,279 @@
+"""The C++ kernels against the plain references in float64, and whole models on them."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import mctf_compile  # noqa: F401  registers the backend and torch.ops.mctf
+from mctf_compile.kernels import cpp
+from mctf_compile.kernels.ahead import reference as ahead_reference
+from mctf_compile.kernels.attention import aten
+from mctf_compile.kernels.attention import reference as attention_reference
+from mctf_compile.kernels.library import sources_digest
+from mctf_compile.kernels.matching import reference as matching_reference
+from mctf_compile.kernels.pooling import reference as pooling_reference
+
+ops = torch.ops.mctf
+examples = settings(max_examples=60, deadline=None, derandomize=True)
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+# Of a head: less than a vector, a whole one, some and a part; a ViT's.
+WIDTHS = [3, 16, 40, 64]
+# What is added to the logits, by its shape: nothing, one for all images, for all heads, for all queries.
+BIASES = [None, (1, 3, 1, 1), (2, 1, 1, 1), (1, 1)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def built():
+    assert cpp.problem() is None
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(params=[1, 3], ids=["1-thread", "3-threads"])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def positive(*shape: int, seed: int = 0) -> Tensor:
+    return 0.1 + torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def qkv(nq: int, nk: int, width: int, dtype: torch.dtype) -> list[Tensor]:
+    """q, k and v as views of tensors that lie token by token."""
+    counts = (nq, nk, nk)
+    return [randn(2, n, 3, width, seed=i, dtype=dtype).transpose(1, 2) for i, n in enumerate(counts)]
+
+
+def bias_of(shape: tuple[int, ...] | None, nq: int, nk: int) -> Tensor | None:
+    """One that masks some keys, and for one query all of them."""
+    if shape is None:
+        return None
+    bias = randn(*shape[:-2], *((nq, nk) if shape[-1] == 1 and len(shape) == 4 else (1, nk)), seed=9)
+    bias = bias.masked_fill(randn(*bias.shape, seed=10) > 1, float("-inf"))
+    bias[..., 0] = 0
+    if bias.shape[-2] == nq:
+        bias[..., nq // 2, :] = float("-inf")
+    return bias
+
+
+def error(actual: Tensor, exact: Tensor) -> float:
+    return (actual.double() - exact).abs().max().item()
+
+
+def no_worse(actual: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """At most three times the error of plain PyTorch in the same dtype, or a few roundings of the largest value.
+
+    A kernel adds up in order, a matrix product of a library in blocks.
+    """
+    assert actual.shape == exact.shape and actual.isfinite().all()
+    eps = torch.finfo(actual.dtype).eps
+    assert error(actual, exact) <= max(3 * error(plain, exact), 4 * eps * exact.abs().max().item())
+
+
+def probabilities(*operands) -> Tensor:
+    """In float64, with zeros for a query that is masked out as a whole."""
+    return attention_reference.probabilities(*operands).nan_to_num(0.0)
+
+
+@dtypes
+@pytest.mark.parametrize("bias", BIASES, ids=str)
+@pytest.mark.parametrize(("nq", "nk"), [(1, 1), (5, 70), (37, 37), (197, 197)])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_attention_is_the_reference(width, nq, nk, bias, dtype, threads):
+    q, k, v = qkv(nq, nk, width, dtype)
+    log_size, scale, bias = positive(2, nk).log(), width**-0.5, bias_of(bias, nq, nk)
+    exact = probabilities(q, k, log_size, bias, scale) @ v.double()
+    plain = aten.attention(q, k, v, log_size, bias, scale, 0.0).nan_to_num(0.0)
+    no_worse(ops.attention_cpp(q, k, v, log_size, bias, scale), plain, exact)
+
+
+@dtypes
+@pytest.mark.parametrize("bias", BIASES, ids=str)
+@pytest.mark.parametrize(("n", "r"), [(2, 0), (9, 4), (37, 5), (197, 16)])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_ahead_is_the_reference(width, n, r, bias, dtype, threads):
+    """With none of the map stored, with a part, and with all of it."""
+    q, k, _ = qkv(n, n, width, dtype)
+    log_size, scale, bias = positive(2, n).log(), width**-0.5, bias_of(bias, n, n)
+    matching = matching_reference.match(randn(2, n, 6), None, torch.ones(2, n), r, 1, 0, 1.0, 0.0, 0.0, True)
+    index, weight, _ = pooling_reference.group(positive(2, n, seed=1), torch.ones(2, n), *matching)
+    v, weight = randn(2, n - r, 3, width, seed=3, dtype=dtype).transpose(1, 2), weight.float()
+    exact = probabilities(q, k, log_size, bias, scale)
+    received, weights, norm = ops.importance(q, k, log_size, bias, scale)
+    plain = ops.ahead(weights, norm, v, index, weight, *matching, 0.0)
+    for stored in (0, n // 3, n):
+        importance, lse, rows = ops.importance_cpp(q, k, log_size, bias, scale, stored)
+        no_worse(importance, received, exact.mean((1, 2)))
+        assert rows.shape == (2, 3, stored, n)
+        if stored:
+            no_worse(rows, (weights * norm)[:, :, :stored], exact[:, :, :stored])
+        out = ops.ahead_cpp(q, k, v, log_size, bias, scale, lse, rows, index, weight)
+        no_worse(out, plain, ahead_reference.ahead(exact, v.double(), weight.double(), *matching))
+
+
+def test_a_query_that_is_masked_out_attends_to_nothing():
+    q, k, v = qkv(6, 6, 8, torch.float32)
+    bias = torch.zeros(6, 6)
+    bias[2] = float("-inf")
+    out = ops.attention_cpp(q, k, v, None, bias, 1.0)
+    assert (out[:, :, 2] == 0).all() and (out[:, :, [0, 1, 3, 4, 5]] != 0).all()
+    # The lowest finite number masks nothing where it is all there is, as for the dense model.
+    bias[2] = torch.finfo(torch.float32).min
+    torch.testing.assert_close(ops.attention_cpp(q, k, v, None, bias, 1.0)[:, :, 2], v.mean(2))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_attention_hides_no_nan(value):
+    q, k, v = qkv(9, 9, 8, torch.float32)
+    q[0, 1, 4, 2] = value
+    out = ops.attention_cpp(q, k, v, None, None, 1.0)
+    assert out[0, 1, 4].isnan().all() and out.isnan().sum() == 8
+
+
+def test_strides_do_not_matter():
+    q, k, v = qkv(20, 20, 8, torch.float32)
+    operands = [x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0) for x in (q, k, v)]
+    log_size = positive(20, 2).t()
+    assert operands[0].stride(3) != 1
+    expected = ops.attention_cpp(q, k, v, log_size.contiguous(), None, 0.3)
+    assert torch.equal(ops.attention_cpp(*operands, log_size, None, 0.3), expected)
+
+
+def test_results_do_not_change_from_run_to_run(threads):
+    q, k, _ = qkv(197, 197, 64, torch.float32)
+    first, *others = ([*ops.importance_cpp(q, k, None, None, 0.125, 50), *ops.match_cpp(
+        randn(1, 197, 48), positive(1, 197), torch.ones(1, 197), 40, 1, 0, 1.0, 20.0, 40.0, True)] for _ in range(4))
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other))
+
+
+@st.composite
+def matchings(draw: st.DrawFn) -> tuple:
+    """n, r, lead, tail, the temperatures, and whether both sides leave."""
+    n = draw(st.integers(1, 80))
+    lead = draw(st.integers(0, min(3, n)))
+    tail = draw(st.integers(0, min(2, n - lead)))
+    r = draw(st.integers(0, (n - lead - tail) // 2))
+    taus = tuple(draw(st.sampled_from(t)) for t in ((0.0, 0.5, 1.0), (0.0, 1.0, 20.0), (0.0, 1.0, 40.0)))
+    return n, r, lead, tail, taus, draw(st.booleans())
+
+
+def same_matching(x: Tensor, importance: Tensor | None, size: Tensor, r, lead, tail, taus, bidirectional) -> None:
+    actual = ops.match_cpp(x, importance, size, r, lead, tail, *taus, bidirectional)
+    wide = None if importance is None else importance.double()
+    exact = matching_reference.match(x.double(), wide, size.double(), r, lead, tail, *taus, bidirectional)
+    for name, a, e in zip(("keep", "gone", "into"), actual, exact):
+        assert a.tolist() == e.tolist(), name
+
+
+@examples
+@given(problem=matchings(), informed=st.booleans(), seed=st.integers(0, 2**20), half=st.booleans())
+def test_match_is_the_reference(problem, informed, seed, half):
+    n, *rest = problem
+    x = randn(2, n, 21, seed=seed, dtype=torch.bfloat16 if half else torch.float32)
+    importance = positive(2, n, seed=seed + 1) if informed else None
+    same_matching(x, importance, 1 + 3 * positive(2, n, seed=seed + 2), *rest)
+
+
+# Scores of these tokens are exact in every order of summation: the cosines are -1, 0 or 1.
+@examples
+@given(problem=matchings(), data=st.data())
+def test_match_breaks_ties_to_the_lower_position(problem, data):
+    n, r, lead, tail, taus, bidirectional = problem
+    taus = tuple(min(1.0, round(tau)) for tau in taus)
+    alphabet = torch.tensor([[0, 0, 0], [1, 0, 0], [-1, 0, 0], [4, 0, 0], [0, 2, 0], [0, 0, -0.5]])
+    x = alphabet[data.draw(st.lists(st.integers(0, 5), min_size=n, max_size=n))].expand(2, n, 3)
+    powers = st.lists(st.sampled_from([0.5, 1.0, 2.0]), min_size=n, max_size=n)
+    importance, size = (torch.tensor(data.draw(powers)).expand(2, n) for _ in range(2))
+    same_matching(x, importance, size, r, lead, tail, taus, bidirectional)
+
+
+def test_match_of_a_nan_is_that_of_aten():
+    x = randn(2, 40, 24)
+    x[0, 7] = float("nan")
+    operands = x, positive(2, 40), torch.ones(2, 40), 12, 1, 0, 1.0, 20.0, 40.0, True
+    assert all(torch.equal(a, b) for a, b in zip(ops.match_cpp(*operands), ops.match(*operands)))
+
+
+@pytest.mark.parametrize(("n", "lead", "tail", "r"), [(9, 0, 0, 5), (9, 5, 2, 2), (9, 0, 0, -1)])
+def test_match_refuses_r_out_of_range(n, lead, tail, r):
+    with pytest.raises(RuntimeError, match=f"r={r} of {n} tokens is out of range"):
+        ops.match_cpp(randn(2, n, 4), None, torch.ones(2, n), r, lead, tail, 1.0, 20.0, 40.0, True)
+
+
+def test_shapes_are_declared_as_they_are():
+    q, k, v = qkv(37, 37, 8, torch.float32)
+    lse, rows = torch.zeros(2, 3, 37), torch.zeros(2, 3, 20, 37)
+    index, weight = torch.zeros(2, 37, dtype=torch.long), torch.ones(2, 37)
+    calls = {
+        ops.attention_cpp: (q, k, v, None, None, 1.0), ops.importance_cpp: (q, k, None, None, 1.0, 20),
+        ops.ahead_cpp: (q, k, v, None, None, 1.0, lse, rows, index, weight),
+        ops.match_cpp: (randn(2, 37, 8), None, torch.ones(2, 37), 9, 1, 0, 1.0, 1.0, 1.0, True),
+    }
+    for operator, operands in calls.items():
+        torch.library.opcheck(operator.default, operands, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_a_gradient_is_refused():
+    q, k, v = (x.requires_grad_() for x in qkv(5, 5, 8, torch.float32))
+    with torch.enable_grad():
+        out = ops.attention_cpp(q, k, v, None, None, 1.0)
+        with pytest.raises(RuntimeError, match="have no gradient: compile the model where gradients are recorded"):
+            out.sum().backward()
+
+
+def vit(**options) -> torch.nn.Module:
+    torch.manual_seed(0)
+    sizes = {"img_size": 96, "patch_size": 8, "depth": 3, "embed_dim": 24, "num_heads": 3, **options}
+    return timm.create_model("vit_tiny_patch16_224", **sizes).eval()
+
+
+@pytest.mark.parametrize("method", ["mctf", "tome"])
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_a_model_is_the_one_on_aten(inner, method):
+    """At 145 tokens and heads of 8 channels: 32 rows of each map are stored, and the others computed again."""
+    model, x = vit(), randn(2, 3, 96, 96)
+    torch._dynamo.reset()
+    on_cpp, on_aten = (
+        torch.compile(copy.deepcopy(model), backend="mctf",
+                      options={"method": method, "r": 20, "kernels": kernels, "inner": inner, "strict": True})(x)
+        for kernels in ("cpp", "aten")
+    )
+    torch.testing.assert_close(on_cpp, on_aten, rtol=1e-4, atol=1e-5)
+
+
+def test_one_model_is_compiled_for_inference_and_for_training():
+    model, x = vit(), randn(2, 3, 96, 96)
+    compiled = torch.compile(model, backend="mctf", options={"r": 20, "inner": "aot_eager", "kernels": "cpp"})
+    without = compiled(x)
+    with torch.enable_grad():
+        recorded = compiled(x)
+        recorded.sum().backward()
+    torch.testing.assert_close(recorded.detach(), without, rtol=1e-4, atol=1e-5)
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_what_was_compiled_of_other_sources_is_not_used(monkeypatch):
+    """An operator's name alone does not say what it opens up into."""
+    tags = []
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx",
+                        lambda gm, inputs, **_: tags.append(torch.compiler.config.cache_key_tag) or gm.forward)
+    for _ in range(2):
+        torch._dynamo.reset()
+        torch.compile(vit(depth=2), backend="mctf", options={"r": 4})(randn(1, 3, 96, 96))
+        monkeypatch.setattr("mctf_compile.lowering.sources_digest", lambda: "other")
+    assert len(set(tags)) == 2 and sources_digest() in tags[0] and "other" in tags[-1]
+    assert torch.compiler.config.cache_key_tag == ""
