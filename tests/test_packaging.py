@@ -42,10 +42,11 @@ def test_a_wheel_works_from_another_directory(tmp_path):
     program = (
         "import mctf_compile, mctf_compile.passes.rules, mctf_compile.kernels.ahead.reference, torch\n"
         "assert mctf_compile.__file__.startswith(__import__('sys').argv[1]), mctf_compile.__file__\n"
-        "print(torch.ops.mctf.match.default._schema.name, mctf_compile.passes.PIPELINE[0].name)\n"
+        "from mctf_compile.kernels import cpp\n"
+        "print(torch.ops.mctf.match.default._schema.name, mctf_compile.passes.PIPELINE[0].name, cpp.problem())\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True, timeout=300,
         env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
     )
-    assert done.stdout.split() == ["mctf::match", "normalize"], done.stderr
+    assert done.stdout.split() == ["mctf::match", "normalize", "None"], done.stderr

@@ -223,17 +223,20 @@ static std::tuple<Tensor, Tensor, Tensor> match(
   const Matching m{batch, n, x.size(2), r, lead, tail, (float)tau_sim, (float)tau_info, (float)tau_size, bidirectional,
                    Operand(x), importance ? PerToken<float>(*importance) : PerToken<float>(), PerToken<float>(size)};
   const int64_t wide = m.wide(), parts = parts_of(m.rows(), batch), length = (m.rows() + parts - 1) / parts;
-  std::vector<float> scores(batch * m.rows() * wide), few(batch * parts * ROWS * wide);
+  // Scores of the images, then rows that are being made.
+  Tensor scratch = torch::stable::new_empty(x, {batch * (m.rows() + parts * ROWS) * wide},
+                                            torch::headeronly::ScalarType::Float);
+  float *const scores = (float*)scratch.mutable_data_ptr(), *const few = scores + batch * m.rows() * wide;
   torch::stable::parallel_for(0, batch * parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       const int64_t b = i / parts, row = std::min(i % parts * length, m.rows());
       const Image image(m, b);
-      image.score(row, std::min(row + length, m.rows()), &scores[b * m.rows() * wide], &few[i * ROWS * wide]);
+      image.score(row, std::min(row + length, m.rows()), scores + b * m.rows() * wide, few + i * ROWS * wide);
     }
   });
   torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; b++)
-      assign(m, &scores[b * m.rows() * wide], kept + b * (n - r), left + b * r, groups + b * r);
+      assign(m, scores + b * m.rows() * wide, kept + b * (n - r), left + b * r, groups + b * r);
   });
   return {keep, gone, into};
 }
