@@ -37,7 +37,7 @@ class Recorder(fx.Interpreter):
 
     def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
         result = super().call_function(target, args, kwargs)
-        if target is torch.ops.mctf.match.default:
+        if getattr(target, "_opname", None) in ("match", "match_cpp"):
             self.matches.append(result)
         if target is torch.ops.mctf.group.default:
             self.groups.append(result)
