@@ -60,7 +60,7 @@ def test_symbolic_counts_are_those_of_the_static_graph(method, r):
     def both(gm, inputs):
         config = FusionConfig(method=method, r=r)
         state = run_pipeline(gm, inputs, FusionConfig(method=method, r=5), adjustable=True)[0]
-        symbolic = macs_by_counts(state.result, state.counts)(state.left(config.method))
+        symbolic = macs_by_counts(state.portable, state.counts)(state.left(config.method))
         return symbolic, rewrite(gm, inputs, config)[1].macs_after
 
     symbolic, static = captured(both)
@@ -145,7 +145,7 @@ def test_fusions_are_dropped_from_the_least_useful_on():
 
     def verdicts(gm, inputs):
         state = run_pipeline(gm, inputs, FusionConfig(r=6), adjustable=True)[0]
-        macs = macs_by_counts(state.result, state.counts)
+        macs = macs_by_counts(state.portable, state.counts)
         method = FusionConfig(r=6).method
         # What the fusion of each block saves as long as the others fuse.
         counts = {i: rewrite(gm, inputs, FusionConfig(r=[0, *(6 * (j != i) for j in (1, 2, 3))]))[1].macs_after
@@ -187,7 +187,7 @@ class Synthetic:
     per_mac, fusion, base = 1e-9, 2e-3, 5e-3
 
     def __init__(self, state, inputs, config) -> None:
-        self.macs = macs_by_counts(state.result, state.counts)
+        self.macs = macs_by_counts(state.portable, state.counts)
         self.dense, self.fusions = count_macs(state.normal), len(state.plan.fusing)
 
     def seconds(self, *variants):
