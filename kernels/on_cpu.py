@@ -52,12 +52,13 @@ def importance(
     return tuple(q.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
-# ``mctf::ahead`` without dropout; lse and map: what ``importance_cpp`` gave for the same operands.
+# ``mctf::ahead`` without dropout; lse and map: what ``importance_cpp`` gave for the same operands. Where that is the
+# whole map, q and k are not needed.
 @declare(
-    "ahead_cpp(Tensor q, Tensor k, Tensor v, Tensor? log_size, Tensor? bias, float scale, Tensor lse, Tensor map, "
+    "ahead_cpp(Tensor? q, Tensor? k, Tensor v, Tensor? log_size, Tensor? bias, float scale, Tensor lse, Tensor map, "
     "Tensor index, Tensor weight) -> Tensor"
 )
-def ahead(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
+def ahead(q: Tensor | None, k: Tensor | None, v: Tensor, *_: object) -> Tensor:
     return _token_major(v, v.shape[2])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from mctf_compile.passes.replacing import (
     NOT_TAKEN,
@@ -19,10 +20,10 @@ from mctf_compile.passes.rules import schema_arguments
 
 mctf = torch.ops.mctf
 
-# Rows of the map that are stored, for each channel of a head: then it is as large as the hidden layer of an MLP of
-# ratio 4, and the peak of memory stays where that has it. Further rows are computed again, from a third to two
-# thirds slower.
-MOST_ROWS = 4
+# For each channel of a head: up to so many rows of its map are stored, all of them. In float32 that is as much as the
+# hidden layer of an MLP of ratio 4, where the peak of memory is anyway. Where there are more, q and k stay too for
+# computing rows again, and few are stored.
+ALL_ROWS, FEW_ROWS = 4, 1
 
 
 def problem(device: torch.device) -> str | None:
@@ -75,6 +76,8 @@ def _importance(node: fx.Node) -> str | None:
               o = mctf.ahead(weights, norm, v, index, weight, keep, gone, into, 0.0)
     After::   importance, lse, map = mctf.importance_cpp(q, k, log_size, bias, scale, stored)
               o = mctf.ahead_cpp(q, k, v, log_size, bias, scale, lse, map, index, weight)
+    or, where all of the map is stored::
+              o = mctf.ahead_cpp(None, None, v, None, None, scale, lse, map, index, weight)
     """
     from mctf_compile.kernels.on_cpu import attention_supported, importance
 
@@ -89,7 +92,9 @@ def _importance(node: fx.Node) -> str | None:
         if of_reader["weight"] is None or not attention_supported(q, k, v, bias, of_reader["dropout_p"]):
             return NOT_TAKEN
 
-    arguments = (*operands, args["scale"], MOST_ROWS * q.shape[3] if readers else 0)
+    whole = statically_known_true(q.shape[2] <= ALL_ROWS * q.shape[3] * q.element_size() // 4)
+    stored = (ALL_ROWS if whole else FEW_ROWS) * q.shape[3] * q.element_size() // 4 if readers else 0
+    arguments = (*operands, args["scale"], stored)
     several = call(node, mctf.importance_cpp.default, arguments, importance(q, k, *arguments[2:]))
     received, lse, rows = (item(several, i) for i in range(3))
     if 0 in items(node):
@@ -97,7 +102,9 @@ def _importance(node: fx.Node) -> str | None:
     for reader in readers:
         of_reader = schema_arguments(reader)
         with reader.graph.inserting_before(reader):
-            arguments = (*operands[:2], of_reader["v"], *operands[2:], args["scale"], lse, rows, of_reader["index"],
+            # What is not needed again need not stay in memory.
+            again = [None] * 4 if whole else operands
+            arguments = (*again[:2], of_reader["v"], *again[2:], args["scale"], lse, rows, of_reader["index"],
                          of_reader["weight"])
             replace(reader, call(reader, mctf.ahead_cpp.default, arguments, reader.meta["val"]))
     return None

@@ -123,6 +123,7 @@ def test_ahead_is_the_reference(width, n, r, bias, dtype, threads):
             no_worse(rows, (weights * norm)[:, :, :stored], exact[:, :, :stored])
         out = ops.ahead_cpp(q, k, v, log_size, bias, scale, lse, rows, index, weight)
         no_worse(out, plain, ahead_reference.ahead(exact, v.double(), weight.double(), *matching))
+    assert torch.equal(ops.ahead_cpp(None, None, v, None, None, scale, lse, rows, index, weight), out)
 
 
 def test_a_query_that_is_masked_out_attends_to_nothing():

@@ -22,6 +22,10 @@ struct Problem {
     if (log_size) this->log_size = PerToken<float>(*log_size);
     if (bias) this->bias = Operand(*bias);
   }
+
+  // Where the whole map [B, H, Nq, Nk] is there.
+  explicit Problem(const Tensor& map)
+      : batch(map.size(0)), heads(map.size(1)), queries(map.size(2)), keys(map.size(3)), width(0), scale(0) {}
 };
 
 // One head of one image, on one thread.
@@ -283,9 +287,9 @@ static std::tuple<Tensor, Tensor, Tensor> importance(
 }
 
 static Tensor ahead(
-    Tensor q, Tensor k, Tensor v, optional<Tensor> log_size, optional<Tensor> bias, double scale, Tensor lse, Tensor map,
-    Tensor index, Tensor weight) {
-  Problem p(q, k, log_size, bias, scale);
+    optional<Tensor> q, optional<Tensor> k, Tensor v, optional<Tensor> log_size, optional<Tensor> bias, double scale,
+    Tensor lse, Tensor map, Tensor index, Tensor weight) {
+  Problem p = q && k ? Problem(*q, *k, log_size, bias, scale) : Problem(map);
   p.v = Operand(v);
   p.value_width = v.size(3);
   p.index = PerToken<int64_t>(index);
