@@ -6,16 +6,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from mctf_compile.passes.replacing import (
-    NOT_TAKEN,
-    Replacement,
-    call,
-    item,
-    items,
-    readers_of_map,
-    replace,
-    values,
-)
+from mctf_compile.passes.replacing import NOT_TAKEN, Replacement, call, item, items, readers_of_map, replace, values
 from mctf_compile.passes.rules import schema_arguments
 
 mctf = torch.ops.mctf
@@ -59,13 +50,14 @@ def _without_gradient(node: fx.Node) -> str:
 
 
 def _attention(node: fx.Node) -> str | None:
-    from mctf_compile.kernels.on_cpu import attention_supported
+    from mctf_compile.kernels.on_cpu import attention, attention_supported
 
     args = schema_arguments(node)
     operands = [args[name] for name in ("q", "k", "v", "log_size", "bias")]
-    if not attention_supported(*values(*operands[:3], args["bias"]), args["dropout_p"]):
+    tensors = values(*operands[:3], args["bias"])
+    if not attention_supported(*tensors, args["dropout_p"]):
         return NOT_TAKEN
-    replace(node, call(node, mctf.attention_cpp.default, (*operands, args["scale"]), node.meta["val"]))
+    replace(node, call(node, mctf.attention_cpp.default, (*operands, args["scale"]), attention(*tensors)))
     return None
 
 
@@ -79,7 +71,7 @@ def _importance(node: fx.Node) -> str | None:
     or, where all of the map is stored::
               o = mctf.ahead_cpp(None, None, v, None, None, scale, lse, map, index, weight)
     """
-    from mctf_compile.kernels.on_cpu import attention_supported, importance
+    from mctf_compile.kernels.on_cpu import ahead, attention_supported, importance
 
     args = schema_arguments(node)
     operands = [args[name] for name in ("q", "k", "log_size", "bias")]
@@ -106,5 +98,5 @@ def _importance(node: fx.Node) -> str | None:
             again = [None] * 4 if whole else operands
             arguments = (*again[:2], of_reader["v"], *again[2:], args["scale"], lse, rows, of_reader["index"],
                          of_reader["weight"])
-            replace(reader, call(reader, mctf.ahead_cpp.default, arguments, reader.meta["val"]))
+            replace(reader, call(reader, mctf.ahead_cpp.default, arguments, ahead(q, k, of_reader["v"].meta["val"])))
     return None
