@@ -63,8 +63,8 @@ def ahead(q: Tensor | None, k: Tensor | None, v: Tensor, *_: object) -> Tensor:
 
 
 def _no_gradient(ctx: Any, *grads: Tensor) -> NoReturn:
-    raise RuntimeError("The C++ kernels of mctf_compile have no gradient: compile the model where gradients are recorded "
-                       "(without torch.no_grad), or with kernels='aten'.")
+    raise RuntimeError("The C++ kernels of mctf_compile have no gradient: compile the model where gradients are "
+                       "recorded (without torch.no_grad), or with kernels='aten'.")
 
 
 for _name in ("attention_cpp", "importance_cpp", "ahead_cpp"):

@@ -92,7 +92,9 @@ IN_TRAINING = {**TWO_BLOCKS, "match": 0, "match_cpp": 2}
 
 
 @pytest.mark.parametrize("kernels", ["auto", "cpp"])
-@pytest.mark.parametrize(("gradients", "expected"), [(False, ON_CPP), (True, IN_TRAINING)], ids=["inference", "training"])
+@pytest.mark.parametrize(
+    ("gradients", "expected"), [(False, ON_CPP), (True, IN_TRAINING)], ids=["inference", "training"]
+)
 def test_auto_takes_cpp_on_the_cpu(kernels, gradients, expected):
     """Attention is left to ATen where its gradient is wanted."""
     with torch.set_grad_enabled(gradients):
