@@ -22,5 +22,6 @@ def problem() -> str | None:
     try:
         CppCodeCache.load("\n".join((HERE / name).read_text() for name in SOURCES), extra_flags=FLAGS)
     except Exception as error:
-        return f"the C++ kernels do not build: {str(error).strip().splitlines()[0]}"
+        # An error without a message is told by its name.
+        return f"the C++ kernels do not build: {(str(error).strip() or repr(error)).splitlines()[0]}"
     return None
