@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,8 +29,7 @@ Progress = Callable[[str, int, int], None]
 EAGER, INDUCTOR, MCTF = "eager", "inductor", "mctf"
 
 # What Inductor is told for each dense candidate; None: nothing is compiled. On a CPU, max-autotune has matrix products
-# to choose from where the weights are frozen. mctf has no frozen form: weights that are constants of the graph keep it
-# dense.
+# to choose from where the weights are frozen.
 DENSE: dict[str, dict[str, Any] | None] = {
     EAGER: None,
     INDUCTOR: {},
@@ -38,7 +37,9 @@ DENSE: dict[str, dict[str, Any] | None] = {
     "freezing": {"freezing": True},
     "max-autotune-freezing": {"mode": "max-autotune", "freezing": True},
 }
-CANDIDATES = (*DENSE, MCTF)
+# The same for each that fuses tokens.
+FUSED: dict[str, dict[str, Any]] = {MCTF: {}, "mctf-freezing": {"freezing": True}}
+CANDIDATES = (*DENSE, *FUSED)
 USUAL = (EAGER, INDUCTOR, MCTF)
 
 # The largest relative error that rounding may cause. Measured on ViTs of 12 blocks: 1e-6 in float32, 1e-2 in bfloat16.
@@ -53,7 +54,7 @@ class WrongOutputError(MctfError, RuntimeError):
 
 def label(name: str) -> str:
     """A candidate's name in tables."""
-    return {MCTF: MCTF, INDUCTOR: "dense Inductor"}.get(name, f"dense {name}")
+    return name if name in FUSED else {INDUCTOR: "dense Inductor"}.get(name, f"dense {name}")
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class BenchResult:
         first_call: seconds of each candidate's first call, compilation included.
         report: what mctf did to the model.
         errors: of each candidate, the median over images of the relative error that the check found: a dense one's
-            against dense eager, mctf's against the same rewrite run by the eager inner compiler.
+            against dense eager, a fused one's against the same rewrite run by the eager inner compiler.
     """
 
     timings: dict[str, Timing]
@@ -102,7 +103,15 @@ class BenchResult:
     @property
     def best_dense(self) -> str:
         """The fastest of the dense candidates."""
-        return min((n for n in self.timings if n != MCTF), key=lambda n: self.timings[n].median)
+        return self._fastest(DENSE)
+
+    @property
+    def best_fused(self) -> str:
+        """The fastest of the candidates that fuse tokens."""
+        return self._fastest(FUSED)
+
+    def _fastest(self, names: Iterable[str]) -> str:
+        return min((n for n in names if n in self.timings), key=lambda n: self.timings[n].median)
 
     @property
     def macs_ratio(self) -> float:
@@ -110,12 +119,12 @@ class BenchResult:
         return self.report.macs_before / self.report.macs_after
 
     def speedup(self, over: str) -> float:
-        """How many times faster mctf is than a dense candidate, by the medians."""
-        return self.timings[over].median / self.timings[MCTF].median
+        """How many times faster the fastest fused candidate is than a dense one, by the medians."""
+        return self.timings[over].median / self.timings[self.best_fused].median
 
     def speedup_quartiles(self, over: str) -> tuple[float, float]:
         """The quartiles of the speed-up, round by round: a slow spell that meets both leaves it alone."""
-        pairs = zip(self.timings[over].milliseconds, self.timings[MCTF].milliseconds)
+        pairs = zip(self.timings[over].milliseconds, self.timings[self.best_fused].milliseconds)
         return quartiles([dense / fused for dense, fused in pairs])
 
     def realized(self, over: str) -> float:
@@ -140,6 +149,7 @@ class BenchResult:
             "macs_after": self.report.macs_after,
             "macs_ratio": self.macs_ratio,
             "best_dense": self.best_dense,
+            "best_fused": self.best_fused,
             "speedup_over_best_dense": self.speedup(self.best_dense),
             "speedup_quartiles": self.speedup_quartiles(self.best_dense),
             "speedup_over_inductor": compiled and self.speedup(compiled),
@@ -153,18 +163,18 @@ class BenchResult:
         for name in ("", "median ms", "spread ms", "speed-up", "realized", "first call s"):
             table.add_column(name, justify="right" if name else "left", no_wrap=not name)
         for name, timing in self.timings.items():
-            compared = ("", "") if name == MCTF else (f"{self.speedup(name):.2f}x", f"{self.realized(name):.0%}")
+            compared = ("", "") if name in FUSED else (f"{self.speedup(name):.2f}x", f"{self.realized(name):.0%}")
             table.add_row(
-                label(name) + (" *" if name == self.best_dense else ""),
+                label(name) + (" *" if name in (self.best_dense, self.best_fused) else ""),
                 f"{timing.median:.1f}", f"{timing.spread:.1f}", *compared, f"{self.first_call[name]:.1f}",
             )
         return table
 
     def _caption(self) -> str:
-        rounds = len(self.timings[MCTF].milliseconds)
+        rounds = len(self.timings[self.best_fused].milliseconds)
         return (
-            f"Medians and interquartile ranges of {rounds} interleaved rounds. Speed-up: of mctf over this one. "
-            f"Realized: speed-up / ratio of MACs ({self.macs_ratio:.2f}). *: the fastest dense one."
+            f"Medians and interquartile ranges of {rounds} interleaved rounds. Speed-up: of {self.best_fused} over "
+            f"this one. Realized: speed-up / ratio of MACs ({self.macs_ratio:.2f}). *: the fastest of its kind."
         )
 
 
@@ -190,7 +200,7 @@ def bench(
         progress: called as ``progress(what, done, total)``.
         warmup: calls of each candidate before the timed ones, its first call not counted.
         autocast: the dtype of a surrounding ``torch.autocast``, or None.
-        candidates: of ``CANDIDATES``, mctf and at least one other; they run in the order of ``CANDIDATES``.
+        candidates: of ``CANDIDATES``, at least one of ``DENSE`` and one of ``FUSED``; they run in that order.
         report: what ``explain`` gave for the same inputs and options, where known.
 
     Raises:
@@ -215,9 +225,10 @@ def bench(
         calls = {name: lambda module=module: module(*inputs) for name, module in modules.items()}
         first_call, errors = first_calls(calls, device, progress, tolerance)
         if options.get("inner") != "eager":
-            progress("check mctf", 0, 1)
             reference = candidate(MCTF, model, interpreted(options))
-            errors[MCTF] = check_fused(modules[MCTF], reference, model, inputs, tolerance)
+            for name in (n for n in FUSED if n in chosen):
+                progress(f"check {name}", 0, 1)
+                errors[name] = check_fused(name, modules[name], reference, model, inputs, tolerance)
         timings = interleave({name: calls[name] for name in chosen}, rounds, warmup, device, progress)
         torch._dynamo.reset()
     return BenchResult(timings, {name: first_call[name] for name in chosen}, report, errors)
@@ -230,7 +241,7 @@ def check_candidates(names: Sequence[str]) -> list[str]:
             raise ConfigError(f"there is no candidate {name!r}; {nearest(name, list(CANDIDATES))}"
                               f"The candidates are: {', '.join(CANDIDATES)}.")
     chosen = [name for name in CANDIDATES if name in names]
-    if MCTF not in chosen or len(chosen) < 2:
+    if not FUSED.keys() & chosen or not DENSE.keys() & chosen:
         raise ConfigError(f"candidates={','.join(names)} compares nothing; name {MCTF} and a dense one.")
     return chosen
 
@@ -239,8 +250,10 @@ def candidate(name: str, model: nn.Module, options: Mapping[str, Any]) -> Callab
     """The model as a candidate runs it: compiled by its first call, which belongs into ``compiling(name)``."""
     if name == EAGER:
         return model
-    if name == MCTF:
-        return torch.compile(copy.deepcopy(model), backend="mctf", options=dict(options))
+    if name in FUSED:
+        patches = {**options.get("inductor", {}), **FUSED[name]}
+        options = {**options, **({"inductor": patches} if patches else {})}
+        return torch.compile(copy.deepcopy(model), backend="mctf", options=options)
     given = FusionConfig.from_options(options).lowering.inductor
     patches = inductor_patches(FusionConfig(inductor={**given, **DENSE[name]}))
     return torch.compile(copy.deepcopy(model), options=patches or None)
@@ -248,7 +261,7 @@ def candidate(name: str, model: nn.Module, options: Mapping[str, Any]) -> Callab
 
 def compiling(name: str) -> AbstractContextManager[Any]:
     """What a candidate's first call runs in: Inductor freezes the weights that Dynamo made constants of the graph."""
-    freezing = bool((DENSE.get(name) or {}).get("freezing"))
+    freezing = bool(((FUSED | DENSE)[name] or {}).get("freezing"))
     return torch._dynamo.config.patch(prepare_freezing=freezing)
 
 
@@ -290,6 +303,7 @@ def first_calls(
 
 
 def check_fused(
+    name: str,
     fused: Callable[..., Any],
     reference: Callable[..., Any],
     dense: Callable[..., Any],
@@ -315,14 +329,14 @@ def check_fused(
         errors, moved = relative_errors(tensors_of(fused(*batch)), wanted), relative_errors(plain, wanted)
         for error, distance in zip(errors, moved):
             if not error <= 2 * distance + tolerance:
-                raise WrongOutputError(f"the output of mctf is {error:.1e} away from that of its own rewrite run by "
+                raise WrongOutputError(f"the output of {name} is {error:.1e} away from that of its own rewrite run by "
                                        f"inner='eager', by the norm of an image's; fusion itself moves it by "
                                        f"{distance:.1e}. No time is reported.")
         found += errors
         repeats = max(relative_errors(again, wanted)) <= tolerance < TOLERANCES[torch.float16]
         if min(found) <= tolerance or not repeats:
             return statistics.median(found)
-    raise WrongOutputError(f"of {len(found)} images none comes out of mctf as its own rewrite run by inner='eager' "
+    raise WrongOutputError(f"of {len(found)} images none comes out of {name} as its own rewrite run by inner='eager' "
                            f"says (relative error {min(found):.1e} or more, {tolerance:g} is rounding). "
                            f"No time is reported.")
 

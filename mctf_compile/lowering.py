@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,47 +10,53 @@ from torch import fx
 
 from mctf_compile.config import FusionConfig
 from mctf_compile.kernels.library import sources_digest
+from mctf_compile.passes.freezing import freeze
 from mctf_compile.regional import Compiler, compile_regions
 
 
 def lower(gm: fx.GraphModule, inputs: Sequence[Any], config: FusionConfig) -> Callable[..., Any]:
     """``gm``, compiled by ``inner`` for these inputs."""
-    compiler = inner_compiler(config)
-    by_region = None if _stays_whole(config, inputs) else compile_regions(gm, compiler)
-    return by_region or compiler(gm, inputs)
+    by_region = None if _stays_whole(config, inputs) else _by_region(gm, config)
+    return by_region or inner_compiler(config)(gm, inputs)
 
 
 def lower_counted(gm: fx.GraphModule, config: FusionConfig) -> Callable[..., Any]:
     """``gm``, whose last inputs are token counts, compiled for any of them."""
-    by_region = None if config.lowering.inner == "eager" else compile_regions(gm, inner_compiler(config))
+    by_region = None if config.lowering.inner == "eager" else _by_region(gm, config)
     return by_region or gm.forward
 
 
 def _stays_whole(config: FusionConfig, inputs: Sequence[Any]) -> bool:
     """Whether the inner compiler is to see the graph in one piece.
 
-    Freezing folds each block's own weights into its code, and CUDA graphs record one set of addresses; with an
-    interpreter there is nothing to share.
+    CUDA graphs record one set of addresses; with an interpreter there is nothing to share.
     """
     if config.lowering.inner == "eager":
         return True
-    patches = inductor_patches(config)
     on_cuda = any(isinstance(x, torch.Tensor) and x.is_cuda for x in inputs)
-    return _set(patches, "freezing") or (on_cuda and _set(patches, "triton.cudagraphs"))
+    return on_cuda and _set(config, "triton.cudagraphs")
 
 
-def _set(patches: Mapping[str, Any], name: str) -> bool:
-    from torch._inductor import config
+def _by_region(gm: fx.GraphModule, config: FusionConfig) -> Callable[..., Any] | None:
+    """``gm`` compiled by region. Weights are operands to one, so that freezing them is not left to Inductor."""
+    if not _set(config, "freezing") or torch.is_grad_enabled():
+        return compile_regions(gm, inner_compiler(config))
+    return compile_regions(freeze(gm), inner_compiler(config, freezing=False))
 
-    return bool(patches.get(name, config.get_config_copy().get(name)))
+
+def _set(config: FusionConfig, name: str) -> bool:
+    """Whether Inductor is told so, by the options or by its own configuration."""
+    from torch._inductor import config as inductor
+
+    return bool(inductor_patches(config).get(name, inductor.get_config_copy().get(name)))
 
 
-def inner_compiler(config: FusionConfig) -> Compiler:
-    """The compiler named by ``inner``, with the Inductor patches applied."""
+def inner_compiler(config: FusionConfig, **others: Any) -> Compiler:
+    """The compiler named by ``inner``, with the Inductor patches applied, and ``others`` in the place of some."""
     if config.lowering.inner == "inductor":
         from torch._inductor.compile_fx import compile_fx
 
-        patches = inductor_patches(config)
+        patches = {**inductor_patches(config), **others}
 
         def compile_inner(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
             # PyTorch's caches know an operator by its name; what one opens up into is ours to tell them.

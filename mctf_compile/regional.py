@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ def compile_regions(gm: fx.GraphModule, compiler: Compiler) -> nn.Module | None:
     for i, region in enumerate(regions):
         modules.add_module(f"region_{i}", CompiledRegion(region, compiler))
     for node in outer.find_nodes(op="get_attr"):
-        _give(modules, node.target, node.meta["val"])
+        _give(modules, node.target, operator.attrgetter(node.target)(gm))
     return fx.GraphModule(modules, outer)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from itertools import count
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, fx
@@ -36,8 +38,13 @@ def fake_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Any]:
 def trace(function: Callable[..., Any], inputs: Sequence[Any]) -> fx.GraphModule:
     """``make_fx`` before dispatch under the inputs' fake mode, with the users' stack traces kept."""
     # Without the mode, tensors that the program makes itself (arange, zeros) would be real ones.
-    mode = next((v.fake_mode for v in inputs if isinstance(v, FakeTensor)), nullcontext())
-    with fx.traceback.preserve_node_meta(), mode:
+    mode = next((v.fake_mode for v in inputs if isinstance(v, FakeTensor)), None)
+    with ExitStack() as stack:
+        stack.enter_context(fx.traceback.preserve_node_meta())
+        if mode is not None:
+            # Weights may be attributes of the graph: Dynamo makes them some where they are to be frozen.
+            stack.enter_context(mock.patch.object(mode, "allow_non_fake_inputs", True))
+            stack.enter_context(mode)
         return make_fx(function, pre_dispatch=True)(*inputs)
 
 
@@ -65,11 +72,12 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
 
 
 def constants(gm: fx.GraphModule, normal: fx.GraphModule, examples: Sequence[Any]) -> dict[fx.Node, Tensor]:
-    """The tensors behind the parameters and buffers among the inputs of a captured graph, where they are known.
+    """The tensors behind the parameters and buffers among the inputs and attributes of a graph, where they are known.
 
     A tensor that the user passes to the model is none: it may be another at the next call.
     """
-    found = {}
+    held = ((n, operator.attrgetter(n.target)(normal)) for n in normal.graph.find_nodes(op="get_attr"))
+    found = {n: value for n, value in held if isinstance(value, Tensor)}
     for old, new, value in zip(_placeholders(gm), _placeholders(normal), examples):
         if isinstance(value, Tensor) and not isinstance(value, FakeTensor):
             source = getattr(old.meta.get("grapharg"), "source", None)

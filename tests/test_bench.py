@@ -72,6 +72,13 @@ def test_the_fastest_of_all_dense_ones_is_compared_with() -> None:
     assert values["realized_over_best_dense"] == pytest.approx(1.1 / 1.5)
 
 
+def test_the_fastest_of_all_fused_ones_is_compared() -> None:
+    result = result_of(**{"eager": 30.0, "mctf": 20.0, "mctf-freezing": 15.0})
+    assert (result.best_dense, result.best_fused) == ("eager", "mctf-freezing")
+    assert result.to_dict()["best_fused"] == "mctf-freezing" and result.speedup("eager") == pytest.approx(2.0)
+    assert result.speedup_quartiles("eager") == pytest.approx((2.0, 2.0))
+
+
 def test_the_spread_of_the_speedup_is_taken_round_by_round() -> None:
     # The machine is ten times slower in the second round; the ratios are 2, 1.5 and 1.
     timings = {"eager": Timing("eager", [20.0, 150.0, 10.0]), "mctf": Timing("mctf", [10.0, 100.0, 10.0])}
@@ -155,29 +162,29 @@ IMAGES = torch.tensor([[0.0, 1.0], [0.0, 3.0], [0.0, 5.0]])
 
 def test_images_whose_choices_tip_are_allowed_for() -> None:
     # Fusion moves an output by 9 % of its norm; two ways to fuse may lie 18 % apart.
-    found = check_fused(Fused(tipped=4, by=0.1), Fused(), dense, [IMAGES], 1e-4)
+    found = check_fused("mctf", Fused(tipped=4, by=0.1), Fused(), dense, [IMAGES], 1e-4)
     assert found == 0.0
     with pytest.raises(WrongOutputError, match=r"is 2.7e-01 away .* fusion itself moves it by 9.1e-02"):
-        check_fused(Fused(tipped=4, by=0.3), Fused(), dense, [IMAGES], 1e-4)
+        check_fused("mctf", Fused(tipped=4, by=0.3), Fused(), dense, [IMAGES], 1e-4)
 
 
 def test_one_image_at_least_must_agree() -> None:
     wrong = Fused(wrong=0.01)
     with pytest.raises(WrongOutputError, match="of 12 images none comes out of mctf as its own rewrite"):
-        check_fused(wrong, Fused(), dense, [IMAGES], 1e-4)
+        check_fused("mctf", wrong, Fused(), dense, [IMAGES], 1e-4)
     # In half precision a choice tips in every image.
-    assert check_fused(wrong, Fused(), dense, [IMAGES], TOLERANCES[torch.bfloat16]) == pytest.approx(0.01 / 1.1)
+    assert check_fused("mctf", wrong, Fused(), dense, [IMAGES], TOLERANCES[torch.bfloat16]) == pytest.approx(0.01 / 1.1)
 
 
 def test_other_batches_are_looked_at_for_an_image_that_agrees() -> None:
     tips_as_given = lambda x: torch.ones_like(x) * (1.2 if x[0, 0] == 0 else 1.1)
-    assert check_fused(tips_as_given, Fused(), dense, [IMAGES[:1]], 1e-4) == pytest.approx(0.1 / 1.1 / 2)
+    assert check_fused("mctf", tips_as_given, Fused(), dense, [IMAGES[:1]], 1e-4) == pytest.approx(0.1 / 1.1 / 2)
 
 
 def test_a_rewrite_that_fuses_at_random_agrees_with_nothing() -> None:
     torch.manual_seed(0)
     at_random = lambda x: torch.ones_like(x) * (1.1 + 0.01 * torch.rand(len(x), 1))
-    assert 0 < check_fused(at_random, at_random, dense, [IMAGES], 1e-4) < 0.01
+    assert 0 < check_fused("mctf", at_random, at_random, dense, [IMAGES], 1e-4) < 0.01
 
 
 class Broken(nn.Module):
@@ -231,17 +238,17 @@ def test_frozen_weights_are_constants_of_the_graph() -> None:
         seen.append(len(inputs))
         return gm.forward
 
-    for name in ("inductor", "freezing"):
+    for name in ("inductor", "freezing", "mctf", "mctf-freezing"):
         torch._dynamo.reset()
         with torch.no_grad(), measuring.compiling(name):
             torch.compile(nn.Linear(2, 2), backend=backend)(torch.ones(1, 2))
-    assert seen == [3, 1]
+    assert seen == [3, 1, 3, 1]
 
 
 @pytest.mark.parametrize(
     ("names", "message"),
     [(["eager", "inductr", "mctf"], "no candidate 'inductr'; did you mean 'inductor'"), (["eager"], "compares nothing"),
-     (["mctf"], "compares nothing")],
+     (["mctf", "mctf-freezing"], "compares nothing")],
 )
 def test_candidates_that_are_no_comparison_are_refused(names: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -83,7 +83,7 @@ def test_the_page_says_what_was_measured() -> None:
     # Round by round mctf is 24 / 16, 26 / 13 and 25 / 16 times faster: 1.5, 2 and 1.5625.
     assert speed == [
         "small", "test_vit at 96", "2", "1", "float32", "8 {'tau_size': 0}", "31.0 (1.0)", "25.0 (1.0)",
-        "25.0 (1.0) inductor", "16.0 (1.5)", "1.60", "1.56 (1.53 to 1.78)", "0.98",
+        "25.0 (1.0) inductor", "16.0 (1.5)", "16.0 (1.5) mctf", "1.60", "1.56 (1.53 to 1.78)", "0.98",
     ]
     assert alone == [
         ["small", "eager", "0.5 (0.03x)", "0.5 (0.12x)", "0", "1.0 (0.50x)"],

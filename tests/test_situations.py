@@ -173,14 +173,16 @@ class Masked(nn.Module):
         return x
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize(("mask", "fuses"), [
     (torch.ones(24, 24).tril().bool(), False),
     (torch.full((24, 24), float("-inf")).triu(1), False),
     (torch.block_diag(torch.ones(12, 12), torch.ones(12, 12)).bool(), False),
     (torch.zeros(24, 24), True),
 ])
-def test_a_mask_over_pairs_of_tokens_is_declined_and_a_bias_is_not(mask, fuses):
-    with torch.no_grad():
+def test_a_mask_over_pairs_of_tokens_is_declined_and_a_bias_is_not(mask, fuses, frozen):
+    """``frozen``: the mask is an attribute of the graph, not an input."""
+    with torch.no_grad(), torch._dynamo.config.patch(prepare_freezing=frozen):
         report = assert_rewrite_sound(Masked(mask), torch.randn(2, 24, 16), r=4, min_tokens=1)
     assert report.fused is fuses
     assert fuses or all("masked by pairs of tokens (causal or block by block)" in b.reason for b in report.blocks)
