@@ -7,7 +7,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 # One translation unit: most of the time goes into PyTorch's headers.
-SOURCES = ("cpp.h", "attention/attention.cpp", "matching/match.cpp")
+SOURCES = ("cpp.h", "attention/attention.cpp", "matching/match.cpp", "pooling/pooling.cpp")
 # The kernels are written for multiply-adds, which Inductor's flags leave out.
 FLAGS = ("-ffp-contract=fast",)
 

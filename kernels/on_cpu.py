@@ -12,18 +12,32 @@ from torch import Tensor
 
 from mctf_compile.kernels.library import LIBRARY, declare
 from mctf_compile.kernels.matching.op import shapes as matching_shapes
+from mctf_compile.kernels.pooling.op import group_shapes, pool_shapes
+
+
+KNOWN = (torch.float32, torch.bfloat16)
 
 
 def attention_supported(q: Tensor, k: Tensor, v: Tensor | None, bias: Tensor | None, dropout_p: float = 0.0) -> bool:
     """Whether attention's kernels take these operands: float32 or bfloat16, without dropout."""
-    known = (torch.float32, torch.bfloat16)
     same = q.dtype == k.dtype and (v is None or v.dtype == q.dtype)
-    return same and q.dtype in known and (bias is None or bias.dtype in known) and not dropout_p
+    return same and q.dtype in KNOWN and (bias is None or bias.dtype in KNOWN) and not dropout_p
 
 
 def match_supported(x: Tensor, kind: Tensor | None) -> bool:
     """Whether the matching's kernel takes these operands: tokens of float32 or bfloat16 that are all of one kind."""
-    return x.dtype in (torch.float32, torch.bfloat16) and kind is None
+    return x.dtype in KNOWN and kind is None
+
+
+def group_supported(raw: Tensor, size: Tensor) -> bool:
+    """Whether the kernel of grouping takes these operands: weights and sizes in float32."""
+    return raw.dtype == size.dtype == torch.float32
+
+
+def pool_supported(x: Tensor, weight: Tensor | None, dim: int) -> bool:
+    """Whether pooling's kernel takes these operands: means, over [B, N, C] or [B, P, N, C], of float32 or bfloat16."""
+    rows = dim in (1, 2) and dim == x.dim() - 2
+    return rows and x.dtype in KNOWN and weight is not None and weight.dtype == torch.float32
 
 
 def _token_major(v: Tensor, n: int | torch.SymInt) -> Tensor:
@@ -62,17 +76,23 @@ def ahead(q: Tensor | None, k: Tensor | None, v: Tensor, *_: object) -> Tensor:
     return _token_major(v, v.shape[2])
 
 
-def _no_gradient(ctx: Any, *grads: Tensor) -> NoReturn:
-    raise RuntimeError("The C++ kernels of mctf_compile have no gradient: compile the model where gradients are "
-                       "recorded (without torch.no_grad), or with kernels='aten'.")
-
-
-for _name in ("attention_cpp", "importance_cpp", "ahead_cpp"):
-    torch.library.register_autograd(f"mctf::{_name}", _no_gradient, lib=LIBRARY)
-
-
 # ``mctf::match`` without kinds; importance and sizes in float32.
 declare(
     "match_cpp(Tensor x, Tensor? importance, Tensor size, SymInt r, int lead, int tail, float tau_sim, "
     "float tau_info, float tau_size, bool bidirectional) -> (Tensor, Tensor, Tensor)"
 )(matching_shapes)
+
+# ``mctf::group``, and ``mctf::pool`` by weights, of tokens at the last dimension but one of three or four.
+declare("group_cpp(Tensor raw, Tensor size, Tensor keep, Tensor gone, Tensor into) -> (Tensor, Tensor, Tensor)")(
+    group_shapes
+)
+declare("pool_cpp(Tensor x, Tensor weight, Tensor keep, Tensor gone, Tensor into, int dim) -> Tensor")(pool_shapes)
+
+
+def _no_gradient(ctx: Any, *grads: Tensor) -> NoReturn:
+    raise RuntimeError("The C++ kernels of mctf_compile have no gradient: compile the model where gradients are "
+                       "recorded (without torch.no_grad), or with kernels='aten'.")
+
+
+for _name in ("attention_cpp", "importance_cpp", "ahead_cpp", "group_cpp", "pool_cpp"):
+    torch.library.register_autograd(f"mctf::{_name}", _no_gradient, lib=LIBRARY)

@@ -6,7 +6,17 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from mctf_compile.passes.replacing import NOT_TAKEN, Replacement, call, item, items, readers_of_map, replace, values
+from mctf_compile.passes.replacing import (
+    NOT_TAKEN,
+    Replacement,
+    by_the_same_operands,
+    call,
+    item,
+    items,
+    readers_of_map,
+    replace,
+    values,
+)
 from mctf_compile.passes.rules import schema_arguments
 
 mctf = torch.ops.mctf
@@ -32,7 +42,21 @@ def replacements(gradients: bool) -> dict[object, Replacement]:
         mctf.attention.default: _without_gradient if gradients else _attention,
         mctf.importance.default: _without_gradient if gradients else _importance,
         mctf.match.default: _match,
+        mctf.group.default: _without_gradient if gradients else by_the_same_operands(mctf.group_cpp.default, _groups),
+        mctf.pool.default: _without_gradient if gradients else by_the_same_operands(mctf.pool_cpp.default, _pools),
     }
+
+
+def _groups(args: dict) -> bool:
+    from mctf_compile.kernels.on_cpu import group_supported
+
+    return group_supported(*values(args["raw"], args["size"]))
+
+
+def _pools(args: dict) -> bool:
+    from mctf_compile.kernels.on_cpu import pool_supported
+
+    return pool_supported(*values(args["x"], args["weight"]), args["dim"])
 
 
 def _match(node: fx.Node) -> str | None:

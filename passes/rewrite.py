@@ -237,9 +237,13 @@ class Rewriter:
         key = (node, value.tensor, generation)
         if key not in self._raised:
             source = self.insertion.sources.get((stream, generation))
-            if source is not None and value.generation == generation - 1 and self._descends(node, source):
-                # What was derived from the tokens before they were fused is derived from the fused ones.
-                value = self.again(node, {source: self.insertion.fused[source]})
+            if source is not None and value.generation == generation - 1:
+                fused = self.insertion.fused[source]
+                if node is source:
+                    value = fused
+                elif self._descends(node, source):
+                    # What was derived from the tokens before they were fused is derived from the fused ones.
+                    value = self.again(node, {source: fused})
                 if value.generation == generation:
                     self._raised[key] = value
                     return value

@@ -215,6 +215,59 @@ def test_match_refuses_r_out_of_range(n, lead, tail, r):
         ops.match_cpp(randn(2, n, 4), None, torch.ones(2, n), r, lead, tail, 1.0, 20.0, 40.0, True)
 
 
+def groups_of(n: int, r: int, seed: int = 0) -> list[Tensor]:
+    """keep, gone and into of two images, in any order; several may go into one token."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.stack([torch.randperm(n, generator=generator) for _ in range(2)])
+    return [order[:, r:], order[:, :r], torch.randint(n - r, (2, r), generator=generator)]
+
+
+@pytest.mark.parametrize(("n", "r"), [(1, 0), (9, 4), (37, 30), (197, 16)])
+def test_group_is_the_reference(n, r):
+    raw, size = positive(n, 2, seed=1).T, 1 + 3 * positive(2, n, seed=2)
+    # A group whose attention underflows has a mean nevertheless.
+    raw[0, : n // 3] = 0
+    index, weight, sums = ops.group_cpp(raw, size, *groups_of(n, r))
+    exact = pooling_reference.group(raw, size, *groups_of(n, r))
+    assert torch.equal(index, exact[0])
+    torch.testing.assert_close((weight, sums), exact[1:], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("leading", [(2,), (2, 3), (2, 1)], ids=str)
+@pytest.mark.parametrize("channels", [3, 16, 384])
+@pytest.mark.parametrize(("n", "r"), [(1, 0), (9, 4), (37, 30), (197, 16)])
+@dtypes
+def test_pool_is_the_reference(n, r, channels, leading, dtype, threads):
+    groups, dim = groups_of(n, r), len(leading)
+    _, weight, _ = pooling_reference.group(positive(2, n, seed=1), torch.ones(2, n), *groups)
+    x = randn(*leading, channels, n, seed=2, dtype=dtype).transpose(-1, -2)
+    pooled = ops.pool_cpp(x, weight, *groups, dim)
+    exact = pooling_reference.pool(x.double(), weight, *groups, dim)
+    assert pooled.dtype is dtype and pooled.is_contiguous()
+    no_worse(pooled, ops.pool(x, weight, *groups, dim), exact)
+
+
+def test_pooling_hides_no_nan():
+    x, raw, groups = randn(2, 9, 5), positive(2, 9), groups_of(9, 4)
+    x[0, groups[1][0, 0]] = float("nan")
+    raw[1, groups[0][1, 0]] = float("nan")
+    _, weight, _ = ops.group_cpp(raw, torch.ones(2, 9), *groups)
+    assert torch.equal(weight.isnan(), ops.group(raw, torch.ones(2, 9), *groups)[1].isnan())
+    pooled = ops.pool_cpp(x, weight, *groups, 1)
+    assert torch.equal(pooled.isnan(), ops.pool(x, weight, *groups, 1).isnan()) and pooled.isnan().any()
+
+
+@pytest.mark.parametrize(("which", "position"), [(0, 9), (0, -1), (1, 9), (2, 5)])
+def test_positions_that_do_not_exist_are_refused(which, position):
+    groups = groups_of(9, 4)
+    groups[which] = groups[which].clone()
+    groups[which][1, 2] = position
+    for call in (lambda: ops.group_cpp(positive(2, 9), torch.ones(2, 9), *groups),
+                 lambda: ops.pool_cpp(randn(2, 9, 5), torch.ones(2, 9), *groups, 1)):
+        with pytest.raises(RuntimeError, match=f"a matching has position {position} of {5 if which == 2 else 9}"):
+            call()
+
+
 def test_shapes_are_declared_as_they_are():
     q, k, v = qkv(37, 37, 8, torch.float32)
     lse, rows = torch.zeros(2, 3, 37), torch.zeros(2, 3, 20, 37)
@@ -223,6 +276,8 @@ def test_shapes_are_declared_as_they_are():
         ops.attention_cpp: (q, k, v, None, None, 1.0), ops.importance_cpp: (q, k, None, None, 1.0, 20),
         ops.ahead_cpp: (q, k, v, None, None, 1.0, lse, rows, index, weight),
         ops.match_cpp: (randn(2, 37, 8), None, torch.ones(2, 37), 9, 1, 0, 1.0, 1.0, 1.0, True),
+        ops.group_cpp: (positive(2, 37), torch.ones(2, 37), *groups_of(37, 9)),
+        ops.pool_cpp: (randn(2, 37, 8), torch.ones(2, 37), *groups_of(37, 9), 1),
     }
     for operator, operands in calls.items():
         torch.library.opcheck(operator.default, operands, test_utils=("test_schema", "test_faketensor"))

@@ -39,7 +39,7 @@ class Recorder(fx.Interpreter):
         result = super().call_function(target, args, kwargs)
         if getattr(target, "_opname", None) in ("match", "match_cpp"):
             self.matches.append(result)
-        if target is torch.ops.mctf.group.default:
+        if getattr(target, "_opname", None) in ("group", "group_cpp"):
             self.groups.append(result)
         if target is torch.ops.mctf.select.default:
             self.selections.append(result)

@@ -6,14 +6,14 @@ from mctf_compile.kernels.library import composite, resized
 from mctf_compile.kernels.pooling import aten
 
 
-def _group_shapes(
+def group_shapes(
     raw: Tensor, size: Tensor, keep: Tensor, gone: Tensor, into: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     return keep.new_empty(raw.shape), raw.new_empty(raw.shape), size.new_empty(keep.shape)
 
 
 @composite(
-    "group(Tensor raw, Tensor size, Tensor keep, Tensor gone, Tensor into) -> (Tensor, Tensor, Tensor)", _group_shapes
+    "group(Tensor raw, Tensor size, Tensor keep, Tensor gone, Tensor into) -> (Tensor, Tensor, Tensor)", group_shapes
 )
 def group(raw: Tensor, size: Tensor, keep: Tensor, gone: Tensor, into: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The map, the pooling weights and the new sizes that a matching gives; constants for autograd.
@@ -32,11 +32,11 @@ def group(raw: Tensor, size: Tensor, keep: Tensor, gone: Tensor, into: Tensor) -
     return aten.group(raw.detach(), size.detach(), keep, gone, into)
 
 
-def _pool_shapes(x: Tensor, weight: Tensor | None, keep: Tensor, gone: Tensor, into: Tensor, dim: int) -> Tensor:
+def pool_shapes(x: Tensor, weight: Tensor | None, keep: Tensor, gone: Tensor, into: Tensor, dim: int) -> Tensor:
     return resized(x, dim, keep.shape[1])
 
 
-@composite("pool(Tensor x, Tensor? weight, Tensor keep, Tensor gone, Tensor into, int dim) -> Tensor", _pool_shapes)
+@composite("pool(Tensor x, Tensor? weight, Tensor keep, Tensor gone, Tensor into, int dim) -> Tensor", pool_shapes)
 def pool(x: Tensor, weight: Tensor | None, keep: Tensor, gone: Tensor, into: Tensor, dim: int) -> Tensor:
     """Combine the tokens of each group: the weighted sum, or the maximum where ``weight`` is None.
 
