@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -13,11 +14,27 @@ FLAGS = ("-ffp-contract=fast",)
 
 
 @functools.cache
-def problem() -> str | None:
-    """Why C++ kernels cannot run here, or None: then they have been built, and ``torch.ops.mctf.*_cpp`` run."""
-    from torch._inductor.codecache import CppCodeCache
+def building() -> Future[str | None]:
+    """What ``problem`` will say; the compiler runs beside the caller."""
+    # Imported here: two threads that import one package may each see half of it.
+    import torch._inductor.codecache
 
     import mctf_compile.kernels.on_cpu  # noqa: F401  declares the operators
+
+    executor = ThreadPoolExecutor(1, "mctf-build")
+    try:
+        return executor.submit(_build)
+    finally:
+        executor.shutdown(wait=False)
+
+
+def problem() -> str | None:
+    """Why C++ kernels cannot run here, or None: then they have been built, and ``torch.ops.mctf.*_cpp`` run."""
+    return building().result()
+
+
+def _build() -> str | None:
+    from torch._inductor.codecache import CppCodeCache
 
     try:
         CppCodeCache.load("\n".join((HERE / name).read_text() for name in SOURCES), extra_flags=FLAGS)

@@ -63,6 +63,8 @@ def plan(state: State) -> None:
         method = _plan.typical(method, state.blocks)
     state.plan = _plan.make_plan(state.blocks, state.axes, method, findings.declined, findings.whole,
                                  any(o.state == "training" for o in state.observations), counted)
+    if state.plan.fusing:
+        _kernels.prepare_kernels(state.config.lowering.kernels, state.inputs)
 
 
 @graph_pass(requires=("plan",))

@@ -27,6 +27,14 @@ mctf = torch.ops.mctf
 ALL_ROWS, FEW_ROWS = 4, 1
 
 
+def prepare(device: torch.device) -> None:
+    """Start to build the kernels where they may be asked for."""
+    from mctf_compile.kernels import cpp
+
+    if device.type == "cpu":
+        cpp.building()
+
+
 def problem(device: torch.device) -> str | None:
     """Why C++ kernels cannot run there, or None."""
     from mctf_compile.kernels import cpp

@@ -24,6 +24,18 @@ def records_gradients(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (*inputs, *held))
 
 
+def prepare_kernels(wanted: str, inputs: Sequence[Any]) -> None:
+    """Start what the kernels of a graph on such inputs need, beside the passes that come before their choice."""
+    device = next((x.device for x in inputs if isinstance(x, Tensor)), torch.device("cpu"))
+    name = _family(wanted, device)
+    if name != "aten":
+        FAMILIES[name].prepare(device)
+
+
+def _family(wanted: str, device: torch.device) -> str:
+    return FIRST_CHOICE.get(device.type, "aten") if wanted == "auto" else wanted
+
+
 def choose_kernels(gm: fx.GraphModule, wanted: str, gradients: bool) -> tuple[fx.GraphModule, list[str]]:
     """A rewritten graph with other kernels for its ``mctf`` operators, and remarks on what stays ATen.
 
@@ -38,7 +50,7 @@ def choose_kernels(gm: fx.GraphModule, wanted: str, gradients: bool) -> tuple[fx
     if first is None:
         return gm, []
     device = next(n.meta["val"].device for n in first.all_input_nodes if isinstance(n.meta.get("val"), Tensor))
-    name = FIRST_CHOICE.get(device.type, "aten") if wanted == "auto" else wanted
+    name = _family(wanted, device)
     if name == "aten":
         return gm, []
     family = FAMILIES[name]

@@ -24,6 +24,10 @@ from mctf_compile.passes.rules import schema_arguments
 mctf = torch.ops.mctf
 
 
+def prepare(device: torch.device) -> None:
+    """Nothing: kernels are compiled when they are launched."""
+
+
 def problem(device: torch.device) -> str | None:
     """Why Triton kernels cannot run there, or None."""
     if importlib.util.find_spec("triton") is None:

@@ -322,6 +322,18 @@ def test_one_model_is_compiled_for_inference_and_for_training():
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+def test_what_does_not_build_is_told_by_its_first_line(monkeypatch):
+    def load(*_, **__):
+        raise RuntimeError("g++ says no\nand more")
+
+    monkeypatch.setattr("torch._inductor.codecache.CppCodeCache.load", load)
+    cpp.building.cache_clear()
+    try:
+        assert cpp.problem() == "the C++ kernels do not build: g++ says no"
+    finally:
+        cpp.building.cache_clear()
+
+
 def test_what_was_compiled_of_other_sources_is_not_used(monkeypatch):
     """An operator's name alone does not say what it opens up into."""
     tags = []
