@@ -17,7 +17,7 @@ FLAGS = ("-ffp-contract=fast",)
 def building() -> Future[str | None]:
     """What ``problem`` will say; the compiler runs beside the caller."""
     # Imported here: two threads that import one package may each see half of it.
-    import torch._inductor.codecache
+    import torch._inductor.codecache  # noqa: F401
 
     import mctf_compile.kernels.on_cpu  # noqa: F401  declares the operators
 
