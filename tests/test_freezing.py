@@ -67,13 +67,13 @@ def test_under_autocast_a_weight_stays_as_it_is() -> None:
 
 @pytest.mark.parametrize("dynamic_r", [False, True])
 @torch.no_grad()
-def test_a_model_that_dynamo_prepares_for_freezing_fuses(dynamic_r: bool) -> None:
+def test_a_model_that_is_to_be_frozen_fuses(dynamic_r: bool) -> None:
     torch.manual_seed(0)
     model, x = timm.create_model("test_vit").eval().double(), torch.randn(2, 3, 160, 160, dtype=torch.float64)
     options = {"r": 8, "inner": "aot_eager", "dynamic_r": dynamic_r, "strict": True}
     expected = torch.compile(model, backend="mctf", options=options)(x)
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(prepare_freezing=True), torch._inductor.config.patch(freezing=True):
+    with torch._inductor.config.patch(freezing=True):
         frozen = torch.compile(model, backend="mctf", options=options)
         torch.testing.assert_close(frozen(x), expected, rtol=0, atol=1e-10)
     model.head.weight.zero_()
