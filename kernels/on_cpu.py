@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from mctf_compile.kernels.library import LIBRARY, declare
-from mctf_compile.kernels.matching.op import shapes as matching_shapes
 from mctf_compile.kernels.pooling.op import group_shapes, pool_shapes
 
 
@@ -76,11 +75,18 @@ def ahead(q: Tensor | None, k: Tensor | None, v: Tensor, *_: object) -> Tensor:
     return _token_major(v, v.shape[2])
 
 
-# ``mctf::match`` without kinds; importance and sizes in float32.
-declare(
-    "match_cpp(Tensor x, Tensor? importance, Tensor size, SymInt r, int lead, int tail, float tau_sim, "
+# ``mctf::match`` without kinds; importance and sizes in float32. By the tokens that are left, not by those that go: the
+# sizes of results are then numbers of the graph's own, and not differences of such, whose views Inductor copies.
+@declare(
+    "match_cpp(Tensor x, Tensor? importance, Tensor size, SymInt left, int lead, int tail, float tau_sim, "
     "float tau_info, float tau_size, bool bidirectional) -> (Tensor, Tensor, Tensor)"
-)(matching_shapes)
+)
+def match(
+    x: Tensor, importance: Tensor | None, size: Tensor, left: int | torch.SymInt, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = (x.shape[0], left), (x.shape[0], x.shape[1] - left), (x.shape[0], x.shape[1] - left)
+    return tuple(x.new_empty(shape, dtype=torch.long) for shape in shapes)
+
 
 # ``mctf::group``, and ``mctf::pool`` by weights, of tokens at the last dimension but one of three or four.
 declare("group_cpp(Tensor raw, Tensor size, Tensor keep, Tensor gone, Tensor into) -> (Tensor, Tensor, Tensor)")(

@@ -6,6 +6,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from mctf_compile.passes.axes import size_of
 from mctf_compile.passes.replacing import (
     NOT_TAKEN,
     Replacement,
@@ -71,10 +72,20 @@ def _match(node: fx.Node) -> str | None:
     from mctf_compile.kernels.on_cpu import match_supported
 
     args = schema_arguments(node)
-    if not match_supported(*values(args["x"], args["kind"])):
+    left = _number(node.meta["val"][0].shape[1], node.graph)
+    if left is None or not match_supported(*values(args["x"], args["kind"])):
         return NOT_TAKEN
+    args = {**args, "r": left}
     node.target, node.args, node.kwargs = mctf.match_cpp.default, tuple(v for k, v in args.items() if k != "kind"), {}
     return None
+
+
+def _number(value: int | torch.SymInt, graph: fx.Graph) -> int | fx.Node | None:
+    """A number as it stands in a graph: itself, or the input that holds it."""
+    if isinstance(value, int):
+        return value
+    inputs = (n for n in graph.find_nodes(op="placeholder") if isinstance(n.meta.get("val"), torch.SymInt))
+    return next((n for n in inputs if size_of(n.meta["val"]) == size_of(value)), None)
 
 
 def _without_gradient(node: fx.Node) -> str:

@@ -157,7 +157,7 @@ def test_strides_do_not_matter():
 def test_results_do_not_change_from_run_to_run(threads):
     q, k, _ = qkv(197, 197, 64, torch.float32)
     first, *others = ([*ops.importance_cpp(q, k, None, None, 0.125, 50), *ops.match_cpp(
-        randn(1, 197, 48), positive(1, 197), torch.ones(1, 197), 40, 1, 0, 1.0, 20.0, 40.0, True)] for _ in range(4))
+        randn(1, 197, 48), positive(1, 197), torch.ones(1, 197), 157, 1, 0, 1.0, 20.0, 40.0, True)] for _ in range(4))
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other))
 
 
@@ -173,7 +173,7 @@ def matchings(draw: st.DrawFn) -> tuple:
 
 
 def same_matching(x: Tensor, importance: Tensor | None, size: Tensor, r, lead, tail, taus, bidirectional) -> None:
-    actual = ops.match_cpp(x, importance, size, r, lead, tail, *taus, bidirectional)
+    actual = ops.match_cpp(x, importance, size, x.shape[1] - r, lead, tail, *taus, bidirectional)
     wide = None if importance is None else importance.double()
     exact = matching_reference.match(x.double(), wide, size.double(), r, lead, tail, *taus, bidirectional)
     for name, a, e in zip(("keep", "gone", "into"), actual, exact):
@@ -205,14 +205,15 @@ def test_match_breaks_ties_to_the_lower_position(problem, data):
 def test_match_of_a_nan_is_that_of_aten():
     x = randn(2, 40, 24)
     x[0, 7] = float("nan")
-    operands = x, positive(2, 40), torch.ones(2, 40), 12, 1, 0, 1.0, 20.0, 40.0, True
-    assert all(torch.equal(a, b) for a, b in zip(ops.match_cpp(*operands), ops.match(*operands)))
+    operands, others = (x, positive(2, 40), torch.ones(2, 40)), (1, 0, 1.0, 20.0, 40.0, True)
+    pairs = zip(ops.match_cpp(*operands, 28, *others), ops.match(*operands, 12, *others))
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
 @pytest.mark.parametrize(("n", "lead", "tail", "r"), [(9, 0, 0, 5), (9, 5, 2, 2), (9, 0, 0, -1)])
 def test_match_refuses_r_out_of_range(n, lead, tail, r):
     with pytest.raises(RuntimeError, match=f"r={r} of {n} tokens is out of range"):
-        ops.match_cpp(randn(2, n, 4), None, torch.ones(2, n), r, lead, tail, 1.0, 20.0, 40.0, True)
+        ops.match_cpp(randn(2, n, 4), None, torch.ones(2, n), n - r, lead, tail, 1.0, 20.0, 40.0, True)
 
 
 def groups_of(n: int, r: int, seed: int = 0) -> list[Tensor]:
@@ -268,6 +269,13 @@ def test_positions_that_do_not_exist_are_refused(which, position):
             call()
 
 
+def test_a_matching_of_other_tokens_is_refused():
+    with pytest.raises(RuntimeError, match="pool: weights of 2 x 9 tokens for 2 x 8"):
+        ops.pool_cpp(randn(2, 8, 5), torch.ones(2, 9), *groups_of(9, 4), 1)
+    with pytest.raises(RuntimeError, match="a matching of 2 images for 1"):
+        ops.group_cpp(positive(1, 9), torch.ones(1, 9), *groups_of(9, 4))
+
+
 def test_shapes_are_declared_as_they_are():
     q, k, v = qkv(37, 37, 8, torch.float32)
     lse, rows = torch.zeros(2, 3, 37), torch.zeros(2, 3, 20, 37)
@@ -275,7 +283,7 @@ def test_shapes_are_declared_as_they_are():
     calls = {
         ops.attention_cpp: (q, k, v, None, None, 1.0), ops.importance_cpp: (q, k, None, None, 1.0, 20),
         ops.ahead_cpp: (q, k, v, None, None, 1.0, lse, rows, index, weight),
-        ops.match_cpp: (randn(2, 37, 8), None, torch.ones(2, 37), 9, 1, 0, 1.0, 1.0, 1.0, True),
+        ops.match_cpp: (randn(2, 37, 8), None, torch.ones(2, 37), 28, 1, 0, 1.0, 1.0, 1.0, True),
         ops.group_cpp: (positive(2, 37), torch.ones(2, 37), *groups_of(37, 9)),
         ops.pool_cpp: (randn(2, 37, 8), torch.ones(2, 37), *groups_of(37, 9), 1),
     }

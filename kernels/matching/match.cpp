@@ -204,16 +204,16 @@ static void assign(const Matching& m, const float* scores, int64_t* keep, int64_
 }
 
 static std::tuple<Tensor, Tensor, Tensor> match(
-    Tensor x, optional<Tensor> importance, Tensor size, int64_t r, int64_t lead, int64_t tail, double tau_sim,
+    Tensor x, optional<Tensor> importance, Tensor size, int64_t left, int64_t lead, int64_t tail, double tau_sim,
     double tau_info, double tau_size, bool bidirectional) {
-  const int64_t n = x.size(1), batch = x.size(0);
+  const int64_t n = x.size(1), batch = x.size(0), r = n - left;
   STD_TORCH_CHECK(0 <= r && 2 * r <= std::max<int64_t>(n - lead - tail, 0), "match: r=", r, " of ", n,
                   " tokens is out of range");
   const auto int64 = torch::headeronly::ScalarType::Long;
   Tensor keep = torch::stable::new_empty(x, {batch, n - r}, int64);
   Tensor gone = torch::stable::new_empty(x, {batch, r}, int64);
   Tensor into = torch::stable::new_empty(x, {batch, r}, int64);
-  int64_t *const kept = (int64_t*)keep.mutable_data_ptr(), *const left = (int64_t*)gone.mutable_data_ptr();
+  int64_t *const kept = (int64_t*)keep.mutable_data_ptr(), *const away = (int64_t*)gone.mutable_data_ptr();
   int64_t* const groups = (int64_t*)into.mutable_data_ptr();
   if (!r) {
     for (int64_t b = 0; b < batch; b++) std::iota(kept + b * n, kept + (b + 1) * n, 0);
@@ -236,7 +236,7 @@ static std::tuple<Tensor, Tensor, Tensor> match(
   });
   torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; b++)
-      assign(m, scores + b * m.rows() * wide, kept + b * (n - r), left + b * r, groups + b * r);
+      assign(m, scores + b * m.rows() * wide, kept + b * (n - r), away + b * r, groups + b * r);
   });
   return {keep, gone, into};
 }

@@ -5,8 +5,11 @@ struct Groups {
   int64_t batch, kept, left;
   PerToken<int64_t> keep, gone, into;
 
-  Groups(const Tensor& keep, const Tensor& gone, const Tensor& into, int64_t tokens)
+  // `of`: [B, N], what the positions number.
+  Groups(const Tensor& keep, const Tensor& gone, const Tensor& into, const Tensor& of)
       : batch(keep.size(0)), kept(keep.size(1)), left(gone.size(1)), keep(keep), gone(gone), into(into) {
+    const int64_t tokens = of.size(1);
+    STD_TORCH_CHECK(of.size(0) == batch, "a matching of ", batch, " images for ", of.size(0));
     for (int64_t b = 0; b < batch; b++) {
       for (int64_t m = 0; m < kept; m++) check(this->keep(b, m), tokens);
       for (int64_t i = 0; i < left; i++) {
@@ -23,7 +26,7 @@ struct Groups {
 
 static std::tuple<Tensor, Tensor, Tensor> group(Tensor raw, Tensor size, Tensor keep, Tensor gone, Tensor into) {
   const int64_t tokens = raw.size(1);
-  const Groups g(keep, gone, into, tokens);
+  const Groups g(keep, gone, into, raw);
   Tensor index = torch::stable::new_empty(keep, {g.batch, tokens});
   Tensor weight = torch::stable::new_empty(raw, {g.batch, tokens});
   Tensor sums = torch::stable::new_empty(size, {g.batch, g.kept});
@@ -58,7 +61,9 @@ static std::tuple<Tensor, Tensor, Tensor> group(Tensor raw, Tensor size, Tensor 
 
 // [B, N, C] or [B, P, N, C], weighted and summed in float32 and rounded once.
 static Tensor pool(Tensor x, Tensor weight, Tensor keep, Tensor gone, Tensor into, int64_t dim) {
-  const Groups g(keep, gone, into, x.size(dim));
+  const Groups g(keep, gone, into, weight);
+  STD_TORCH_CHECK(x.size(0) == g.batch && x.size(dim) == weight.size(1), "pool: weights of ", weight.size(0), " x ",
+                  weight.size(1), " tokens for ", x.size(0), " x ", x.size(dim));
   const Operand tokens(x);
   const PerToken<float> weight_of(weight);
   const int64_t planes = dim == 1 ? 1 : x.size(1), channels = x.size(dim + 1);
