@@ -44,12 +44,6 @@ static inline float sum_of(vec x) {
   return total;
 }
 
-static inline float highest_of(vec x) {
-  float peak = x[0];
-  for (int i = 1; i < LANES; i++) peak = x[i] > peak ? x[i] : peak;
-  return peak;
-}
-
 // 2^y for y of at most about 0, to 2e-7 of its value; 0 where it is no normal number.
 static inline vec exp2_of(vec y) {
   y = higher(y, all(-127.0f));
@@ -63,6 +57,13 @@ static inline vec exp2_of(vec y) {
   p = p * f + 6.93147181e-1f;
   p = p * f + 1.0f;
   return (vec)((ivec)p + ((ivec)shifted << 23));
+}
+
+// Starts to bring `count` values to the cache, for what is computed meanwhile to hide how long that takes.
+template <int WRITE, class T>
+static inline void prefetch(const T* from, int64_t count) {
+  for (const char *p = (const char*)from, *end = (const char*)(from + count); p < end; p += 64)
+    __builtin_prefetch(p, WRITE, 2);
 }
 
 // to[i] = the bfloat16 from[i]: the upper half of a float32
@@ -129,6 +130,20 @@ struct Operand : Elements {
   void read_row(int64_t b, int64_t h, int64_t token, int64_t count, float* to) const {
     read(b * strides[0] + h * strides[1] + token * strides[2], strides[3], count, to);
   }
+
+  void prefetch_row(int64_t b, int64_t h, int64_t token, int64_t count) const {
+    const int64_t bytes = bfloat16 ? 2 : 4;
+    if (strides[3] == 1)
+      prefetch<0>(data + (b * strides[0] + h * strides[1] + token * strides[2]) * bytes, count * bytes);
+  }
+
+  // The row where it lies, if that is in the form that `read_row` would give it; else read into `room`.
+  const float* row(int64_t b, int64_t h, int64_t token, int64_t count, float* room) const {
+    if (!bfloat16 && strides[3] == 1)
+      return (const float*)data + b * strides[0] + h * strides[1] + token * strides[2];
+    read_row(b, h, token, count, room);
+    return room;
+  }
 };
 
 // [B, N]
@@ -149,6 +164,19 @@ constexpr int ROWS = 4, COLUMNS = 3;  // of 16 registers
 #else
 constexpr int ROWS = 6, COLUMNS = 4;  // of 32 registers
 #endif
+
+// The sum of each row's lanes, and the highest of them; the rows side by side, since each is one chain of operations.
+static inline void sum_of(const vec (&x)[ROWS], float (&sums)[ROWS]) {
+  for (int r = 0; r < ROWS; r++) sums[r] = 0;
+  for (int i = 0; i < LANES; i++)
+    for (int r = 0; r < ROWS; r++) sums[r] += x[r][i];
+}
+
+static inline void highest_of(const vec (&x)[ROWS], float (&peaks)[ROWS]) {
+  for (int r = 0; r < ROWS; r++) peaks[r] = x[r][0];
+  for (int i = 1; i < LANES; i++)
+    for (int r = 0; r < ROWS; r++) peaks[r] = x[r][i] > peaks[r] ? x[r][i] : peaks[r];
+}
 
 #if defined(__GNUC__) && !defined(__clang__)
 // One step of transposing a square of vectors: swaps its halves of width H off the diagonal, in blocks of 2 H.

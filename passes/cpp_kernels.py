@@ -24,8 +24,8 @@ mctf = torch.ops.mctf
 
 # For each channel of a head: up to so many rows of its map are stored, all of them. In float32 that is as much as the
 # hidden layer of an MLP of ratio 4, where the peak of memory is anyway. Where there are more, q and k stay too for
-# computing rows again, and few are stored.
-ALL_ROWS, FEW_ROWS = 4, 1
+# computing rows again, and half as many are stored.
+ALL_ROWS, SOME_ROWS = 4, 2
 
 
 def prepare(device: torch.device) -> None:
@@ -128,7 +128,7 @@ def _importance(node: fx.Node) -> str | None:
             return NOT_TAKEN
 
     whole = statically_known_true(q.shape[2] <= ALL_ROWS * q.shape[3] * q.element_size() // 4)
-    stored = (ALL_ROWS if whole else FEW_ROWS) * q.shape[3] * q.element_size() // 4 if readers else 0
+    stored = (ALL_ROWS if whole else SOME_ROWS) * q.shape[3] * q.element_size() // 4 if readers else 0
     arguments = (*operands, args["scale"], stored)
     several = call(node, mctf.importance_cpp.default, arguments, importance(q, k, *arguments[2:]))
     received, lse, rows = (item(several, i) for i in range(3))

@@ -4,6 +4,8 @@
 // masks a key; a row that is masked out as a whole has a log-sum-exp of -inf, and 0 as its output.
 
 constexpr float LOG2_E = 1.44269504f;
+// How many rows before it is read one is fetched.
+constexpr int64_t AHEAD = 2 * ROWS;
 
 // What is attended to, and by what.
 struct Problem {
@@ -57,6 +59,8 @@ struct Head {
     const int64_t width = p.width, wide = this->wide;
     for (int64_t j = 0; j < wide; j += LANES) {
       const int count = std::min<int64_t>(LANES, p.keys - j);
+      for (int i = 0; i < LANES; i++)
+        if (j + LANES + i < p.keys) p.k.prefetch_row(b, h, j + LANES + i, width);
       for (int i = 0; i < count; i++) p.k.read_row(b, h, j + i, width, queries + i * width);
       memset(queries + count * width, 0, (LANES - count) * width * sizeof(float));
       transpose(queries, width, keys + j, wide);
@@ -70,6 +74,7 @@ struct Head {
   void read_values() const {
     for (int64_t j = 0; j < p.keys; j++) {
       float* const to = values + j * value_wide;
+      if (j + AHEAD < p.keys) p.v.prefetch_row(b, h, fused(j + AHEAD), p.value_width);
       p.v.read_row(b, h, fused(j), p.value_width, to);
       for (int64_t c = p.value_width; c < value_wide; c++) to[c] = 0;
     }
@@ -98,11 +103,13 @@ struct Head {
       for (int r = 0; r < ROWS; r++) {
         const float* const from = terms[r] + j;
         float* const to = head.weights + r * head.wide + j;
+        vec peak = peaks[r];
         for (int v = 0; v < V; v++) {
           const vec logits = sums[r][v] * scale + load(from + v * LANES);
-          peaks[r] = higher(peaks[r], logits);
+          peak = higher(peak, logits);
           store(to + v * LANES, logits);
         }
+        peaks[r] = peak;
       }
     }
   };
@@ -113,27 +120,37 @@ struct Head {
     LogitsStep step{*this, {}, {}, highest};
     for (int r = 0; r < ROWS; r++) {
       const int64_t query = chosen[std::min(r, count - 1)];
-      p.q.read_row(b, h, query, p.width, queries + r * p.width);
-      step.queries[r] = queries + r * p.width;
+      step.queries[r] = p.q.row(b, h, query, p.width, queries + r * p.width);
+      if (query + ROWS < p.queries) p.q.prefetch_row(b, h, query + ROWS, p.width);
       step.terms[r] = terms_of(r, query);
       highest[r] = all(-INFINITY);
     }
     for_columns(wide, step);
-    for (int r = 0; r < ROWS; r++) peaks[r] = highest_of(highest[r]);
+    highest_of(highest, peaks);
   }
 
-  // Weights exp(logits - level), in the place of the logits of row r, and their sum.
-  float exponentiate(int r, float level) const {
-    if (level == -INFINITY) level = 0;  // masked out as a whole
-    float* const to = weights + r * wide;
+  // Weights exp(logits - level), in the place of the logits, and their sums by row.
+  void exponentiate(int count, const float (&levels)[ROWS], float (&sums)[ROWS]) const {
     const int64_t wide = this->wide;
-    vec total{};
-    for (int64_t j = 0; j < wide; j += LANES) {
-      const vec e = exp2_of((load(to + j) - level) * LOG2_E);
-      total += e;
-      store(to + j, e);
+    vec totals[ROWS] = {};
+    for (int r = 0; r < count; r++) {
+      const float level = levels[r] == -INFINITY ? 0 : levels[r];  // masked out as a whole
+      float* const to = weights + r * wide;
+      for (int64_t j = 0; j < wide; j += LANES) {
+        const vec e = exp2_of((load(to + j) - level) * LOG2_E);
+        totals[r] += e;
+        store(to + j, e);
+      }
     }
-    return sum_of(total);
+    sum_of(totals, sums);
+  }
+
+  // Rows of the map of `count` queries: weights, and shares that make the sum of each 1; 0 where all keys are masked.
+  void softmax(const int64_t* chosen, int count, float (&peaks)[ROWS], float (&shares)[ROWS]) const {
+    float sums[ROWS];
+    logits(chosen, count, peaks);
+    exponentiate(count, peaks, sums);
+    for (int r = 0; r < count; r++) shares[r] = peaks[r] == -INFINITY ? 0 : 1 / sums[r];
   }
 
   struct ValuesStep {
@@ -208,7 +225,8 @@ static Tensor attention(
   p.v = Operand(v);
   p.value_width = v.size(3);
   const Output out(v, p.queries);
-  for_heads(p, p.queries, parts_of(p.queries, p.batch * p.heads), [&](int64_t first, int64_t last, int64_t, int64_t plane) {
+  const int64_t parts = parts_of(p.queries, p.batch * p.heads);
+  for_heads(p, p.queries, parts, [&](int64_t first, int64_t last, int64_t, int64_t plane) {
     const Head head(p, plane, last - first);
     head.read_keys();
     head.read_values();
@@ -218,13 +236,12 @@ static Tensor attention(
       int64_t queries[ROWS], outputs[ROWS];
       float peaks[ROWS], shares[ROWS];
       const float* weights[ROWS];
-      for (int r = 0; r < count; r++) queries[r] = i + r, outputs[r] = i + r - first;
-      head.logits(queries, count, peaks);
       for (int r = 0; r < count; r++) {
-        const float total = head.exponentiate(r, peaks[r]);
-        shares[r] = peaks[r] == -INFINITY ? 0 : 1 / total;
+        queries[r] = i + r;
+        outputs[r] = i + r - first;
         weights[r] = head.weights + r * head.wide;
       }
+      head.softmax(queries, count, peaks, shares);
       head.add(weights, count, outputs, shares);
     }
     out.write(head, first, last);
@@ -252,27 +269,25 @@ static std::tuple<Tensor, Tensor, Tensor> importance(
       const int count = std::min<int64_t>(ROWS, last - i);
       int64_t queries[ROWS];
       float peaks[ROWS], shares[ROWS];
-      for (int r = 0; r < count; r++) queries[r] = i + r;
-      head.logits(queries, count, peaks);
       for (int r = 0; r < count; r++) {
-        const float total = head.exponentiate(r, peaks[r]);
-        const bool masked = peaks[r] == -INFINITY;
-        shares[r] = masked ? 0 : 1 / total;
-        lse_data[plane * p.queries + i + r] = masked ? -INFINITY : peaks[r] + std::log(total);
+        queries[r] = i + r;
+        if (i + r < stored) prefetch<1>(map_data + (plane * stored + i + r) * p.keys, p.keys);
       }
-      const float* const weights = head.weights;
+      head.softmax(queries, count, peaks, shares);
+      for (int r = 0; r < count; r++)
+        lse_data[plane * p.queries + i + r] = shares[r] == 0 ? -INFINITY : peaks[r] - std::log(shares[r]);
+      float* const weights = head.weights;
       for (int64_t j = 0; j < wide; j += LANES) {
         vec sum = load(sums + j);
-        for (int r = 0; r < count; r++) sum += load(weights + r * wide + j) * shares[r];
+        for (int r = 0; r < count; r++) {
+          const vec share = load(weights + r * wide + j) * shares[r];
+          sum += share;
+          store(weights + r * wide + j, share);
+        }
         store(sums + j, sum);
       }
-      for (int r = 0; r < count && i + r < stored; r++) {
-        float* const to = map_data + (plane * stored + i + r) * p.keys;
-        const float* const from = weights + r * wide;
-        int64_t j = 0;
-        for (; j + LANES <= p.keys; j += LANES) store(to + j, load(from + j) * shares[r]);
-        for (; j < p.keys; j++) to[j] = from[j] * shares[r];
-      }
+      for (int r = 0; r < count && i + r < stored; r++)
+        memcpy(map_data + (plane * stored + i + r) * p.keys, weights + r * wide, p.keys * sizeof(float));
     }
   });
 
@@ -309,21 +324,24 @@ static Tensor ahead(
     int count = 0;
     for (int64_t i = 0; i <= p.queries; i++) {
       if (count && (count == ROWS || i == stored || i == p.queries)) {
-        float peaks[ROWS], shares[ROWS];
+        float levels[ROWS], shares[ROWS], unused[ROWS];
         const float* weights[ROWS];
         const bool computed = queries[0] >= stored;
-        if (computed) head.logits(queries, count, peaks);
         for (int r = 0; r < count; r++) {
-          const float level = lse_data[plane * p.queries + queries[r]];
-          shares[r] = level == -INFINITY ? 0 : weight_of(head.b, queries[r]);
-          if (computed) head.exponentiate(r, level);
+          levels[r] = lse_data[plane * p.queries + queries[r]];
+          shares[r] = levels[r] == -INFINITY ? 0 : weight_of(head.b, queries[r]);
           weights[r] = computed ? head.weights + r * head.wide : map_data + (plane * stored + queries[r]) * p.keys;
+        }
+        if (computed) {
+          head.logits(queries, count, unused);
+          head.exponentiate(count, levels, unused);
         }
         head.add(weights, count, outputs, shares);
         count = 0;
       }
       if (i == p.queries) break;
       const int64_t m = head.fused(i);
+      if (i + AHEAD < stored) prefetch<0>(map_data + (plane * stored + i + AHEAD) * p.keys, p.keys);
       if (m >= first && m < last) queries[count] = i, outputs[count++] = m - first;
     }
     out.write(head, first, last);
