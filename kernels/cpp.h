@@ -127,20 +127,23 @@ struct Operand : Elements {
     for (int64_t d = missing; d < 4; d++) strides[d] = x.size(d - missing) == 1 ? 0 : x.stride(d - missing);
   }
 
+  // The position of a row's first element.
+  int64_t first(int64_t b, int64_t h, int64_t token) const {
+    return b * strides[0] + h * strides[1] + token * strides[2];
+  }
+
   void read_row(int64_t b, int64_t h, int64_t token, int64_t count, float* to) const {
-    read(b * strides[0] + h * strides[1] + token * strides[2], strides[3], count, to);
+    read(first(b, h, token), strides[3], count, to);
   }
 
   void prefetch_row(int64_t b, int64_t h, int64_t token, int64_t count) const {
     const int64_t bytes = bfloat16 ? 2 : 4;
-    if (strides[3] == 1)
-      prefetch<0>(data + (b * strides[0] + h * strides[1] + token * strides[2]) * bytes, count * bytes);
+    if (strides[3] == 1) prefetch<0>(data + first(b, h, token) * bytes, count * bytes);
   }
 
   // The row where it lies, if that is in the form that `read_row` would give it; else read into `room`.
   const float* row(int64_t b, int64_t h, int64_t token, int64_t count, float* room) const {
-    if (!bfloat16 && strides[3] == 1)
-      return (const float*)data + b * strides[0] + h * strides[1] + token * strides[2];
+    if (!bfloat16 && strides[3] == 1) return (const float*)data + first(b, h, token);
     read_row(b, h, token, count, room);
     return room;
   }
