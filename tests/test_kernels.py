@@ -15,6 +15,7 @@ from torch import Tensor
 import mctf_compile  # noqa: F401  registers torch.ops.mctf
 from mctf_compile.kernels.ahead import reference as ahead_reference
 from mctf_compile.kernels.attention import reference as attention_reference
+from mctf_compile.kernels.library import shapes_alone
 from mctf_compile.kernels.matching import reference as matching_reference
 from mctf_compile.kernels.pooling import reference as pooling_reference
 from mctf_compile.kernels.selection import reference as selection_reference
@@ -672,3 +673,40 @@ def test_operator_is_registered_soundly(name: str) -> None:
     op, args = calls()[name]
     results = torch.library.opcheck(op.default, args)
     assert set(results.values()) == {"SUCCESS"}
+
+
+def calls_of_shaped_operators(dtype: torch.dtype) -> dict[str, Any]:
+    """A call of every operator that answers with shapes alone where only those are asked for."""
+    x, size = randn(2, 17, 8, dtype=dtype), torch.ones(2, 17)
+    q, k, v = (randn(2, 3, 17, 4, seed=s, dtype=dtype) for s in range(3))
+    keep, gone, into = matching = ops.match(x, None, size, 5, 1, 0, 1.0, 0.0, 0.0, True)
+    index, weight, _ = ops.group(torch.ones(2, 17), size, *matching)
+    _, weights, norm = ops.importance(q, k, None, None, 0.5)
+    fused = v[:, :, :12]
+    return {
+        "match": lambda: ops.match(x, None, size, 5, 1, 0, 1.0, 0.0, 0.0, True),
+        "group": lambda: ops.group(torch.ones(2, 17), size, *matching),
+        "pool": lambda: ops.pool(x, weight, *matching, 1),
+        "pool by maxima": lambda: ops.pool(x, None, *matching, 1),
+        "keep": lambda: ops.keep(x, keep, 1),
+        "unmerge": lambda: ops.unmerge(x[:, :12], index, 1),
+        "select": lambda: ops.select(size, 11, 1, 0),
+        "nearest": lambda: ops.nearest(x, keep, gone, 1, 0),
+        "attention": lambda: ops.attention(q, k, v, size.log(), None, 0.5, 0.0),
+        "importance": lambda: ops.importance(q, k, size.log(), None, 0.5),
+        "ahead": lambda: ops.ahead(weights, norm, fused, index, weight, *matching, 0.0),
+        "ahead by maxima": lambda: ops.ahead(weights, norm, fused, index, None, *matching, 0.0),
+    }
+
+
+@dtypes
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+def test_shapes_alone_are_those_of_the_results(dtype: torch.dtype, autocast: bool) -> None:
+    calls = calls_of_shaped_operators(dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for name, call in calls.items():
+            with shapes_alone():
+                promised = call()
+            pairs = zip(*((x,) if isinstance(x, Tensor) else x for x in (promised, call())), strict=True)
+            for expected, actual in pairs:
+                assert (expected.shape, expected.dtype) == (actual.shape, actual.dtype), name

@@ -43,6 +43,6 @@ def ahead(
         weights = torch.nn.functional.dropout(weights, dropout_p)
     if weight is None:
         columns = pooling.combine(weights * norm.to(weights.dtype), keep, gone, into, 3, "sum")
-        return pooling.combine(columns, keep, gone, into, 2, "amax") @ v
+        return (pooling.combine(columns, keep, gone, into, 2, "amax") @ v).to(v.dtype)
     rows = (weights @ unmerge(v, index, 2)) * norm
     return pooling.pool(rows, weight, keep, gone, into, 2).to(v.dtype)

@@ -3,11 +3,11 @@
 from torch import Tensor
 
 from mctf_compile.kernels.attention import aten
-from mctf_compile.kernels.library import composite, resized, working_dtype
+from mctf_compile.kernels.library import autocast_dtype, composite, resized, working_dtype
 
 
 def _attention_shapes(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
-    return resized(q, 3, v.shape[3])
+    return resized(q, 3, v.shape[3]).to(autocast_dtype(q))
 
 
 @composite(
@@ -27,7 +27,7 @@ def attention(
         dropout_p: dropout probability of the attention weights.
 
     Returns:
-        [B, H, Nq, Dv] in the dtype of ``q``.
+        [B, H, Nq, Dv] in the dtype of ``q``, or in that of autocast.
 
     Source: proportional attention, Bolya et al., ICLR 2023 (arXiv 2210.09461), eq. 1.
     """
