@@ -24,9 +24,9 @@ multiply-accumulates.
 """
 
 ALONE = """\
-Each candidate in processes of its own: seconds of its first call with empty caches of Inductor and with those that the
-first process filled, the kernels that Inductor generated, and what a later call holds at its highest beyond weights
-and inputs. In brackets: over the row's first compiled dense one.
+Each candidate in processes of its own: seconds of `torch.compile` and the first call with empty caches of Inductor and
+with those that the first process filled, the kernels that Inductor generated, and what a later call holds at its
+highest beyond weights and inputs. In brackets: over the row's first compiled dense one.
 """
 
 SPEED = ("row", "model", "batch", "threads", "dtype", "r", "dense eager", "dense Inductor", "fastest dense", "mctf",
