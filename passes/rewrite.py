@@ -102,6 +102,7 @@ class Rewriter:
         self.left: dict[int, SymInt] = {}
         self.insertion = Insertion(self)
         self._projector = Projector(axes, plan)
+        self._read = self._nodes_read()
         self._raised: dict[tuple[fx.Node, Tensor, int], Value] = {}
 
     def wasted(self) -> dict[int, str]:
@@ -130,12 +131,25 @@ class Rewriter:
             with set_current_meta(node):
                 if node.op == "placeholder":
                     self.env[node] = self._dense(node, next(feed))
-                else:
+                elif node in self._read:
                     self.env[node] = self.insertion.emit(node)
                 self.insertion.begin(node)
             if node in ends:
                 self.close(get_proxy_mode().tracer.graph)
         raise AssertionError("a graph without an output")
+
+    def _sources(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes whose values ``evaluate`` reads: for a part of a projection, the operands of the whole."""
+        projection = self.plan.projections.get(node)
+        return (node if projection is None else projection.linear).all_input_nodes
+
+    def _nodes_read(self) -> set[fx.Node]:
+        """The nodes whose values are read. A projection that is computed in parts is not, nor what takes it apart."""
+        read = {b.block.learned for b in self.plan.fusing}
+        for node in reversed(self.gm.graph.nodes):
+            if node in read or node.is_impure():
+                read.update((node, *self._sources(node)))
+        return read
 
     def close(self, graph: fx.Graph) -> None:
         """Give the nodes since the last call their place in the order of blocks."""
@@ -208,10 +222,10 @@ class Rewriter:
             n = stack.pop()
             if n not in between and n not in replacements and self.order[n] > first:
                 between.add(n)
-                stack.extend(n.all_input_nodes)
+                stack.extend(self._sources(n))
         local = ChainMap(dict(replacements), self.env)
         for n in sorted(between, key=self.order.__getitem__):
-            if any(i in local.maps[0] for i in n.all_input_nodes):
+            if any(i in local.maps[0] for i in self._sources(n)):
                 local[n] = self.evaluate(n, local)
         return local[node]
 
