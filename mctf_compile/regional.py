@@ -6,6 +6,7 @@ import operator
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +22,8 @@ from mctf_compile.passes.regions import Region, Symbol, split
 Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
 
-def compile_regions(gm: fx.GraphModule, compiler: Compiler) -> nn.Module | None:
-    """A module that computes what ``gm`` does, with each region compiled when it first runs.
+def compile_regions(gm: fx.GraphModule, compiler: Compiler) -> Callable[..., Any] | None:
+    """A function that computes what ``gm`` does, with each region compiled when it first runs.
 
     None where the graph cannot be cut, or where nothing speaks for it: no two blocks are alike, and the numbers of
     tokens are fixed.
@@ -31,21 +32,29 @@ def compile_regions(gm: fx.GraphModule, compiler: Compiler) -> nn.Module | None:
     if parts is None or all(region.sites == 1 and not region.adjustable for region in parts[1]):
         return None
     outer, regions = parts
-    modules = nn.Module()
     for i, region in enumerate(regions):
-        modules.add_module(f"region_{i}", CompiledRegion(region, compiler))
+        run = CompiledRegion(region, compiler).run
+        for call in outer.find_nodes(op="call_module", target=f"region_{i}"):
+            with outer.inserting_before(call):
+                call.replace_all_uses_with(outer.call_function(run, call.args))
+            outer.erase_node(call)
+    held = _hold(outer, gm)
+    return partial(fx.GraphModule(nn.Module(), outer).forward, *held)
+
+
+def _hold(outer: fx.Graph, gm: fx.GraphModule) -> list[Any]:
+    """Make the attributes that a graph reads its first inputs; returns them.
+
+    A module is asked for each by name, in every call: that takes longer than all else between the regions.
+    """
+    held = []
+    first = next(iter(outer.nodes))
     for node in outer.find_nodes(op="get_attr"):
-        _give(modules, node.target, operator.attrgetter(node.target)(gm))
-    return fx.GraphModule(modules, outer)
-
-
-def _give(root: nn.Module, path: str, value: Any) -> None:
-    *parents, name = path.split(".")
-    for parent in parents:
-        if not hasattr(root, parent):
-            setattr(root, parent, nn.Module())
-        root = getattr(root, parent)
-    setattr(root, name, value)
+        held.append(operator.attrgetter(node.target)(gm))
+        with outer.inserting_before(first):
+            node.replace_all_uses_with(outer.placeholder(f"held_{len(held)}"))
+        outer.erase_node(node)
+    return held
 
 
 @dataclass
@@ -60,7 +69,7 @@ class _Version:
         return self.condition is None or self.env.evaluate_guards_expression(self.condition, numbers)
 
 
-class CompiledRegion(nn.Module):
+class CompiledRegion:
     """A region, compiled for the operands that it meets.
 
     The numbers that differ between its sites are symbolic. Where Inductor finds that its code holds for
@@ -68,14 +77,13 @@ class CompiledRegion(nn.Module):
     """
 
     def __init__(self, region: Region, compiler: Compiler) -> None:
-        super().__init__()
         self.region, self.compiler = region, compiler
         # By what is known of a site's operands beside their sizes.
         self._versions: dict[tuple, list[_Version]] = {}
         self._known: dict[tuple, Callable[..., Any]] = {}
         self._lock = threading.Lock()
 
-    def forward(self, site: int, *operands: Any) -> Any:
+    def run(self, site: int, *operands: Any) -> Any:
         count = len(self.region.typical)
         key = (site, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), operands[:count])
         run = self._known.get(key)
