@@ -22,8 +22,8 @@ class Isolated:
     """One candidate alone.
 
     Attributes:
-        cold_s: seconds of ``torch.compile`` and the first call, with empty caches of Inductor. Loading Inductor is part of
-            them: ``torch.compile`` does that itself for its own backend, and the first call for others.
+        cold_s: seconds of ``torch.compile`` and the first call, with empty caches of Inductor. Loading Inductor is
+            part of them: ``torch.compile`` does that itself for its own backend, and the first call for others.
         warm_s: the same in a second process, with the caches that the first one filled.
         peak_bytes: what a later call holds at its highest, beyond the weights and the inputs; see ``peak_bytes``.
         kernels: that Inductor generated.
