@@ -201,21 +201,29 @@ static inline void swap_halves(vec (&x)[LANES]) {
 }
 #endif
 
-// to[c * stride + i] = from[i * width + c], for LANES rows of `width`
-static inline void transpose(const float* from, int64_t width, float* to, int64_t stride) {
+// to[c * stride + i] = from[i][c], for LANES rows of `width`; returns the sum of each row's squares
+static inline vec transpose(const float* const (&from)[LANES], int64_t width, float* to, int64_t stride) {
+  vec squares{};
   int64_t c = 0;
 #if defined(__GNUC__) && !defined(__clang__)
   for (; c + LANES <= width; c += LANES) {
     vec x[LANES];
 #pragma GCC unroll 16
-    for (int i = 0; i < LANES; i++) x[i] = load(from + i * width + c);
+    for (int i = 0; i < LANES; i++) x[i] = load(from[i] + c);
     swap_halves<LANES / 2>(x);
 #pragma GCC unroll 16
-    for (int i = 0; i < LANES; i++) store(to + (c + i) * stride, x[i]);
+    for (int i = 0; i < LANES; i++) {
+      store(to + (c + i) * stride, x[i]);
+      squares += x[i] * x[i];
+    }
   }
 #endif
-  for (; c < width; c++)
-    for (int i = 0; i < LANES; i++) to[c * stride + i] = from[i * width + c];
+  for (; c < width; c++) {
+    float* const column = to + c * stride;
+    for (int i = 0; i < LANES; i++) column[i] = from[i][c];
+    squares += load(column) * load(column);
+  }
+  return squares;
 }
 
 // How many tasks to make of one of `units` that has so many tokens, for the threads there are. A task has no fewer than

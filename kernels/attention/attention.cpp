@@ -58,12 +58,14 @@ struct Head {
   void read_keys() const {
     const int64_t width = p.width, wide = this->wide;
     for (int64_t j = 0; j < wide; j += LANES) {
-      const int count = std::min<int64_t>(LANES, p.keys - j);
-      for (int i = 0; i < LANES; i++)
+      const float* from[LANES];
+      for (int i = 0; i < LANES; i++) {
+        float* const room = queries + i * width;
         if (j + LANES + i < p.keys) p.k.prefetch_row(b, h, j + LANES + i, width);
-      for (int i = 0; i < count; i++) p.k.read_row(b, h, j + i, width, queries + i * width);
-      memset(queries + count * width, 0, (LANES - count) * width * sizeof(float));
-      transpose(queries, width, keys + j, wide);
+        if (j + i < p.keys) from[i] = p.k.row(b, h, j + i, width, room);
+        else from[i] = (float*)memset(room, 0, width * sizeof(float));
+      }
+      transpose(from, width, keys + j, wide);
     }
     for (int64_t j = 0; j < wide; j++) terms[j] = j >= p.keys ? -INFINITY : p.log_size ? p.log_size(b, j) : 0.0f;
   }

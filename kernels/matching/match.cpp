@@ -32,51 +32,64 @@ static void emphasize(const Matching& m, const PerToken<float>& criterion, int64
     emphasis[n] *= tau == 1 ? least / at(n) : std::pow(least / at(n), 1 / tau);
 }
 
-// One image's tokens at unit length, and what the criteria beside similarity make of each.
+// One image's tokens, and what the criteria beside similarity make of each. Columns are laid out channel by channel;
+// what brings a token to unit length is a factor of its own.
 struct Image {
   const Matching& m;
   const int64_t b, wide;
-  float *columns, *rows, *emphasis, *column_emphasis;
+  float *columns, *rows, *emphasis, *column_emphasis, *column_inverse;
 
   Image(const Matching& m, int64_t b) : m(m), b(b), wide(m.wide()) {
     static thread_local std::vector<float> scratch;
     const int64_t of_columns = m.channels * wide, of_rows = whole_vectors(std::max(ROWS, LANES) * m.channels);
-    scratch.resize(std::max<int64_t>(scratch.size(), of_columns + of_rows + wide + m.tokens));
+    scratch.resize(std::max<int64_t>(scratch.size(), of_columns + of_rows + 2 * wide + m.tokens));
     columns = scratch.data();
     rows = columns + of_columns;
     column_emphasis = rows + of_rows;
-    emphasis = column_emphasis + wide;
+    column_inverse = column_emphasis + wide;
+    emphasis = column_inverse + wide;
     std::fill(emphasis, emphasis + m.tokens, 1.0f);
     emphasize(m, m.importance, b, m.tau_info, emphasis);
     emphasize(m, m.size, b, m.tau_size, emphasis);
     for (int64_t j = 0; j < wide; j++) column_emphasis[j] = j < m.columns() ? emphasis[m.second() + 2 * j] : 0;
     if (!m.tau_sim) return;
-    const int64_t wide = this->wide, channels = m.channels;
     for (int64_t j = 0; j < wide; j += LANES) {
-      for (int i = 0; i < LANES; i++)
-        if (j + i < m.columns()) read(m.second() + 2 * (j + i), rows + i * channels);
-        else memset(rows + i * channels, 0, channels * sizeof(float));
-      transpose(rows, channels, columns + j, wide);
+      const float* from[LANES];
+      for (int i = 0; i < LANES; i++) {
+        float* const room = rows + i * m.channels;
+        if (j + i < m.columns()) from[i] = token(m.second() + 2 * (j + i), room);
+        else from[i] = (float*)memset(room, 0, m.channels * sizeof(float));
+      }
+      const vec squares = transpose(from, m.channels, columns + j, wide);
+      for (int i = 0; i < LANES; i++) column_inverse[j + i] = inverse_length(squares[i]);
     }
   }
 
-  void read(int64_t token, float* to) const {
-    m.x.read_row(0, b, token, m.channels, to);
-    vec squares{};
-    int64_t c = 0;
-    for (; c + LANES <= m.channels; c += LANES) squares += load(to + c) * load(to + c);
-    float total = sum_of(squares);
-    for (; c < m.channels; c++) total += to[c] * to[c];
-    const float length = std::sqrt(total), inverse = 1 / (length < 1e-8f ? 1e-8f : length);
-    for (c = 0; c + LANES <= m.channels; c += LANES) store(to + c, load(to + c) * inverse);
-    for (; c < m.channels; c++) to[c] *= inverse;
+  const float* token(int64_t n, float* room) const { return m.x.row(0, b, n, m.channels, room); }
+
+  static float inverse_length(float squares) {
+    const float length = std::sqrt(squares);
+    return 1 / (length < 1e-8f ? 1e-8f : length);
   }
 
   struct ScoresStep {
     const Image& image;
     const float* rows[ROWS];
-    float emphasis[ROWS];
+    float emphasis[ROWS], inverse[ROWS];
     float* to;
+
+    void measure() {
+      const int64_t channels = image.m.channels;
+      vec squares[ROWS] = {};
+      int64_t c = 0;
+      for (; c + LANES <= channels; c += LANES)
+        for (int r = 0; r < ROWS; r++) squares[r] += load(rows[r] + c) * load(rows[r] + c);
+      sum_of(squares, inverse);
+      for (int r = 0; r < ROWS; r++) {
+        for (int64_t d = c; d < channels; d++) inverse[r] += rows[r][d] * rows[r][d];
+        inverse[r] = inverse_length(inverse[r]);
+      }
+    }
 
     template <int V>
     void run(int64_t j) {
@@ -85,8 +98,10 @@ struct Image {
       if (m.tau_sim) multiply(rows, image.columns + j, image.wide, m.channels, sums);
       for (int r = 0; r < ROWS; r++)
         for (int v = 0; v < V; v++) {
-          const vec both = load(image.column_emphasis + j + v * LANES) * emphasis[r];
-          store(to + r * image.wide + j + v * LANES, m.tau_sim ? similarity(sums[r][v], m.tau_sim) * both : both);
+          const int64_t column = j + v * LANES;
+          vec score = load(image.column_emphasis + column) * emphasis[r];
+          if (m.tau_sim) score *= similarity(sums[r][v] * (load(image.column_inverse + column) * inverse[r]), m.tau_sim);
+          store(to + r * image.wide + column, score);
         }
     }
 
@@ -103,19 +118,17 @@ struct Image {
   void score(int64_t begin, int64_t end, float* scores, float* few) const {
     for (int64_t i = begin; i < end; i += ROWS) {
       const int count = std::min<int64_t>(ROWS, end - i);
-      ScoresStep step{*this, {}, {}, few};
+      float* const to = scores + i * wide;
+      ScoresStep step{*this, {}, {}, {}, count == ROWS ? to : few};
       for (int r = 0; r < ROWS; r++) {
-        const int64_t token = m.first() + 2 * (i + std::min(r, count - 1));
-        if (m.tau_sim) read(token, rows + r * m.channels);
-        step.rows[r] = rows + r * m.channels;
-        step.emphasis[r] = emphasis[token];
+        const int64_t n = m.first() + 2 * (i + std::min(r, count - 1));
+        if (m.tau_sim) step.rows[r] = token(n, rows + r * m.channels);
+        step.emphasis[r] = emphasis[n];
       }
+      if (m.tau_sim) step.measure();
       for_columns(wide, step);
-      for (int r = 0; r < count; r++) {
-        float* const to = scores + (i + r) * wide;
-        memcpy(to, few + r * wide, wide * sizeof(float));
-        std::fill(to + m.columns(), to + wide, -INFINITY);
-      }
+      if (step.to == few) memcpy(to, few, count * wide * sizeof(float));
+      for (int r = 0; r < count; r++) std::fill(to + r * wide + m.columns(), to + (r + 1) * wide, -INFINITY);
     }
   }
 };
