@@ -50,17 +50,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
     return _token_major(v, q.shape[2])
 
 
-# The importance of ``mctf::importance``, the log-sum-exp [B, H, Nq], and the map's first rows, normalised: all of
-# them, or ``stored`` where there are more.
+# The importance of ``mctf::importance``, the log-sum-exp [B, H, Nq], and the map's first rows, normalised: as many as
+# there is ``room`` for, in weights of each head.
 @declare(
-    "importance_cpp(Tensor q, Tensor k, Tensor? log_size, Tensor? bias, float scale, int stored) "
+    "importance_cpp(Tensor q, Tensor k, Tensor? log_size, Tensor? bias, float scale, int room) "
     "-> (Tensor, Tensor, Tensor)"
 )
 def importance(
-    q: Tensor, k: Tensor, log_size: Tensor | None, bias: Tensor | None, scale: float, stored: int
+    q: Tensor, k: Tensor, log_size: Tensor | None, bias: Tensor | None, scale: float, room: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, queries, _ = q.shape
-    rows = torch.sym_min(queries, stored) if stored else 0
+    rows = torch.sym_min(queries, room // k.shape[2]) if room else 0
     shapes = (batch, k.shape[2]), (batch, heads, queries), (batch, heads, rows, k.shape[2])
     return tuple(q.new_empty(shape, dtype=torch.float32) for shape in shapes)
 

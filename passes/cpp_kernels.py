@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from mctf_compile.passes.axes import size_of
+from mctf_compile.passes.axes import hint_of, size_of
 from mctf_compile.passes.replacing import (
     NOT_TAKEN,
     Replacement,
@@ -22,10 +22,10 @@ from mctf_compile.passes.rules import schema_arguments
 
 mctf = torch.ops.mctf
 
-# For each channel of a head: up to so many rows of its map are stored, all of them. In float32 that is as much as the
-# hidden layer of an MLP of ratio 4, where the peak of memory is anyway. Where there are more, q and k stay too for
-# computing rows again, and half as many are stored.
-ALL_ROWS, SOME_ROWS = 4, 2
+# For each channel of a head, so many rows of the longest map of a model are stored, and q and k stay for computing the
+# others again. In float32 that is as much as the hidden layer of an MLP of ratio 4, where the peak of memory is anyway.
+# Maps that fit into as much memory are stored whole: those of few tokens, and of later blocks.
+STORED_ROWS = 2
 
 
 def prepare(device: torch.device) -> None:
@@ -109,7 +109,7 @@ def _importance(node: fx.Node) -> str | None:
 
     Before::  importance, weights, norm = mctf.importance(q, k, log_size, bias, scale)
               o = mctf.ahead(weights, norm, v, index, weight, keep, gone, into, 0.0)
-    After::   importance, lse, map = mctf.importance_cpp(q, k, log_size, bias, scale, stored)
+    After::   importance, lse, map = mctf.importance_cpp(q, k, log_size, bias, scale, room)
               o = mctf.ahead_cpp(q, k, v, log_size, bias, scale, lse, map, index, weight)
     or, where all of the map is stored::
               o = mctf.ahead_cpp(None, None, v, None, None, scale, lse, map, index, weight)
@@ -127,9 +127,9 @@ def _importance(node: fx.Node) -> str | None:
         if of_reader["weight"] is None or not attention_supported(q, k, v, bias, of_reader["dropout_p"]):
             return NOT_TAKEN
 
-    whole = statically_known_true(q.shape[2] <= ALL_ROWS * q.shape[3] * q.element_size() // 4)
-    stored = (ALL_ROWS if whole else SOME_ROWS) * q.shape[3] * q.element_size() // 4 if readers else 0
-    arguments = (*operands, args["scale"], stored)
+    whole, room = _room(node, q)
+    room = room if readers else 0
+    arguments = (*operands, args["scale"], room)
     several = call(node, mctf.importance_cpp.default, arguments, importance(q, k, *arguments[2:]))
     received, lse, rows = (item(several, i) for i in range(3))
     if 0 in items(node):
@@ -143,3 +143,13 @@ def _importance(node: fx.Node) -> str | None:
                          of_reader["weight"])
             replace(reader, call(reader, mctf.ahead_cpp.default, arguments, ahead(q, k, of_reader["v"].meta["val"])))
     return None
+
+
+def _room(node: fx.Node, q: Tensor) -> tuple[bool, int]:
+    """Whether all of a map is stored, and so many weights for each head; the same for all maps of which it is true."""
+    targets = mctf.importance.default, mctf.importance_cpp.default
+    maps = [n for target in targets for n in node.graph.find_nodes(op="call_function", target=target)]
+    longest = max(hint_of(n.args[0].meta["val"].shape[2]) for n in maps)
+    each, tokens = STORED_ROWS * q.shape[3] * q.element_size() // 4, q.shape[2]
+    whole = statically_known_true(tokens * tokens <= each * (longest + tokens))
+    return whole, each * longest * (2 if whole else 1)

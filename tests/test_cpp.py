@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mctf_compile  # noqa: F401  registers the backend and torch.ops.mctf
+from mctf_compile import FusionConfig, rewrite
 from mctf_compile.kernels import cpp
 from mctf_compile.kernels.ahead import reference as ahead_reference
 from mctf_compile.kernels.attention import aten
@@ -116,7 +117,7 @@ def test_ahead_is_the_reference(width, n, r, bias, dtype, threads):
     received, weights, norm = ops.importance(q, k, log_size, bias, scale)
     plain = ops.ahead(weights, norm, v, index, weight, *matching, 0.0)
     for stored in (0, n // 3, n):
-        importance, lse, rows = ops.importance_cpp(q, k, log_size, bias, scale, stored)
+        importance, lse, rows = ops.importance_cpp(q, k, log_size, bias, scale, stored * n + n // 2)
         no_worse(importance, received, exact.mean((1, 2)))
         assert rows.shape == (2, 3, stored, n)
         if stored:
@@ -156,7 +157,7 @@ def test_strides_do_not_matter():
 
 def test_results_do_not_change_from_run_to_run(threads):
     q, k, _ = qkv(197, 197, 64, torch.float32)
-    first, *others = ([*ops.importance_cpp(q, k, None, None, 0.125, 50), *ops.match_cpp(
+    first, *others = ([*ops.importance_cpp(q, k, None, None, 0.125, 50 * 197), *ops.match_cpp(
         randn(1, 197, 48), positive(1, 197), torch.ones(1, 197), 157, 1, 0, 1.0, 20.0, 40.0, True)] for _ in range(4))
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other))
 
@@ -276,12 +277,20 @@ def test_a_matching_of_other_tokens_is_refused():
         ops.group_cpp(positive(1, 9), torch.ones(1, 9), *groups_of(9, 4))
 
 
+def test_rows_of_a_map_that_nothing_gives_are_refused():
+    q, k, v = qkv(9, 9, 8, torch.float32)
+    _, lse, rows = ops.importance_cpp(q, k, None, None, 1.0, 4 * 9)
+    index, weight = torch.zeros(2, 9, dtype=torch.long), torch.ones(2, 9)
+    with pytest.raises(RuntimeError, match="of the map of 9 tokens there are 4 rows, and neither q nor k"):
+        ops.ahead_cpp(None, None, v, None, None, 1.0, lse, rows, index, weight)
+
+
 def test_shapes_are_declared_as_they_are():
     q, k, v = qkv(37, 37, 8, torch.float32)
     lse, rows = torch.zeros(2, 3, 37), torch.zeros(2, 3, 20, 37)
     index, weight = torch.zeros(2, 37, dtype=torch.long), torch.ones(2, 37)
     calls = {
-        ops.attention_cpp: (q, k, v, None, None, 1.0), ops.importance_cpp: (q, k, None, None, 1.0, 20),
+        ops.attention_cpp: (q, k, v, None, None, 1.0), ops.importance_cpp: (q, k, None, None, 1.0, 20 * 37),
         ops.ahead_cpp: (q, k, v, None, None, 1.0, lse, rows, index, weight),
         ops.match_cpp: (randn(2, 37, 8), None, torch.ones(2, 37), 28, 1, 0, 1.0, 1.0, 1.0, True),
         ops.group_cpp: (positive(2, 37), torch.ones(2, 37), *groups_of(37, 9)),
@@ -308,7 +317,7 @@ def vit(**options) -> torch.nn.Module:
 @pytest.mark.parametrize("method", ["mctf", "tome"])
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
 def test_a_model_is_the_one_on_aten(inner, method):
-    """At 145 tokens and heads of 8 channels: 32 rows of each map are stored, and the others computed again."""
+    """At 145 tokens and heads of 8 channels: 16 rows of the first map are stored, and the others computed again."""
     model, x = vit(), randn(2, 3, 96, 96)
     torch._dynamo.reset()
     on_cpp, on_aten = (
@@ -317,6 +326,25 @@ def test_a_model_is_the_one_on_aten(inner, method):
         for kernels in ("cpp", "aten")
     )
     torch.testing.assert_close(on_cpp, on_aten, rtol=1e-4, atol=1e-5)
+
+
+def test_later_maps_have_the_room_of_the_longest():
+    """Maps of 145 and 95 tokens are stored in part, and one of 53, for which q and k are let go of then, whole."""
+    model, x, r, graphs = vit(depth=4), randn(2, 3, 96, 96), [0, 50, 42, 8], []
+
+    def backend(gm, inputs):
+        graphs.append(rewrite(gm, inputs, FusionConfig(r=r, kernels="cpp"))[0])
+        return graphs[0].forward
+
+    torch._dynamo.reset()
+    fused = torch.compile(model, backend=backend)(x)
+    calls = graphs[0].graph.find_nodes(op="call_function", target=ops.ahead_cpp.default)
+    maps = [(tuple(n.args[7].meta["val"].shape[2:]), n.args[0] is None) for n in calls]
+    room = 2 * 8 * 145
+    assert maps == [((16, 145), False), ((room // 95, 95), False), ((53, 53), True)]
+    torch._dynamo.reset()
+    on_aten = torch.compile(model, backend="mctf", options={"r": r, "kernels": "aten", "inner": "eager"})(x)
+    torch.testing.assert_close(fused, on_aten, rtol=1e-4, atol=1e-5)
 
 
 def test_one_model_is_compiled_for_inference_and_for_training():

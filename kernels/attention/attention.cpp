@@ -252,9 +252,9 @@ static Tensor attention(
 }
 
 static std::tuple<Tensor, Tensor, Tensor> importance(
-    Tensor q, Tensor k, optional<Tensor> log_size, optional<Tensor> bias, double scale, int64_t stored) {
+    Tensor q, Tensor k, optional<Tensor> log_size, optional<Tensor> bias, double scale, int64_t room) {
   const Problem p(q, k, log_size, bias, scale);
-  stored = std::min(stored, p.queries);
+  const int64_t stored = room ? std::min(room / p.keys, p.queries) : 0;
   const auto float32 = torch::headeronly::ScalarType::Float;
   Tensor importance = torch::stable::new_empty(q, {p.batch, p.keys}, float32);
   Tensor lse = torch::stable::new_empty(q, {p.batch, p.heads, p.queries}, float32);
@@ -307,6 +307,8 @@ static Tensor ahead(
     optional<Tensor> q, optional<Tensor> k, Tensor v, optional<Tensor> log_size, optional<Tensor> bias, double scale,
     Tensor lse, Tensor map, Tensor index, Tensor weight) {
   Problem p = q && k ? Problem(*q, *k, log_size, bias, scale) : Problem(map);
+  STD_TORCH_CHECK(p.queries == index.size(1), "ahead: of the map of ", index.size(1), " tokens there are ", p.queries,
+                  " rows, and neither q nor k to compute the others from");
   p.v = Operand(v);
   p.value_width = v.size(3);
   p.index = PerToken<int64_t>(index);
