@@ -11,7 +11,9 @@ from torch import fx
 from mctf_compile.config import FusionConfig
 from mctf_compile.kernels.library import sources_digest
 from mctf_compile.passes.freezing import freeze
-from mctf_compile.regional import Compiler, compile_regions
+from mctf_compile.regional import RegionCompiler, compile_regions
+
+Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
 
 def lower(gm: fx.GraphModule, inputs: Sequence[Any], config: FusionConfig) -> Callable[..., Any]:
@@ -40,8 +42,27 @@ def _stays_whole(config: FusionConfig, inputs: Sequence[Any]) -> bool:
 def _by_region(gm: fx.GraphModule, config: FusionConfig) -> Callable[..., Any] | None:
     """``gm`` compiled by region. Weights are operands to one, so that freezing them is not left to Inductor."""
     if not _set(config, "freezing") or torch.is_grad_enabled():
-        return compile_regions(gm, inner_compiler(config))
-    return compile_regions(freeze(gm), inner_compiler(config, freezing=False))
+        return compile_regions(gm, _region_compiler(config))
+    return compile_regions(freeze(gm), _region_compiler(config, freezing=False))
+
+
+def _region_compiler(config: FusionConfig, **others: Any) -> RegionCompiler:
+    """The inner compiler for regions."""
+    compiler = inner_compiler(config, **others)
+    if config.lowering.inner == "inductor":
+        from torch._dynamo.utils import GmWrapper
+
+        return lambda gm, inputs: compiler(GmWrapper(gm, lambda operands: operands), inputs)
+
+    def compile_region(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
+        run = compiler(gm, inputs)
+
+        def boxed(operands: list[Any]) -> Any:
+            return run(*operands)
+
+        return boxed
+
+    return compile_region
 
 
 def _set(config: FusionConfig, name: str) -> bool:

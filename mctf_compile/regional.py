@@ -19,10 +19,11 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from mctf_compile.passes.counts import new_symbol
 from mctf_compile.passes.regions import Region, Symbol, split
 
-Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+# What it makes takes a list of operands, and may empty it: then nobody keeps in memory what is not read again.
+RegionCompiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[[list[Any]], Any]]
 
 
-def compile_regions(gm: fx.GraphModule, compiler: Compiler) -> Callable[..., Any] | None:
+def compile_regions(gm: fx.GraphModule, compiler: RegionCompiler) -> Callable[..., Any] | None:
     """A function that computes what ``gm`` does, with each region compiled when it first runs.
 
     None where the graph cannot be cut, or where nothing speaks for it: no two blocks are alike, and the numbers of
@@ -35,11 +36,17 @@ def compile_regions(gm: fx.GraphModule, compiler: Compiler) -> Callable[..., Any
     for i, region in enumerate(regions):
         run = CompiledRegion(region, compiler).run
         for call in outer.find_nodes(op="call_module", target=f"region_{i}"):
+            site, *operands = call.args
             with outer.inserting_before(call):
-                call.replace_all_uses_with(outer.call_function(run, call.args))
+                boxed = outer.call_function(_boxed, tuple(operands))
+                call.replace_all_uses_with(outer.call_function(run, (site, boxed)))
             outer.erase_node(call)
     held = _hold(outer, gm)
     return partial(fx.GraphModule(nn.Module(), outer).forward, *held)
+
+
+def _boxed(*operands: Any) -> list[Any]:
+    return list(operands)
 
 
 def _hold(outer: fx.Graph, gm: fx.GraphModule) -> list[Any]:
@@ -63,7 +70,7 @@ class _Version:
 
     env: ShapeEnv
     condition: str | None
-    run: Callable[..., Any]
+    run: Callable[[list[Any]], Any]
 
     def holds(self, numbers: Sequence[int]) -> bool:
         return self.condition is None or self.env.evaluate_guards_expression(self.condition, numbers)
@@ -76,23 +83,24 @@ class CompiledRegion:
     some of them alone, it is compiled again for the others.
     """
 
-    def __init__(self, region: Region, compiler: Compiler) -> None:
+    def __init__(self, region: Region, compiler: RegionCompiler) -> None:
         self.region, self.compiler = region, compiler
         # By what is known of a site's operands beside their sizes.
         self._versions: dict[tuple, list[_Version]] = {}
-        self._known: dict[tuple, Callable[..., Any]] = {}
+        self._known: dict[tuple, Callable[[list[Any]], Any]] = {}
         self._lock = threading.Lock()
 
-    def run(self, site: int, *operands: Any) -> Any:
+    def run(self, site: int, operands: list[Any]) -> Any:
+        """The results at one of the sites; ``operands``, the numbers first, may be empty then."""
         count = len(self.region.typical)
-        key = (site, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), operands[:count])
+        key = (site, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *operands[:count])
         run = self._known.get(key)
         if run is None:
             with self._lock:
                 run = self._known[key] = self._version(operands[:count], operands[count:])
-        return run(*operands)
+        return run(operands)
 
-    def _version(self, numbers: tuple[int, ...], tensors: Sequence[Tensor]) -> Callable[..., Any]:
+    def _version(self, numbers: Sequence[int], tensors: Sequence[Tensor]) -> Callable[[list[Any]], Any]:
         kind = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *map(_kind, tensors))
         versions = self._versions.setdefault(kind, [])
         for version in versions:

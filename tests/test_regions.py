@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,27 @@ def test_a_grid_detour_between_blocks_is_sound():
         assert mctf_compile.explain(model, *inputs, method="tome", r=1).unmerged
         got = run(model, *inputs, method="tome", r=1)
         torch.testing.assert_close(got, run(model, *inputs, inner="eager", method="tome", r=1), rtol=0, atol=1e-5)
+
+
+def test_tokens_are_let_go_of_when_a_block_has_read_them(monkeypatch):
+    """The residual stream that a block was given is in nobody's hands when the block is done."""
+    run_one, alive = CompiledRegion.run, []
+
+    def watched(self, site, operands):
+        streams = [weakref.ref(x) for x in operands if isinstance(x, torch.Tensor) and x.dim() == 3 and x.shape[1] > 1]
+        results = run_one(self, site, operands)
+        if self.region.sites > 1:
+            alive.append([ref() is not None for ref in streams])
+        return results
+
+    monkeypatch.setattr(CompiledRegion, "run", watched)
+    with torch.no_grad():
+        model = torch.compile(vit(depth=3), backend="mctf", options={"r": 2})
+        # The first call holds the operands that it compiles for.
+        model(IMAGES)
+        alive.clear()
+        model(IMAGES)
+    assert alive == [[False], [False]]
 
 
 PROGRAM = """
