@@ -23,9 +23,9 @@ from mctf_compile.passes.rules import schema_arguments
 mctf = torch.ops.mctf
 
 # For each channel of a head, so many rows of the longest map of a model are stored, and q and k stay for computing the
-# others again. In float32 that is as much as the hidden layer of an MLP of ratio 4, where the peak of memory is anyway.
-# Maps that fit into as much memory are stored whole: those of few tokens, and of later blocks.
-STORED_ROWS = 2
+# others again: beside what else is alive then, about as much in float32 as the peak of an MLP of ratio 4. Maps that fit
+# into as much memory are stored whole: those of few tokens, and of later blocks.
+STORED_ROWS = 3
 
 
 def prepare(device: torch.device) -> None:
@@ -150,6 +150,7 @@ def _room(node: fx.Node, q: Tensor) -> tuple[bool, int]:
     targets = mctf.importance.default, mctf.importance_cpp.default
     maps = [n for target in targets for n in node.graph.find_nodes(op="call_function", target=target)]
     longest = max(hint_of(n.args[0].meta["val"].shape[2]) for n in maps)
-    each, tokens = STORED_ROWS * q.shape[3] * q.element_size() // 4, q.shape[2]
-    whole = statically_known_true(tokens * tokens <= each * (longest + tokens))
-    return whole, each * longest * (2 if whole else 1)
+    each, tokens = q.shape[3] * q.element_size() // 4, q.shape[2]
+    stored = each * STORED_ROWS * longest
+    whole = statically_known_true(tokens * tokens <= stored + 2 * each * tokens)
+    return whole, stored + 2 * each * longest if whole else stored
