@@ -22,10 +22,10 @@ from mctf_compile.passes.rules import schema_arguments
 
 mctf = torch.ops.mctf
 
-# For each channel of a head, so many rows of the longest map of a model are stored, and q and k stay for computing the
-# others again: beside what else is alive then, about as much in float32 as the peak of an MLP of ratio 4. Maps that fit
-# into as much memory are stored whole: those of few tokens, and of later blocks.
-STORED_ROWS = 3
+# A map that is not stored whole has the memory of the model's largest q, so many times, and q and k stay for computing
+# its other rows again. Beside what else is alive then, in float32 that is about the peak of an MLP of ratio 4.
+# Maps that fit into as much are stored whole: those of few tokens, and of later blocks.
+STORED = 3
 
 
 def prepare(device: torch.device) -> None:
@@ -146,11 +146,11 @@ def _importance(node: fx.Node) -> str | None:
 
 
 def _room(node: fx.Node, q: Tensor) -> tuple[bool, int]:
-    """Whether all of a map is stored, and so many weights for each head; the same for all maps of which it is true."""
+    """Whether all of a map is stored, and for how many weights of each head there is room: the same in like blocks."""
     targets = mctf.importance.default, mctf.importance_cpp.default
     maps = [n for target in targets for n in node.graph.find_nodes(op="call_function", target=target)]
-    longest = max(hint_of(n.args[0].meta["val"].shape[2]) for n in maps)
-    each, tokens = q.shape[3] * q.element_size() // 4, q.shape[2]
-    stored = each * STORED_ROWS * longest
-    whole = statically_known_true(tokens * tokens <= stored + 2 * each * tokens)
-    return whole, stored + 2 * each * longest if whole else stored
+    largest = max(hint_of(n.args[0].meta["val"].numel()) for n in maps)
+    largest = largest * q.element_size() // 4 // hint_of(q.shape[0] * q.shape[1])
+    tokens, width = q.shape[2], q.shape[3] * q.element_size() // 4
+    whole = statically_known_true(tokens * tokens <= STORED * largest + 2 * tokens * width)
+    return whole, (STORED + 2 if whole else STORED) * largest
