@@ -150,7 +150,8 @@ def _room(node: fx.Node, q: Tensor) -> tuple[bool, int]:
     targets = mctf.importance.default, mctf.importance_cpp.default
     maps = [n for target in targets for n in node.graph.find_nodes(op="call_function", target=target)]
     largest = max(hint_of(n.args[0].meta["val"].numel()) for n in maps)
-    largest = largest * q.element_size() // 4 // hint_of(q.shape[0] * q.shape[1])
+    # A batch may be empty.
+    largest = largest * q.element_size() // 4 // max(hint_of(q.shape[0] * q.shape[1]), 1)
     tokens, width = q.shape[2], q.shape[3] * q.element_size() // 4
     whole = statically_known_true(tokens * tokens <= STORED * largest + 2 * tokens * width)
     return whole, (STORED + 2 if whole else STORED) * largest
