@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -149,9 +152,17 @@ def _room(node: fx.Node, q: Tensor) -> tuple[bool, int]:
     """Whether all of a map is stored, and for how many weights of each head there is room: the same in like blocks."""
     targets = mctf.importance.default, mctf.importance_cpp.default
     maps = [n for target in targets for n in node.graph.find_nodes(op="call_function", target=target)]
-    largest = max(hint_of(n.args[0].meta["val"].numel()) for n in maps)
-    # A batch may be empty.
-    largest = largest * q.element_size() // 4 // max(hint_of(q.shape[0] * q.shape[1]), 1)
+    # Size by size, as a product of them may have no value at tracing where its factors have; a batch may be empty.
+    largest = max(_elements(n.args[0].meta["val"].shape) for n in maps) * q.element_size() // 4
+    largest //= _elements(q.shape[:2])
     tokens, width = q.shape[2], q.shape[3] * q.element_size() // 4
-    whole = statically_known_true(tokens * tokens <= STORED * largest + 2 * tokens * width)
-    return whole, (STORED + 2 if whole else STORED) * largest
+    room = (STORED + 2) * largest
+    fits = tokens * tokens <= STORED * largest + 2 * tokens * width
+    if statically_known_true(fits) and statically_known_true(tokens * tokens <= room):
+        return True, room
+    return False, STORED * largest
+
+
+def _elements(shape: Iterable[int | torch.SymInt]) -> int:
+    """About how many elements such a shape has."""
+    return math.prod(max(hint_of(size), 1) for size in shape)
