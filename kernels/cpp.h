@@ -226,6 +226,17 @@ static inline vec transpose(const float* const (&from)[LANES], int64_t width, fl
   return squares;
 }
 
+// LANES rows from `first` of `count`, laid out by `transpose`; zeros beyond the last. `row_of(n, room)` is a row where it
+// lies, or read into `room`.
+template <class RowOf>
+static inline vec by_channel(
+    int64_t first, int64_t count, int64_t width, RowOf row_of, float* room, float* to, int64_t stride) {
+  const float* from[LANES];
+  for (int i = 0; i < LANES; i++, room += width)
+    from[i] = first + i < count ? row_of(first + i, room) : (float*)memset(room, 0, width * sizeof(float));
+  return transpose(from, width, to, stride);
+}
+
 // How many tasks to make of one of `units` that has so many tokens, for the threads there are. A task has no fewer than
 // 32: each lays out its operands anew.
 static inline int64_t parts_of(int64_t tokens, int64_t units) {

@@ -56,17 +56,11 @@ struct Head {
 
   // Keys, and what they add to the logits of every query: -inf beyond the last.
   void read_keys() const {
-    const int64_t width = p.width, wide = this->wide;
-    for (int64_t j = 0; j < wide; j += LANES) {
-      const float* from[LANES];
-      for (int i = 0; i < LANES; i++) {
-        float* const room = queries + i * width;
-        if (j + LANES + i < p.keys) p.k.prefetch_row(b, h, j + LANES + i, width);
-        if (j + i < p.keys) from[i] = p.k.row(b, h, j + i, width, room);
-        else from[i] = (float*)memset(room, 0, width * sizeof(float));
-      }
-      transpose(from, width, keys + j, wide);
-    }
+    const auto key = [&](int64_t j, float* room) {
+      if (j + LANES < p.keys) p.k.prefetch_row(b, h, j + LANES, p.width);
+      return p.k.row(b, h, j, p.width, room);
+    };
+    for (int64_t j = 0; j < wide; j += LANES) by_channel(j, p.keys, p.width, key, queries, keys + j, wide);
     for (int64_t j = 0; j < wide; j++) terms[j] = j >= p.keys ? -INFINITY : p.log_size ? p.log_size(b, j) : 0.0f;
   }
 
@@ -261,6 +255,7 @@ static std::tuple<Tensor, Tensor, Tensor> importance(
   Tensor map = torch::stable::new_empty(q, {p.batch, p.heads, stored, p.keys}, float32);
   float *const lse_data = (float*)lse.mutable_data_ptr(), *const map_data = (float*)map.mutable_data_ptr();
   const int64_t parts = parts_of(p.queries, p.batch * p.heads), wide = whole_vectors(p.keys);
+  const auto stored_row = [&](int64_t plane, int64_t i) { return map_data + (plane * stored + i) * p.keys; };
   std::vector<float> received(p.batch * p.heads * parts * wide);
 
   for_heads(p, p.queries, parts, [&](int64_t first, int64_t last, int64_t number, int64_t plane) {
@@ -273,7 +268,7 @@ static std::tuple<Tensor, Tensor, Tensor> importance(
       float peaks[ROWS], shares[ROWS];
       for (int r = 0; r < count; r++) {
         queries[r] = i + r;
-        if (i + r < stored) prefetch<1>(map_data + (plane * stored + i + r) * p.keys, p.keys);
+        if (i + r < stored) prefetch<1>(stored_row(plane, i + r), p.keys);
       }
       head.softmax(queries, count, peaks, shares);
       for (int r = 0; r < count; r++)
@@ -289,7 +284,7 @@ static std::tuple<Tensor, Tensor, Tensor> importance(
         store(sums + j, sum);
       }
       for (int r = 0; r < count && i + r < stored; r++)
-        memcpy(map_data + (plane * stored + i + r) * p.keys, weights + r * wide, p.keys * sizeof(float));
+        memcpy(stored_row(plane, i + r), weights + r * wide, p.keys * sizeof(float));
     }
   });
 
@@ -315,6 +310,7 @@ static Tensor ahead(
   const PerToken<float> weight_of(weight);
   const float *const lse_data = (const float*)lse.data_ptr(), *const map_data = (const float*)map.data_ptr();
   const int64_t fused = v.size(2), stored = map.size(2);
+  const auto stored_row = [&](int64_t plane, int64_t i) { return map_data + (plane * stored + i) * p.keys; };
   const Output out(v, fused);
 
   for_heads(p, fused, parts_of(fused, p.batch * p.heads), [&](int64_t first, int64_t last, int64_t, int64_t plane) {
@@ -334,7 +330,7 @@ static Tensor ahead(
         for (int r = 0; r < count; r++) {
           levels[r] = lse_data[plane * p.queries + queries[r]];
           shares[r] = levels[r] == -INFINITY ? 0 : weight_of(head.b, queries[r]);
-          weights[r] = computed ? head.weights + r * head.wide : map_data + (plane * stored + queries[r]) * p.keys;
+          weights[r] = computed ? head.weights + r * head.wide : stored_row(plane, queries[r]);
         }
         if (computed) {
           head.logits(queries, count, unused);
@@ -345,7 +341,7 @@ static Tensor ahead(
       }
       if (i == p.queries) break;
       const int64_t m = head.fused(i);
-      if (i + AHEAD < stored) prefetch<0>(map_data + (plane * stored + i + AHEAD) * p.keys, p.keys);
+      if (i + AHEAD < stored) prefetch<0>(stored_row(plane, i + AHEAD), p.keys);
       if (m >= first && m < last) queries[count] = i, outputs[count++] = m - first;
     }
     out.write(head, first, last);

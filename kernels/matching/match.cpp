@@ -53,14 +53,9 @@ struct Image {
     emphasize(m, m.size, b, m.tau_size, emphasis);
     for (int64_t j = 0; j < wide; j++) column_emphasis[j] = j < m.columns() ? emphasis[m.second() + 2 * j] : 0;
     if (!m.tau_sim) return;
+    const auto column = [&](int64_t j, float* room) { return token(m.second() + 2 * j, room); };
     for (int64_t j = 0; j < wide; j += LANES) {
-      const float* from[LANES];
-      for (int i = 0; i < LANES; i++) {
-        float* const room = rows + i * m.channels;
-        if (j + i < m.columns()) from[i] = token(m.second() + 2 * (j + i), room);
-        else from[i] = (float*)memset(room, 0, m.channels * sizeof(float));
-      }
-      const vec squares = transpose(from, m.channels, columns + j, wide);
+      const vec squares = by_channel(j, m.columns(), m.channels, column, rows, columns + j, wide);
       for (int i = 0; i < LANES; i++) column_inverse[j + i] = inverse_length(squares[i]);
     }
   }
