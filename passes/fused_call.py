@@ -55,7 +55,7 @@ class FusedCall:
         return next(name for name, value in self.args.items() if value is first)
 
     def lifted(self, node: fx.Node) -> Value:
-        return self.rewriter.lift(node, self.env[node], self.stream, self.generation, self._like())
+        return self.rewriter.lift(node, self.env[node], self.stream, self.generation, self._like)
 
     def value(self, name: str) -> Value:
         """A tensor argument in the generation of this call."""

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from itertools import count
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy
 
 from mctf_compile.errors import UnsupportedGraph
 from mctf_compile.passes.mutations import functionalize
+from mctf_compile.passes.tracing import trace
 
 
 def fake_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Any]:
@@ -33,19 +31,6 @@ def fake_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Any]:
     return [
         mode.from_tensor(v, static_shapes=True) if isinstance(v, torch.Tensor) else v for v in example_inputs
     ]
-
-
-def trace(function: Callable[..., Any], inputs: Sequence[Any]) -> fx.GraphModule:
-    """``make_fx`` before dispatch under the inputs' fake mode, with the users' stack traces kept."""
-    # Without the mode, tensors that the program makes itself (arange, zeros) would be real ones.
-    mode = next((v.fake_mode for v in inputs if isinstance(v, FakeTensor)), None)
-    with ExitStack() as stack:
-        stack.enter_context(fx.traceback.preserve_node_meta())
-        if mode is not None:
-            # Weights may be attributes of the graph: Dynamo makes them some where they are to be frozen.
-            stack.enter_context(mock.patch.object(mode, "allow_non_fake_inputs", True))
-            stack.enter_context(mode)
-        return make_fx(function, pre_dispatch=True)(*inputs)
 
 
 def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:

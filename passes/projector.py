@@ -51,7 +51,9 @@ class Projector:
             weight, bias = (self._arg(projection.linear, i, env) for i in (1, 2))
             bias = None if bias is None else bias[start:stop]
             self._projected[key] = torch.ops.aten.linear(x.tensor, weight[start:stop], bias)
-        out = self._projected[key][..., projection.start - start : projection.stop - start]
+        out = self._projected[key]
+        if (start, stop) != (projection.start, projection.stop):
+            out = out[..., projection.start - start : projection.stop - start]
         if projection.shape:
             out = out.unflatten(-1, projection.shape)
         return Value(out.permute(projection.order), self.axes.of(node), x.stream, x.generation)

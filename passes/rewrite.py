@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import ChainMap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,18 +16,19 @@ from torch.fx.traceback import set_current_meta
 
 from mctf_compile.errors import Declined
 from mctf_compile.kernels.library import shapes_alone
+from mctf_compile.methods import Site
 from mctf_compile.passes.axes import has_batch, mentions
 from mctf_compile.passes.counts import Counts
 from mctf_compile.passes.fused_call import FusedCall, flat_values
 from mctf_compile.passes.fusion import Stream, Value
 from mctf_compile.passes.insertion import Insertion
-from mctf_compile.passes.normalize import trace
 from mctf_compile.passes.plan import Plan
 from mctf_compile.passes.projector import Projector
 from mctf_compile.passes.regions import SEGMENT
 from mctf_compile.passes.reasons import name_of
 from mctf_compile.passes.rules import find_rule
 from mctf_compile.passes.token_axes import Axes
+from mctf_compile.passes.tracing import trace
 
 aten = torch.ops.aten
 Env = Mapping[fx.Node, Any]
@@ -96,7 +97,7 @@ class Rewriter:
         self.gm, self.axes, self.plan = gm, axes, plan
         self.order = {node: i for i, node in enumerate(gm.graph.nodes)}
         self.unmerges: list[Unmerge] = []
-        self.env: dict[fx.Node, Any] = {}
+        self.env = _Values(self._emit)
         self._segment = 0
         # By block, the number of tokens that it leaves, where that is an input of the graph.
         self.left: dict[int, SymInt] = {}
@@ -128,15 +129,19 @@ class Rewriter:
         for node in self.gm.graph.nodes:
             if node.op == "output":
                 return fx.node.map_arg(node.args[0], lambda n: self._plain(self.env[n]))
+            if node.op == "placeholder":
+                self.env[node] = self._dense(node, next(feed))
+            elif node in self._read:
+                self.env[node] = self._emit(node)
             with set_current_meta(node):
-                if node.op == "placeholder":
-                    self.env[node] = self._dense(node, next(feed))
-                elif node in self._read:
-                    self.env[node] = self.insertion.emit(node)
                 self.insertion.begin(node)
             if node in ends:
                 self.close(get_proxy_mode().tracer.graph)
         raise AssertionError("a graph without an output")
+
+    def _emit(self, node: fx.Node) -> Any:
+        with set_current_meta(node):
+            return self.insertion.emit(node)
 
     def _sources(self, node: fx.Node) -> list[fx.Node]:
         """The nodes whose values ``evaluate`` reads: for a part of a projection, the operands of the whole."""
@@ -144,11 +149,17 @@ class Rewriter:
         return (node if projection is None else projection.linear).all_input_nodes
 
     def _nodes_read(self) -> set[fx.Node]:
-        """The nodes whose values are read. A projection that is computed in parts is not, nor what takes it apart."""
+        """The nodes whose values are read, as far as that is known before.
+
+        A projection that is computed in parts is not, nor what takes it apart, nor values that attention one step
+        ahead derives from the fused tokens.
+        """
         read = {b.block.learned for b in self.plan.fusing}
+        sites = (b.block.attention for b in self.plan.fusing) if self.plan.site is Site.AHEAD else ()
+        anew = {site.node: site.value for site in sites}
         for node in reversed(self.gm.graph.nodes):
             if node in read or node.is_impure():
-                read.update((node, *self._sources(node)))
+                read.update((node, *(n for n in self._sources(node) if n is not anew.get(node))))
         return read
 
     def close(self, graph: fx.Graph) -> None:
@@ -243,8 +254,10 @@ class Rewriter:
 
     # Moving values between generations.
 
-    def lift(self, node: fx.Node, value: Value, stream: Stream, generation: int, like: Value) -> Value:
-        """``value`` in ``generation``; unchanged where it has no token axis. ``like`` shows where images are."""
+    def lift(
+        self, node: fx.Node, value: Value, stream: Stream, generation: int, like: Callable[[], Value]
+    ) -> Value:
+        """``value`` in ``generation``; unchanged where it has no token axis. ``like()`` shows where images are."""
         if value.generation == generation or not mentions(value.dims, stream.tokens):
             return value
         # Tensors hash by identity; the key keeps its own alive, so that no other takes its place.
@@ -262,7 +275,7 @@ class Rewriter:
                     self._raised[key] = value
                     return value
             if not has_batch(value.dims, stream.tokens):
-                value = _with_images(value, stream, like)
+                value = _with_images(value, stream, like())
             self._raised[key] = stream.raise_to(stream.intensive(value), generation)
         return self._raised[key]
 
@@ -270,6 +283,18 @@ class Rewriter:
         if value.stream is None:
             return value
         return value.stream.lower_to(value.stream.intensive(value), 0)
+
+
+class _Values(dict[fx.Node, Any]):
+    """Values by node. One that is not there yet is computed when it is read."""
+
+    def __init__(self, compute: Callable[[fx.Node], Any]) -> None:
+        super().__init__()
+        self._compute = compute
+
+    def __missing__(self, node: fx.Node) -> Any:
+        self[node] = value = self._compute(node)
+        return value
 
 
 def _with_images(value: Value, stream: Stream, like: Value) -> Value:

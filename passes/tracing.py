@@ -1,0 +1,64 @@
+"""Tracing a program into ATen before autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+
+from mctf_compile.kernels.library import LIBRARY, autocast_dtype
+
+aten = torch.ops.aten
+
+
+def trace(function: Callable[..., Any], inputs: Sequence[Any]) -> fx.GraphModule:
+    """``make_fx`` before dispatch under the inputs' fake mode, with the users' stack traces kept."""
+
+    def run(*inputs: Any) -> Any:
+        with _Linear():
+            return function(*inputs)
+
+    # Without the mode, tensors that the program makes itself (arange, zeros) would be real ones.
+    mode = next((v.fake_mode for v in inputs if isinstance(v, FakeTensor)), None)
+    with ExitStack() as stack:
+        stack.enter_context(fx.traceback.preserve_node_meta())
+        if mode is not None:
+            # Weights may be attributes of the graph: Dynamo makes them some where they are to be frozen.
+            stack.enter_context(mock.patch.object(mode, "allow_non_fake_inputs", True))
+            stack.enter_context(mode)
+        gm = make_fx(run, pre_dispatch=True)(*inputs)
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.mctf.linear.default):
+        node.target = aten.linear.default
+        if node.meta.get("original_aten") is torch.ops.mctf.linear.default:
+            node.meta["original_aten"] = aten.linear.default
+    gm.recompile()
+    return gm
+
+
+class _Linear(TorchFunctionMode):
+    """While a program is traced, ``mctf.linear`` in the place of each ``linear``.
+
+    Fake tensors find the shape of a linear from three operators that it consists of, in 5 ms; there are many.
+    """
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func in (aten.linear, aten.linear.default, torch.nn.functional.linear):
+            func = torch.ops.mctf.linear.default
+        return func(*args, **(kwargs or {}))
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """An empty result of ``linear``."""
+    torch._check(input.shape[-1] == weight.shape[-1], lambda: f"linear of {input.shape} with {weight.shape}")
+    return input.new_empty((*input.shape[:-1], *weight.shape[:-1]), dtype=autocast_dtype(input))
+
+
+LIBRARY.define("linear(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor")
+LIBRARY.impl("linear", _linear, "CompositeImplicitAutograd")
