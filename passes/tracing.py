@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
-from mctf_compile.kernels.library import LIBRARY, autocast_dtype
+from mctf_compile.kernels.library import autocast_dtype, composite
 
 aten = torch.ops.aten
 
@@ -35,9 +35,9 @@ def trace(function: Callable[..., Any], inputs: Sequence[Any]) -> fx.GraphModule
             stack.enter_context(mode)
         gm = make_fx(run, pre_dispatch=True)(*inputs)
     for node in gm.graph.find_nodes(op="call_function", target=torch.ops.mctf.linear.default):
-        node.target = aten.linear.default
-        if node.meta.get("original_aten") is torch.ops.mctf.linear.default:
-            node.meta["original_aten"] = aten.linear.default
+        node.target = node.meta["original_aten"] = aten.linear.default
+        # Of operators that are not ATen's alone.
+        node.meta.pop("eager_input_vals", None)
     gm.recompile()
     return gm
 
@@ -54,11 +54,8 @@ class _Linear(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+@composite("linear(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor")
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """An empty result of ``linear``."""
     torch._check(input.shape[-1] == weight.shape[-1], lambda: f"linear of {input.shape} with {weight.shape}")
     return input.new_empty((*input.shape[:-1], *weight.shape[:-1]), dtype=autocast_dtype(input))
-
-
-LIBRARY.define("linear(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor")
-LIBRARY.impl("linear", _linear, "CompositeImplicitAutograd")
