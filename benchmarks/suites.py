@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from mctf_compile.workload import Workload
 
 # On a CPU, max-autotune without freezing has nothing to tune.
-ON_CPU = ("eager", "inductor", "freezing", "max-autotune-freezing", "mctf", "mctf-freezing")
+ON_CPU = ("eager", "inductor", "freezing", "freezing-dynamic", "max-autotune-freezing", "mctf", "mctf-freezing")
 ON_CUDA = ("eager", "inductor", "max-autotune", "mctf")
 
 

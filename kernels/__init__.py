@@ -15,11 +15,13 @@
 ``policy_attention``  attention in which a dropped token counts for itself alone (training)
 ``importance``      how much attention each token receives, before the values are computed
 ``ahead``           one-step-ahead attention: the pooled map times the values of the fused tokens
+``frozen_linear``   a linear layer whose weight nothing will change, packed once (on a CPU)
 ==================  ==============================================================================
 """
 
 import mctf_compile.kernels.ahead.op
 import mctf_compile.kernels.attention.op
+import mctf_compile.kernels.linear.op
 import mctf_compile.kernels.matching.op
 import mctf_compile.kernels.observation.op
 import mctf_compile.kernels.pooling.op

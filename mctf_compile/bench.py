@@ -29,14 +29,17 @@ Progress = Callable[[str, int, int], None]
 EAGER, INDUCTOR, MCTF = "eager", "inductor", "mctf"
 
 # What Inductor is told for each dense candidate; None: nothing is compiled. On a CPU, max-autotune has matrix products
-# to choose from where the weights are frozen.
+# to choose from where the weights are frozen, and float32 weights are packed for oneDNN where the batch may change too.
 DENSE: dict[str, dict[str, Any] | None] = {
     EAGER: None,
     INDUCTOR: {},
     "max-autotune": {"mode": "max-autotune"},
     "freezing": {"freezing": True},
+    "freezing-dynamic": {"freezing": True},
     "max-autotune-freezing": {"mode": "max-autotune", "freezing": True},
 }
+# Those that are compiled for any sizes.
+DYNAMIC = ("freezing-dynamic",)
 # The same for each that fuses tokens.
 FUSED: dict[str, dict[str, Any]] = {MCTF: {}, "mctf-freezing": {"freezing": True}}
 CANDIDATES = (*DENSE, *FUSED)
@@ -256,7 +259,7 @@ def candidate(name: str, model: nn.Module, options: Mapping[str, Any]) -> Callab
         return torch.compile(copy.deepcopy(model), backend="mctf", options=options)
     given = FusionConfig.from_options(options).lowering.inductor
     patches = inductor_patches(FusionConfig(inductor={**given, **DENSE[name]}))
-    return torch.compile(copy.deepcopy(model), options=patches or None)
+    return torch.compile(copy.deepcopy(model), options=patches or None, dynamic=name in DYNAMIC or None)
 
 
 def compiling(name: str) -> AbstractContextManager[Any]:

@@ -87,8 +87,8 @@ def parser() -> argparse.ArgumentParser:
                          help="bfloat16: under autocast (default: float32)")
     measure.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     measure.add_argument("--candidates", type=parse_names, default=["eager", "inductor", "mctf"], metavar="A,B", help=(
-        "what to time: eager, inductor, max-autotune, freezing, max-autotune-freezing, all dense, and mctf and "
-        "mctf-freezing (default: eager,inductor,mctf)")
+        "what to time: eager, inductor, max-autotune, freezing, freezing-dynamic, max-autotune-freezing, all dense, "
+        "and mctf and mctf-freezing (default: eager,inductor,mctf)")
     )
     measure.add_argument("--json", type=writable, metavar="FILE", help="write the result here too")
     measure.set_defaults(run=run_bench)

@@ -9,30 +9,41 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
+from mctf_compile.kernels.linear.op import frozen_linear_supported
+
 aten = torch.ops.aten
 
 
 def freeze(gm: fx.GraphModule) -> fx.GraphModule:
     """What is computed of the graph's own tensors alone, computed once; ``gm`` is not changed.
 
-    Before::  linear(x, slice(qkv_weight, 0, 0, 2 * C))
-    After::   linear(x, frozen_0)
+    Before::  gelu(add(linear(x, slice(weight, 0, 0, O)), bias))
+    After::   mctf.frozen_linear(x, frozen_0, frozen_1, "none")
 
-    On a CPU the weight [O, I] of a linear layer also gets the memory of an [I, O]: a matrix product in single or double
-    precision then reads both of its operands along their rows.
+    Linear layers, where oneDNN has them, read weights that are packed once, and take the bias and the GELU that
+    follow: what Inductor does of a graph that it compiles whole.
     """
+    frozen = _folded(gm)
+    for node in frozen.graph.find_nodes(op="call_function", target=aten.linear.default):
+        if node.args[1].op == "get_attr" and node.args[0].meta["val"].dim() > 1:
+            _pack(frozen, node)
+    # What was cast is not kept as it was.
+    return fx.GraphModule(frozen, frozen.graph)
+
+
+def _folded(gm: fx.GraphModule) -> fx.GraphModule:
     graph = fx.Graph()
     root: dict[str, Any] = {}
     env: dict[fx.Node, fx.Node] = {}
     known: dict[fx.Node, Tensor] = {}
-    held: dict[tuple[fx.Node | str, bool], fx.Node] = {}
+    held: dict[fx.Node | str, fx.Node] = {}
 
-    def hold(node: fx.Node, by_rows: bool) -> fx.Node:
+    def hold(node: fx.Node) -> fx.Node:
         """A known tensor as an attribute of the new graph."""
-        key = (str(node.target) if node.op == "get_attr" else node, by_rows)
+        key = str(node.target) if node.op == "get_attr" else node
         if key not in held:
             name = f"frozen_{len(held)}"
-            root[name] = known[node].t().contiguous().t() if by_rows else known[node]
+            root[name] = known[node]
             held[key] = graph.get_attr(name)
             held[key].meta["val"] = root[name]
         return held[key]
@@ -48,10 +59,9 @@ def freeze(gm: fx.GraphModule) -> fx.GraphModule:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
             known[node] = node.target(*args, **kwargs)
             continue
-        weight = node.args[1] if node.target is aten.linear.default else None
         for n in node.all_input_nodes:
             if n in known:
-                env[n] = hold(n, n is weight and _read_by_rows(known[n]))
+                env[n] = hold(n)
         env[node] = graph.node_copy(node, env.__getitem__)
     return fx.GraphModule(root, graph)
 
@@ -67,7 +77,51 @@ def _is_pure(node: fx.Node) -> bool:
     )
 
 
-def _read_by_rows(weight: Tensor) -> bool:
-    """Whether its matrix product is one of BLAS, which autocast does not send elsewhere."""
-    exact = weight.dtype in (torch.float32, torch.float64)
-    return exact and weight.device.type == "cpu" and weight.dim() == 2 and not torch.is_autocast_enabled("cpu")
+def _pack(gm: fx.GraphModule, linear: fx.Node) -> None:
+    """Put a packed product in the place of a linear layer and of what it can do besides."""
+    x, weight, bias = (*linear.args, None)[:3]
+    # That of autocast, where it is on.
+    dtype = linear.meta["val"].dtype
+    if not frozen_linear_supported(weight.meta["val"], dtype):
+        return
+    last, gelu = linear, None
+    added = _only_user(last, aten.add.Tensor)
+    if bias is None and added is not None and not added.kwargs and added.args[0] is last \
+            and _is_bias(added.args[1], dtype):
+        last, bias = added, added.args[1]
+    activated = _only_user(last, aten.gelu.default)
+    if activated is not None:
+        last, gelu = activated, activated.kwargs.get("approximate", "none")
+    with gm.graph.inserting_before(last):
+        operands = [_in_dtype(gm, n, dtype) for n in (x, weight, bias)]
+        packed = gm.graph.call_function(torch.ops.mctf.frozen_linear.default, (*operands, gelu))
+    packed.meta = dict(last.meta)
+    last.replace_all_uses_with(packed)
+    gm.graph.eliminate_dead_code()
+
+
+def _only_user(node: fx.Node, target: OpOverload) -> fx.Node | None:
+    """The one reader of a node, if it is a call of ``target``."""
+    user = next(iter(node.users), None)
+    return user if len(node.users) == 1 and user.target is target else None
+
+
+def _is_bias(value: Any, dtype: torch.dtype) -> bool:
+    """Whether it is a vector that the graph holds."""
+    held = value.meta["val"] if isinstance(value, fx.Node) and value.op == "get_attr" else None
+    return isinstance(held, Tensor) and held.dim() == 1 and held.dtype is dtype
+
+
+def _in_dtype(gm: fx.GraphModule, node: fx.Node | None, dtype: torch.dtype) -> fx.Node | None:
+    """An operand as autocast would make it: what the graph holds, once; the rest in every call."""
+    if node is None or node.meta["val"].dtype is dtype:
+        return node
+    if node.op != "get_attr":
+        cast = gm.graph.call_function(aten.to.dtype, (node, dtype))
+    else:
+        name = f"{node.target}_{str(dtype).removeprefix('torch.')}"
+        if not hasattr(gm, name):
+            gm.register_buffer(name, getattr(gm, node.target).to(dtype))
+        cast = gm.graph.get_attr(name)
+    cast.meta = {**node.meta, "val": node.meta["val"].to(dtype)}
+    return cast

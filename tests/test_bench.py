@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from mctf_compile import ConfigError, Report
 from mctf_compile import bench as measuring
 from mctf_compile.bench import (
+    DENSE,
+    FUSED,
     TOLERANCES,
     BenchResult,
     Timing,
@@ -238,11 +240,21 @@ def test_frozen_weights_are_constants_of_the_graph() -> None:
         seen.append(len(inputs))
         return gm.forward
 
-    for name in ("inductor", "freezing", "mctf", "mctf-freezing"):
+    for name in ("inductor", "freezing", "freezing-dynamic", "mctf", "mctf-freezing"):
         torch._dynamo.reset()
         with torch.no_grad(), measuring.compiling(name):
             torch.compile(nn.Linear(2, 2), backend=backend)(torch.ones(1, 2))
-    assert seen == [3, 1, 3, 1]
+    assert seen == [3, 1, 1, 3, 1]
+
+
+def test_one_dense_candidate_is_compiled_for_any_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor packs float32 weights for oneDNN there, and leaves them to BLAS where the batch is fixed."""
+    given = {}
+    for name in (*DENSE, *FUSED):
+        monkeypatch.setattr(torch, "compile", lambda model, name=name, **kwargs: given.setdefault(name, kwargs))
+        measuring.candidate(name, nn.Linear(2, 2), {})
+    dynamic = {name for name, kwargs in given.items() if kwargs.get("dynamic")}
+    assert dynamic == {"freezing-dynamic"} and given["freezing-dynamic"]["options"] == {"freezing": True}
 
 
 @pytest.mark.parametrize(

@@ -162,8 +162,9 @@ def test_tokens_are_let_go_of_when_a_block_has_read_them(monkeypatch):
 
 
 PROGRAM = """
-import torch, timm
+import sys, torch, timm
 from torch._dynamo.utils import counters
+torch._inductor.config.freezing = sys.argv[1] == "frozen"
 torch.manual_seed(0)
 model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3).eval()
 with torch.no_grad():
@@ -172,11 +173,12 @@ print(counters["inductor"]["fxgraph_cache_miss"], counters["aot_autograd"]["auto
 """
 
 
-def test_a_second_process_finds_everything_in_the_caches(tmp_path: Path):
+@pytest.mark.parametrize("weights", ["free", "frozen"])
+def test_a_second_process_finds_everything_in_the_caches(weights: str, tmp_path: Path):
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     misses = []
     for _ in range(2):
-        done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", PROGRAM, weights], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         misses.append([int(word) for word in done.stdout.split()])
     (first, _), (second, hits) = misses
