@@ -41,8 +41,6 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: str | No
     Returns:
         [..., O]. It has no gradient.
     """
-    if not x.numel():
-        return _shapes(x, weight, bias, gelu)
     packed = _packed.get(weight)
     if packed is None:
         packed = _packed[weight] = torch.ops.mkldnn._reorder_linear_weight(weight, x.shape[:-1].numel())
