@@ -17,11 +17,11 @@ from benchmarks import measure as measuring
 from benchmarks.report import markdown, write
 from benchmarks.results import Result, append, latest, read
 from benchmarks.suites import QUICK, SUITES, Row
-from mctf_compile import FusionConfig, Report
+from mctf_compile import FusionConfig, Report, isolated
 from mctf_compile.bench import BenchResult, Timing, WrongOutputError, check_candidates
 from mctf_compile.child import run_in_child
 from mctf_compile.errors import ConfigError, MctfError
-from mctf_compile.isolated import peak_bytes
+from mctf_compile.isolated import isolate, peak_bytes
 from mctf_compile.machine import machine
 from mctf_compile.workload import Workload
 
@@ -213,6 +213,22 @@ def test_ctrl_c_ends_a_child_and_what_it_started(tmp_path: Path) -> None:
     # What has ended may still be listed until it is collected.
     state = Path(f"/proc/{started[0]}/stat")
     assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] in "ZX"
+
+
+def test_a_warm_start_is_the_median_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    caches: list[Path] = []
+
+    def start(function: str, arguments: dict, threads: int, cache: Path, progress: object) -> dict:
+        caches.append(cache)
+        number = len(caches) - 1
+        assert arguments["state"] == ("warm" if number else "cold")
+        return {"seconds": [30.0, 5.0, 9.0, 6.0][number], "peak_bytes": 100 + number, "kernels": 7 * (not number),
+                "misses": [4, 0, 1, 0][number]}
+
+    monkeypatch.setattr(isolated, "run_in_child", start)
+    found = isolate(Workload("test_vit"), "mctf")
+    assert len(set(caches)) == 1 and len(caches) == 4
+    assert (found.cold_s, found.warm_s, found.peak_bytes, found.kernels, found.misses) == (30.0, 6.0, 103, 7, 1)
 
 
 def test_the_quick_suite_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
