@@ -56,6 +56,18 @@ class Fusion:
             return torch.ops.mctf.keep(x, self.keep, dim)
         return torch.ops.mctf.pool(x, self.weight, self.keep, self.gone, self.into, dim)
 
+    def then(self, later: Fusion) -> Fusion:
+        """This fusion and a later one that combines tokens in the same way, as one: a mean of means is a mean."""
+        return replace(
+            later,
+            keep=self.keep.gather(1, later.keep),
+            gone=torch.cat([self.gone, self.keep.gather(1, later.gone)], 1),
+            into=torch.cat([later.index.gather(1, self.into), later.into], 1),
+            index=later.index.gather(1, self.index),
+            weight=None if self.weight is None else self.weight * later.weight.gather(1, self.index),
+            conserves=self.conserves and later.conserves,
+        )
+
     def with_ends(self, lead: int, tail: int) -> Fusion:
         """The same fusion of an axis that has other protected tokens around the same body."""
         if (lead, tail) == (self.lead, self.tail):
@@ -63,11 +75,12 @@ class Fusion:
         n, m = self.index.shape[1], self.keep.shape[1]
         shift = lead - self.lead
 
-        def ends(body: Tensor, first: int, last: int) -> Tensor:
-            position = torch.arange(max(first, last) + tail, device=body.device)
-            front = position[:lead].expand(body.shape[0], -1)
-            back = position[last : last + tail].expand(body.shape[0], -1)
-            return torch.cat([front, body + shift, back], 1)
+        def ends(body: Tensor, last: int) -> Tensor:
+            parts = [torch.arange(lead, device=body.device).expand(body.shape[0], -1), body + shift]
+            # In a call on nothing blocks would differ by its numbers.
+            if tail:
+                parts.append(torch.arange(last, last + tail, device=body.device).expand(body.shape[0], -1))
+            return torch.cat(parts, 1)
 
         def ones(body: Tensor) -> Tensor:
             return torch.cat([body.new_ones(body.shape[0], lead), body, body.new_ones(body.shape[0], tail)], 1)
@@ -76,10 +89,10 @@ class Fusion:
         new_n, new_m = n - self.tail + shift, m - self.tail + shift
         return replace(
             self,
-            keep=ends(self.keep[:, body_m], lead, new_n),
+            keep=ends(self.keep[:, body_m], new_n),
             gone=self.gone + shift,
             into=self.into + shift,
-            index=ends(self.index[:, body_n], lead, new_m),
+            index=ends(self.index[:, body_n], new_m),
             weight=None if self.weight is None else ones(self.weight[:, body_n]),
             size=ones(self.size[:, body_m]),
             lead=lead,
@@ -96,6 +109,7 @@ class Stream:
     # [B, N] sizes of the original tokens.
     ones: Tensor | None = None
     _ends: dict[tuple[int, int, int], Fusion] = field(default_factory=dict)
+    _through: dict[tuple[int, int, int, int], Fusion] = field(default_factory=dict)
     _maps: dict[tuple[int, int, int, int], Tensor] = field(default_factory=dict)
     _log_sizes: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
 
@@ -105,6 +119,14 @@ class Stream:
         if key not in self._ends:
             self._ends[key] = self.fusions[generation - 1].with_ends(lead, tail)
         return self._ends[key]
+
+    def through(self, old: int, new: int, lead: int, tail: int) -> Fusion:
+        """The fusions from one generation to a later one as one; all combine tokens in the same way."""
+        key = (old, new, lead, tail)
+        if key not in self._through:
+            last = self.fusion(new, lead, tail)
+            self._through[key] = last if new == old + 1 else self.through(old, new - 1, lead, tail).then(last)
+        return self._through[key]
 
     def conserves(self, generation: int) -> bool:
         """Whether the sizes in a generation add up to the number of original tokens."""
@@ -133,19 +155,25 @@ class Stream:
         return self._maps[key]
 
     def raise_to(self, value: Value, generation: int) -> Value:
-        """Fuse an older value up to ``generation`` through the maps, with the tokens' own weights."""
-        while value.generation < generation:
-            step = value.generation + 1
+        """Fuse an older value up to ``generation`` through the maps, with the tokens' own weights.
 
-            def pool(x: Tensor, dim: int, place: Place, step: int = step) -> Tensor:
-                return self.fusion(step, place.lead, place.tail).pool(x, dim)
+        Fusions that combine tokens in the same way are one to it, so that blocks which read tables over the original
+        tokens do the same, however many fusions came before them.
+        """
+        while value.generation < generation:
+            old, new = value.generation, generation
+            if len({f.combine for f in self.fusions[old:new]}) > 1:
+                new = old + 1
+
+            def pool(x: Tensor, dim: int, place: Place, old: int = old, new: int = new) -> Tensor:
+                return self.through(old, new, place.lead, place.tail).pool(x, dim)
 
             dtype = value.tensor.dtype
-            averaged = self.fusions[step - 1].combine is not Combine.DROP
+            averaged = self.fusions[old].combine is not Combine.DROP
             if averaged and not (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool):
                 raise Declined(f"values of dtype {dtype} cannot be fused")
             tensor = self._each_place(value, pool)
-            value = Value(tensor, value.dims, self, step)
+            value = Value(tensor, value.dims, self, new)
         return value
 
     def pooled_map(self, weights: Value) -> Value:

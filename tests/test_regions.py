@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 import mctf_compile
+from mctf_compile.methods import Combine
+from mctf_compile.passes.fusion import Fusion
 from mctf_compile.regional import CompiledRegion
 from mctf_compile.testing import TinyViT, VitSpec
 
@@ -57,6 +59,53 @@ def test_blocks_that_fuse_are_one_region(compilations, r):
         assert torch.equal(got, run(model, IMAGES, inner="eager", r=r))
     # Patches and the dense first block; five blocks of their own token counts; the head.
     assert [sites for sites, _ in compilations] == [1, 5, 1]
+
+
+@pytest.mark.parametrize("side", ["bias", "rope", "rope_patches"])
+@pytest.mark.parametrize("method", ["mctf", "tome"])
+def test_blocks_that_read_tables_over_the_original_tokens_are_one_region(compilations, side, method):
+    """Each pools its table through all the fusions before it, and does so in one step."""
+    made = []
+    for depth in (7, 9):
+        model = TinyViT(VitSpec(depth=depth, grid=5, suffix=int(side == "rope_patches"), side=side)).eval()
+        inputs = model.example(2, 1)
+        compilations.clear()
+        with torch.no_grad():
+            got = run(model, *inputs, method=method, r=1)
+            torch.testing.assert_close(got, run(model, *inputs, inner="eager", method=method, r=1), rtol=0, atol=1e-5)
+        made.append([sites for sites, _ in compilations])
+    assert len(made[1]) == len(made[0]) and max(made[1]) == max(made[0]) + 2
+
+
+def matching(images: int, n: int, r: int, lead: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Some matching over ``n`` tokens, the first ``lead`` of which stay."""
+    order = torch.stack([torch.cat([torch.arange(lead), lead + torch.randperm(n - lead)]) for _ in range(images)])
+    keep, gone = order[:, : n - r], order[:, n - r :]
+    return keep, gone, torch.randint(lead, n - r, gone.shape)
+
+
+@pytest.mark.parametrize("combine", list(Combine), ids=lambda c: c.name)
+def test_fusions_in_a_row_are_one_fusion(combine):
+    torch.manual_seed(0)
+    sizes = [(20, 5), (15, 1), (14, 4)]
+    fusions = []
+    for n, r in sizes:
+        keep, gone, into = matching(3, n, r, lead=1)
+        raw, ones = torch.rand(3, n).double(), torch.ones(3, n).double()
+        index, weight, size = torch.ops.mctf.group(raw, ones, keep, gone, into)
+        weight = weight if combine is Combine.MEAN else None
+        fusions.append(Fusion(keep, gone, into, index, weight, size, 1, 0, combine))
+    x = torch.randn(3, 2, 20, 4, dtype=torch.float64)
+    expected, index = x, torch.arange(20).expand(3, -1)
+    for fusion in fusions:
+        expected, index = fusion.pool(expected, 2), fusion.index.gather(1, index)
+    together = fusions[0].then(fusions[1]).then(fusions[2])
+    torch.testing.assert_close(together.pool(x, 2), expected)
+    assert torch.equal(together.index, index) and together.size is fusions[2].size
+    members = x > 0
+    for fusion in fusions:
+        members = fusion.pool(members, 2)
+    assert torch.equal(together.pool(x > 0, 2), members)
 
 
 def test_depth_costs_no_compilation(compilations):
