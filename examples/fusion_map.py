@@ -49,7 +49,8 @@ class Recorder(fx.Interpreter):
 
 def follow(model: nn.Module, images: Tensor, options: Mapping[str, Any]) -> tuple[list[Groups], mctf_compile.Report]:
     """Run a model fused in eager mode: where every original token is after each fusion, and the report."""
-    config = mctf_compile.FusionConfig.from_options(options)
+    # The recorder knows the operators, not the kernels that may stand for them.
+    config = mctf_compile.FusionConfig.from_options({**options, "kernels": "aten"})
     found: list[Groups] = []
     reports: list[mctf_compile.Report] = []
 
