@@ -27,6 +27,7 @@ def freeze(gm: fx.GraphModule) -> fx.GraphModule:
     for node in frozen.graph.find_nodes(op="call_function", target=aten.linear.default):
         if node.args[1].op == "get_attr" and node.args[0].meta["val"].dim() > 1:
             _pack(frozen, node)
+    frozen.graph.eliminate_dead_code()
     # What was cast is not kept as it was.
     return fx.GraphModule(frozen, frozen.graph)
 
@@ -86,8 +87,7 @@ def _pack(gm: fx.GraphModule, linear: fx.Node) -> None:
         return
     last, gelu = linear, None
     added = _only_user(last, aten.add.Tensor)
-    if bias is None and added is not None and not added.kwargs and added.args[0] is last \
-            and _is_bias(added.args[1], dtype):
+    if bias is None and added is not None and _adds_bias(added, last, dtype):
         last, bias = added, added.args[1]
     activated = _only_user(last, aten.gelu.default)
     if activated is not None:
@@ -97,7 +97,6 @@ def _pack(gm: fx.GraphModule, linear: fx.Node) -> None:
         packed = gm.graph.call_function(torch.ops.mctf.frozen_linear.default, (*operands, gelu))
     packed.meta = dict(last.meta)
     last.replace_all_uses_with(packed)
-    gm.graph.eliminate_dead_code()
 
 
 def _only_user(node: fx.Node, target: OpOverload) -> fx.Node | None:
@@ -106,10 +105,12 @@ def _only_user(node: fx.Node, target: OpOverload) -> fx.Node | None:
     return user if len(node.users) == 1 and user.target is target else None
 
 
-def _is_bias(value: Any, dtype: torch.dtype) -> bool:
-    """Whether it is a vector that the graph holds."""
+def _adds_bias(added: fx.Node, product: fx.Node, dtype: torch.dtype) -> bool:
+    """Whether an addition is of a vector that the graph holds, as it is, to a product."""
+    value = added.args[1]
     held = value.meta["val"] if isinstance(value, fx.Node) and value.op == "get_attr" else None
-    return isinstance(held, Tensor) and held.dim() == 1 and held.dtype is dtype
+    vector = isinstance(held, Tensor) and held.dim() == 1 and held.dtype is dtype
+    return vector and added.args[0] is product and not added.kwargs
 
 
 def _in_dtype(gm: fx.GraphModule, node: fx.Node | None, dtype: torch.dtype) -> fx.Node | None:
