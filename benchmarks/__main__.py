@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mctf_compile.cli import FAILURE, INTERRUPTED, CommandError, parse_names, positive, report_error, stages
+from mctf_compile.cli.arguments import parse_names, positive
+from mctf_compile.cli.console import FAILURE, INTERRUPTED, CommandError, report_error, stages
 
 
 def parser() -> argparse.ArgumentParser:
@@ -25,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     args = parser().parse_args(arguments)
     try:
-        from benchmarks.results import FOLDER
+        from benchmarks.suites import FOLDER
 
         folder = args.output or FOLDER
         return make_report(folder) if args.command == "report" else run(args.suite, args.rows, args.rounds, folder)
@@ -40,10 +41,10 @@ def run(suite: str, names: Sequence[str] | None, rounds: int, folder: Path) -> i
     """Measure the rows of a suite; each is on disk before the next one begins."""
     import torch
 
-    from benchmarks.measure import measure
-    from benchmarks.results import append
     from benchmarks.suites import SUITES
     from mctf_compile.errors import MctfError
+    from mctf_compile.measuring.results import append
+    from mctf_compile.measuring.suite import measure
 
     known = {row.name: row for row in SUITES[suite]}
     unknown = [name for name in names or () if name not in known]
@@ -79,13 +80,14 @@ def run(suite: str, names: Sequence[str] | None, rounds: int, folder: Path) -> i
 
 def make_report(folder: Path) -> int:
     """Write the page and the plots of all results in a folder."""
-    from benchmarks.report import write
-    from benchmarks.results import latest
+    from benchmarks.suites import SUITES
+    from mctf_compile.measuring.page import write
+    from mctf_compile.measuring.results import latest
 
     results = latest(folder) if folder.is_dir() else []
     if not results:
         raise CommandError(f"{folder} has no results; python -m benchmarks measures them")
-    for path in write(results, folder):
+    for path in write(results, folder, SUITES):
         print(path)
     return 0
 

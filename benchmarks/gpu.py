@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 import mctf_compile.kernels  # noqa: F401  registers torch.ops.mctf
-from benchmarks.results import FOLDER
-from mctf_compile.cli import FAILURE, INTERRUPTED
+from benchmarks.suites import FOLDER
+from mctf_compile.cli.console import FAILURE, INTERRUPTED
 from mctf_compile.kernels.ahead.reference import ahead as ahead_reference
 from mctf_compile.kernels.attention import reference as attention
 from mctf_compile.kernels.matching import aten
 from mctf_compile.kernels.roofline import BLOCKS, Block
-from mctf_compile.machine import machine
+from mctf_compile.measuring.machine import machine
 
 mctf = torch.ops.mctf
 FIRST = 1

@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from pathlib import Path
 
-from mctf_compile.workload import Workload
+from mctf_compile.measuring.workload import ON_CUDA, Row, Workload
 
-# On a CPU, max-autotune without freezing has nothing to tune.
-ON_CPU = ("eager", "inductor", "freezing", "freezing-dynamic", "max-autotune-freezing", "mctf", "mctf-freezing")
-ON_CUDA = ("eager", "inductor", "max-autotune", "mctf")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One comparison.
-
-    ``name``: that of its file of results. ``candidates``: those that run in turn in one process. ``isolated``: those
-    whose first call and memory are measured in processes of their own.
-    """
-
-    name: str
-    work: Workload
-    candidates: tuple[str, ...] = ON_CPU
-    isolated: tuple[str, ...] = ("eager", "inductor", "mctf")
-
+# Where results are kept.
+FOLDER = Path(__file__).parent / "results"
 
 CPU = [
     Row("deit_s", Workload("deit_small_patch16_224")),

@@ -9,8 +9,9 @@ import torch
 from digits import load, make_model, train
 from rich.console import Console
 
-from mctf_compile.cli import positive, stages
-from mctf_compile.compare import Setting, chosen_methods, compare, draw, sweep, table
+from mctf_compile.cli.arguments import positive
+from mctf_compile.cli.console import stages
+from mctf_compile.measuring.compare import Setting, chosen_methods, compare, draw, sweep, table
 
 TITLE = "A small ViT on digits, reduced without retraining"
 

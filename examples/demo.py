@@ -17,8 +17,8 @@ from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mctf_compile.bench import EAGER, MCTF, USUAL, bench
-from mctf_compile.cli import stages
+from mctf_compile.cli.console import stages
+from mctf_compile.measuring.bench import EAGER, MCTF, USUAL, bench
 
 MODEL, R = "deit_small_patch16_224", 16
 

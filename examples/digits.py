@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import mctf_compile
-from mctf_compile.cli import stages
+from mctf_compile.cli.console import stages
 
 SIZE, EPOCHS, BATCH = 28, 20, 32
 

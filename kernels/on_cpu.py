@@ -13,7 +13,6 @@ from torch import Tensor
 from mctf_compile.kernels.library import LIBRARY, declare
 from mctf_compile.kernels.pooling.op import group_shapes, pool_shapes
 
-
 KNOWN = (torch.float32, torch.bfloat16)
 
 

@@ -1,32 +1,70 @@
 """Token fusion for Vision Transformers, as a compiler pass.
 
 ``torch.compile(model, backend="mctf", options={"r": 16})`` needs no import of this package; what it
-offers beside the backend is here.
+offers beside the backend is here, and is loaded when it is first used.
 """
 
-from mctf_compile.attach import attach
-from mctf_compile.compiler import explain, rewrite
-from mctf_compile.config import FusionConfig
-from mctf_compile.dynamic import set_r
-from mctf_compile.errors import ConfigError, MctfError, NothingFusedError, PassError
-from mctf_compile.methods import (
-    METHODS,
-    Attached,
-    Choice,
-    Combine,
-    Count,
-    Evidence,
-    Merging,
-    Method,
-    Need,
-    Reads,
-    Site,
-    register_method,
-)
-from mctf_compile.report import BlockReport, Report
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mctf_compile import testing
+    from mctf_compile.compiler import explain, rewrite
+    from mctf_compile.config import FusionConfig
+    from mctf_compile.dynamic import set_r
+    from mctf_compile.errors import ConfigError, MctfError, NothingFusedError, PassError
+    from mctf_compile.methods import (
+        METHODS,
+        Attached,
+        Choice,
+        Combine,
+        Count,
+        Evidence,
+        Merging,
+        Method,
+        Need,
+        Reads,
+        Relaxed,
+        Removal,
+        Site,
+        register_method,
+    )
+    from mctf_compile.report import BlockReport, Report
+    from mctf_compile.training import losses
+    from mctf_compile.training.attach import attach
+
+__version__ = "0.1.0"
 
 __all__ = [
     "METHODS", "Attached", "BlockReport", "Choice", "Combine", "ConfigError", "Count", "Evidence", "FusionConfig",
-    "MctfError", "Merging", "Method", "Need", "NothingFusedError", "PassError", "Reads", "Report", "Site", "attach",
-    "explain", "register_method", "rewrite", "set_r",
+    "MctfError", "Merging", "Method", "Need", "NothingFusedError", "PassError", "Reads", "Relaxed", "Removal", "Report",
+    "Site", "__version__", "attach", "explain", "losses", "register_method", "rewrite", "set_r", "testing",
 ]
+
+# The module that each name comes from, where that is not ``methods``.
+_HOMES = {
+    "compiler": ("explain", "rewrite"),
+    "config": ("FusionConfig",),
+    "dynamic": ("set_r",),
+    "errors": ("ConfigError", "MctfError", "NothingFusedError", "PassError"),
+    "report": ("BlockReport", "Report"),
+    "training.attach": ("attach",),
+}
+# Modules that are names of their own.
+_MODULES = {"losses": "training.losses", "testing": "testing"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{_MODULES[name]}")
+    home = next((module for module, names in _HOMES.items() if name in names), "methods")
+    globals()[name] = value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -12,7 +12,7 @@ from mctf_compile.compiler import run_pipeline
 from mctf_compile.config import FusionConfig
 from mctf_compile.dynamic import Adjustable
 from mctf_compile.errors import PassError
-from mctf_compile.lowering import inner_compiler, lower, lower_counted
+from mctf_compile.inner.lowering import inner_compiler, lower, lower_counted
 
 
 def mctf(

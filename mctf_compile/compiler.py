@@ -12,12 +12,12 @@ from torch import fx
 import mctf_compile.kernels  # noqa: F401  registers torch.ops.mctf
 from mctf_compile.config import FusionConfig
 from mctf_compile.errors import MctfError, NothingFusedError, UnsupportedGraph
-from mctf_compile.measure import settle_by_running
+from mctf_compile.options.schedule import NOT_CHOSEN
 from mctf_compile.passes import PIPELINE, Findings, State, run_passes
-from mctf_compile.passes.macs import count_macs
-from mctf_compile.passes.normalize import fake_inputs
+from mctf_compile.passes.analysis.normalize import fake_inputs
+from mctf_compile.passes.planning.macs import count_macs
 from mctf_compile.report import BlockReport, Report
-from mctf_compile.schedule import NOT_CHOSEN
+from mctf_compile.settle import settle_by_running
 
 
 def rewrite(

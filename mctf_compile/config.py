@@ -8,8 +8,8 @@ from typing import Any
 
 from mctf_compile.errors import ConfigError
 from mctf_compile.methods import METHODS, Merging, Method, get_method
-from mctf_compile.options import Options, flag, hint, nearest, one_of, option
-from mctf_compile.schedule import AUTO, LATENCY
+from mctf_compile.options.fields import Options, flag, hint, nearest, one_of, option
+from mctf_compile.options.schedule import AUTO, LATENCY
 
 
 def _patches(name: str, value: Any) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from torch._dynamo.eval_frame import OptimizeContext
 
 from mctf_compile.errors import ConfigError
 from mctf_compile.methods import Merging
+from mctf_compile.options.schedule import AUTO
 from mctf_compile.passes import State
-from mctf_compile.schedule import AUTO
+from mctf_compile.passes.planning.plan import tokens_left
 
 
 class Adjustable:
@@ -39,7 +40,7 @@ class Adjustable:
         if key not in self._left:
             config = self.state.config.method
             method = self.state.method if r == config.r else replace(config, r=r, target=None)
-            self._left[key] = self.state.left(method)
+            self._left[key] = tokens_left(self.state, method)
         return self._left[key]
 
 

@@ -7,19 +7,21 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
 from mctf_compile.config import FusionConfig
 from mctf_compile.errors import ConfigError, PassError, UnsupportedGraph
-from mctf_compile.methods import Method
-from mctf_compile.passes.blocks import Block
-from mctf_compile.passes.counts import Counts
-from mctf_compile.passes.observations import Observation
-from mctf_compile.passes.plan import Plan, PlannedBlock, make_plan
-from mctf_compile.passes.rewrite import Unmerge
-from mctf_compile.passes.token_axes import Axes
+
+if TYPE_CHECKING:
+    from mctf_compile.methods import Method
+    from mctf_compile.passes.analysis.observations import Observation
+    from mctf_compile.passes.analysis.structure import Block
+    from mctf_compile.passes.analysis.token_axes import Axes
+    from mctf_compile.passes.planning.counts import Counts
+    from mctf_compile.passes.planning.plan import Plan
+    from mctf_compile.passes.rewriting.rewriter import Unmerge
 
 
 @dataclass(frozen=True)
@@ -70,16 +72,6 @@ class State:
         method, r = self.config.method, self.findings.r
         return method if r is None else replace(method, r=list(r), target=None)
 
-    def planned(self, method: Method) -> list[PlannedBlock]:
-        """The blocks as ``method`` would have them, where those of the plan are adjustable."""
-        declined, whole = self.findings.declined, self.findings.whole
-        return make_plan(self.blocks, self.axes, method, declined, whole, adjustable=True).blocks
-
-    def left(self, method: Method) -> list[int]:
-        """The tokens that each fusing block of an adjustable result leaves under ``method``: its last inputs."""
-        blocks = self.planned(method)
-        return [blocks[b.index].tokens_out for b in self.plan.fusing]
-
     @property
     def current(self) -> fx.GraphModule:
         """The graph as far as it has come."""
@@ -96,12 +88,12 @@ class Pass:
     run: Callable[[State], str | None]
 
 
-def graph_pass(*, requires: tuple[str, ...], ensures: tuple[str, ...] = ()) -> Callable[[Callable], Pass]:
+def graph_pass(name: str, *, requires: tuple[str, ...], ensures: tuple[str, ...] = ()) -> Callable[[Callable], Pass]:
     """Make a function on ``State`` a pass with a contract, checked on every run.
 
     The function may return the name of an earlier pass to go back to, having changed ``findings``.
     """
-    return lambda function: Pass(function.__name__, requires, ensures, function)
+    return lambda function: Pass(name, requires, ensures, function)
 
 
 def run_passes(passes: Sequence[Pass], state: State) -> State:

@@ -16,10 +16,10 @@ from torch import Tensor
 from mctf_compile.kernels.ahead import triton as ahead
 from mctf_compile.kernels.attention import triton as attention
 from mctf_compile.kernels.attention import triton_backward as gradients
+from mctf_compile.kernels.device import Launch
 from mctf_compile.kernels.matching import triton as matching
 from mctf_compile.kernels.pooling import triton as pooling
 from mctf_compile.kernels.unmerge import triton as unmerge
-from mctf_compile.kernels.device import Launch
 
 MODULES = (attention, gradients, ahead, matching, pooling)
 B, H, R = 2, 3, 16

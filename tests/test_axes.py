@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from mctf_compile.passes.analysis.blocks import find_blocks
+from mctf_compile.passes.analysis.token_axes import token_axes
 from mctf_compile.passes.axes import AxisTable, Cat, Tokens, places, product
-from mctf_compile.passes.blocks import find_blocks
-from mctf_compile.passes.token_axes import token_axes
 
 
 def axes_of(function, *inputs):

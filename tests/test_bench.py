@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mctf_compile import ConfigError, Report
-from mctf_compile import bench as measuring
-from mctf_compile.bench import (
+from mctf_compile.measuring import bench as measuring
+from mctf_compile.measuring.bench import (
     DENSE,
     FUSED,
     TOLERANCES,

@@ -13,17 +13,18 @@ import timm
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import measure as measuring
-from benchmarks.report import markdown, write
-from benchmarks.results import Result, append, latest, read
 from benchmarks.suites import QUICK, SUITES, Row
-from mctf_compile import FusionConfig, Report, isolated
-from mctf_compile.bench import BenchResult, Timing, WrongOutputError, check_candidates
-from mctf_compile.child import run_in_child
+from mctf_compile import FusionConfig, Report
 from mctf_compile.errors import ConfigError, MctfError
-from mctf_compile.isolated import isolate, peak_bytes
-from mctf_compile.machine import machine
-from mctf_compile.workload import Workload
+from mctf_compile.measuring import isolated
+from mctf_compile.measuring import suite as measuring
+from mctf_compile.measuring.bench import BenchResult, Timing, WrongOutputError, check_candidates
+from mctf_compile.measuring.child import run_in_child
+from mctf_compile.measuring.isolated import isolate, peak_bytes
+from mctf_compile.measuring.machine import machine
+from mctf_compile.measuring.page import markdown, write
+from mctf_compile.measuring.results import Result, append, latest, read
+from mctf_compile.measuring.workload import Workload
 
 MACHINE = {
     "cpu": "Made Up 9000", "simd": "AVX2", "cores": 4, "threads": 1, "memory_gib": 15.5, "load": 0.25,
@@ -78,7 +79,7 @@ def cells(page: str, row: str) -> list[list[str]]:
 
 
 def test_the_page_says_what_was_measured() -> None:
-    page = markdown([result_of(ROW)])
+    page = markdown([result_of(ROW)], SUITES)
     speed, *alone = cells(page, "small")
     # Round by round mctf is 24 / 16, 26 / 13 and 25 / 16 times faster: 1.5, 2 and 1.5625.
     assert speed == [
@@ -97,14 +98,14 @@ def test_the_page_says_what_was_measured() -> None:
 
 def test_the_page_also_compares_with_what_is_compiled_for_one_batch() -> None:
     candidates = {"eager": [30.0], "inductor": [24.0], "freezing-dynamic": [20.0], "mctf": [16.0]}
-    (speed,) = cells(markdown([replace(result_of(ROW, **candidates), isolated={})]), "small")
+    (speed,) = cells(markdown([replace(result_of(ROW, **candidates), isolated={})], SUITES), "small")
     assert speed[8] == "20.0 (0.0) freezing-dynamic" and speed[-3:] == ["1.25 (1.25 to 1.25)", "0.78", "1.50"]
 
 
 def test_suites_and_machines_have_tables_of_their_own() -> None:
     first, other = (replace(ROW, name=name) for name in ("deit_t", "deit_s"))
     elsewhere = replace(result_of(first), machine={**MACHINE, "cpu": "Other"})
-    page = markdown([result_of(first), result_of(other), elsewhere, result_of(ROW, "quick")])
+    page = markdown([result_of(first), result_of(other), elsewhere, result_of(ROW, "quick")], SUITES)
     assert page.index("## cpu") < page.index("## quick")
     # In the order of the suite, whatever that of the files.
     assert page.index("| deit_s |") < page.index("| deit_t |")
@@ -113,7 +114,7 @@ def test_suites_and_machines_have_tables_of_their_own() -> None:
 
 def test_a_plot_for_each_suite(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    paths = write([result_of(ROW), result_of(ROW, "quick", eager=[20.0], mctf=[30.0])], tmp_path)
+    paths = write([result_of(ROW), result_of(ROW, "quick", eager=[20.0], mctf=[30.0])], tmp_path, SUITES)
     assert [path.name for path in paths] == ["README.md", "cpu.png", "quick.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths[1:])
     assert all(f"]({path.name})" in paths[0].read_text() for path in paths[1:])

@@ -13,10 +13,10 @@ from torch._dynamo.exc import BackendCompilerFailed
 import mctf_compile
 from mctf_compile import ConfigError, FusionConfig, set_r
 from mctf_compile.compiler import rewrite, run_pipeline
-from mctf_compile.measure import Clock, settle_by_running
-from mctf_compile.passes.budget import Costs, unprofitable
-from mctf_compile.passes.macs import count_macs, macs_by_counts
-from mctf_compile.schedule import least, spread
+from mctf_compile.options.schedule import least, spread
+from mctf_compile.passes.planning.budget import Costs, unprofitable
+from mctf_compile.passes.planning.macs import count_macs, macs_by_counts
+from mctf_compile.settle import Clock, settle_by_running
 
 IMAGES = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
 DEPTH = 4
@@ -175,7 +175,7 @@ def test_a_target_is_met_without_the_blocks_that_do_not_pay(monkeypatch):
     def last_is_dear(blocks):
         return Costs(1e-9, {b.index: float(b.index == DEPTH - 1) for b in blocks}, "given")
 
-    monkeypatch.setattr("mctf_compile.passes._budget.nominal", last_is_dear)
+    monkeypatch.setattr("mctf_compile.passes.planning.budget.nominal", last_is_dear)
     report = mctf_compile.explain(vit(), IMAGES, r="auto", target="speedup=1.3", profit="model")
     assert removed(report)[DEPTH - 1] == 0 and "given" in report.blocks[DEPTH - 1].reason
     assert report.macs_before / report.macs_after >= 1.3
@@ -196,7 +196,7 @@ class Synthetic:
 
 
 def test_a_latency_is_met_by_the_fewest_tokens(monkeypatch):
-    monkeypatch.setattr("mctf_compile.measure.Clock", Synthetic)
+    monkeypatch.setattr("mctf_compile.settle.Clock", Synthetic)
     model = vit()
     report = mctf_compile.explain(model, IMAGES, r="auto", target="latency_ms=100")
     taken = 1e3 * (Synthetic.base + 3 * Synthetic.fusion + Synthetic.per_mac * report.macs_after)
@@ -209,7 +209,7 @@ def test_a_latency_is_met_by_the_fewest_tokens(monkeypatch):
 
 @pytest.mark.parametrize("target", [None, "speedup=1.2", "latency_ms=125"])
 def test_measured_costs_decide_which_blocks_fuse(monkeypatch, target):
-    monkeypatch.setattr("mctf_compile.measure.Clock", Synthetic)
+    monkeypatch.setattr("mctf_compile.settle.Clock", Synthetic)
     monkeypatch.setattr(Synthetic, "fusion", 9e-3)
     options = {"r": 6} if target is None else {"r": "auto", "target": target}
     report = mctf_compile.explain(vit(), IMAGES, profit="measure", **options)

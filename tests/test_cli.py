@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from mctf_compile import cli
+from mctf_compile.cli.arguments import parse_value
 
 # timm's smallest plain ViT: six blocks, 100 patches of a 160x160 image.
 MODEL = "test_vit"
@@ -61,7 +62,7 @@ def test_ctrl_c_exits_with_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "make_model", interrupt)
+    monkeypatch.setattr("mctf_compile.measuring.timm_models.make_model", interrupt)
     assert cli.main(["explain", MODEL]) == 130
     assert one_line(capsys) == "mctf: interrupted"
 
@@ -82,7 +83,7 @@ def test_a_bad_command_line_exits_with_2(arguments: list[str], capsys: pytest.Ca
      ("True", True), ("{'mode': 'default'}", {"mode": "default"})],
 )
 def test_values_of_options(text: str, value: object) -> None:
-    assert cli.parse_value(text) == value
+    assert parse_value(text) == value
 
 
 @pytest.mark.parametrize(

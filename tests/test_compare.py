@@ -15,9 +15,22 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from mctf_compile import METHODS, ConfigError, FusionConfig, MctfError, cli, explain
-from mctf_compile import compare as comparison
-from mctf_compile.compare import (
-    DENSE, SWEEPS, Folder, Measured, Setting, chosen_methods, compare, draw, sweep, sweeps, table, to_dict,
+from mctf_compile.cli.compare import check_plot
+from mctf_compile.cli.console import CommandError
+from mctf_compile.measuring import compare as comparison
+from mctf_compile.measuring.compare import (
+    DENSE,
+    SWEEPS,
+    Folder,
+    Measured,
+    Setting,
+    chosen_methods,
+    compare,
+    draw,
+    sweep,
+    sweeps,
+    table,
+    to_dict,
 )
 from mctf_compile.testing import TinyViT, VitSpec
 
@@ -215,8 +228,8 @@ def test_a_missing_matplotlib_says_what_installs_it(tmp_path: Path, monkeypatch:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         draw(MADE_UP, tmp_path / "plot.png")
-    with pytest.raises(cli.CommandError, match="pip install matplotlib"):
-        cli.check_plot(tmp_path / "plot.png")
+    with pytest.raises(CommandError, match="pip install matplotlib"):
+        check_plot(tmp_path / "plot.png")
 
 
 def make_folder(path: Path, counts: dict[str, int]) -> Path:
@@ -254,7 +267,8 @@ def test_a_file_that_is_no_image_is_named(tmp_path: Path) -> None:
 @pytest.fixture
 def three_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model with three classes, and a short sweep."""
-    monkeypatch.setattr(cli, "make_model", lambda *_: timm.create_model(MODEL, num_classes=3))
+    made = timm.create_model(MODEL, num_classes=3)
+    monkeypatch.setattr("mctf_compile.measuring.timm_models.make_model", lambda *_: made)
     monkeypatch.setitem(SWEEPS, "mctf", [{"removed": 0.5}])
 
 

@@ -12,7 +12,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import mctf_compile
 from mctf_compile import ConfigError, set_r
-from mctf_compile.regional import CompiledRegion
+from mctf_compile.inner.regional import CompiledRegion
 
 IMAGES = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
 DEPTH = 4

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from mctf_compile.kernels.linear import op
 from mctf_compile.kernels.linear.op import frozen_linear_supported
-from mctf_compile.passes.freezing import freeze
+from mctf_compile.passes.lowering.freezing import freeze
 
 aten, mctf = torch.ops.aten, torch.ops.mctf
 

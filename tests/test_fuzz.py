@@ -9,8 +9,8 @@ import torch
 from hypothesis import strategies as st
 
 from mctf_compile import cli
-from mctf_compile.passes.fused_call import FusedCall
-from mctf_compile.passes.fusion import Stream
+from mctf_compile.passes.rewriting.fused_call import FusedCall
+from mctf_compile.passes.rewriting.stream import Stream
 from mctf_compile.passes.rules import RULES
 from mctf_compile.testing import VitSpec
 from mctf_compile.testing.fuzz import Case, cases, fuzz

@@ -18,9 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import mctf_compile
 from mctf_compile.compiler import rewrite, run_pipeline
 from mctf_compile.config import FusionConfig
-from mctf_compile.passes import cpp_kernels, triton_kernels
-from mctf_compile.passes.regions import Symbol, split
-from mctf_compile.regional import CompiledRegion
+from mctf_compile.inner.regional import CompiledRegion
+from mctf_compile.passes.lowering import cpp as cpp_kernels
+from mctf_compile.passes.lowering import triton as triton_kernels
+from mctf_compile.passes.lowering.regions import Symbol, split
 
 pytest.importorskip("triton", reason="Triton is optional, and these tests are about it")
 aten = torch.ops.aten

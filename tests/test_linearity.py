@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mctf_compile import ConfigError, MctfError, cli
-from mctf_compile.linearity import linearity, proposal
+from mctf_compile.cli.models import image_files, read_images
+from mctf_compile.measuring.linearity import linearity, proposal
+from mctf_compile.measuring.timm_models import evaluation_transform
 from mctf_compile.testing.models import TinyViT, VitSpec
 
 # timm's smallest plain ViT: six blocks, 100 patches of a 160x160 image.
@@ -275,7 +277,8 @@ def rows(output: str) -> list[list[str]]:
 def test_the_command_shows_every_block_and_proposes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "make_model", lambda *_: curved(timm.create_model(MODEL), 8.0))
+    made = curved(timm.create_model(MODEL), 8.0)
+    monkeypatch.setattr("mctf_compile.measuring.timm_models.make_model", lambda *_: made)
     assert cli.main(["linearity", MODEL, "--batch", "2", "--steps", "3", "--part", "mlp"]) == 0
     output = capsys.readouterr().out
     torch.manual_seed(0)
@@ -310,9 +313,9 @@ def test_the_command_takes_images(folder: Path, capsys: pytest.CaptureFixture[st
     output = capsys.readouterr().out
     assert output.splitlines()[0].endswith("random weights, 2 images")
     assert [row[0] for row in rows(output)] == list("012345")
-    files = cli.image_files(folder, 8)
+    files = image_files(folder, 8)
     assert [file.name for file in files] == ["a.png", "b.JPG", "c.webp"]
-    images = cli.read_images(files, cli.evaluation_transform(timm.create_model(MODEL), None))
+    images = read_images(files, evaluation_transform(timm.create_model(MODEL), None))
     assert images.shape == (3, 3, 160, 160) and images.min() >= -1 and images.max() <= 1
     # The grey one has three equal channels.
     assert images[1, 0].equal(images[1, 2]) and not images[0, 0].equal(images[0, 2])

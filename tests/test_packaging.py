@@ -9,20 +9,27 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = {"mctf_compile": "mctf_compile", "passes": "mctf_compile.passes", "kernels": "mctf_compile.kernels"}
 
 
-def test_listed_packages_are_the_folders():
-    import ast
+def sources(*endings: str) -> set[Path]:
+    """The package's files with these endings, where the package has them (``passes`` and ``kernels`` inside)."""
+    places = {"mctf_compile": "mctf_compile", "passes": "mctf_compile/passes", "kernels": "mctf_compile/kernels"}
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    files = [Path(name) for name in tracked if name.endswith(endings or (".py",))]
+    return {Path(places[f.parts[0]], *f.parts[1:]) for f in files if f.parts[0] in places}
 
-    text = (ROOT / "pyproject.toml").read_text()
-    listed = ast.literal_eval(text.split("packages = ")[1].split("]")[0] + "]")
-    found = []
-    for folder, package in FOLDERS.items():
-        for init in (ROOT / folder).rglob("__init__.py"):
-            inside = init.parent.relative_to(ROOT / folder).parts
-            found.append(".".join([package, *inside]))
-    assert sorted(listed) == sorted(found)
+
+def test_a_checkout_is_the_package_that_is_installed():
+    """``passes`` and ``kernels`` are inside the package too, by links that editors and type checkers follow."""
+    for name in ("passes", "kernels"):
+        assert (ROOT / "mctf_compile" / name).resolve() == ROOT / name
+    found = subprocess.run(
+        [sys.executable, "-c", "import pkgutil, mctf_compile as m\n"
+         "for p in pkgutil.walk_packages(m.__path__, 'mctf_compile.'): print(p.name)"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout.split()
+    names = {".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in sources()}
+    assert {*found, "mctf_compile"} == names
 
 
 def test_the_top_level_is_what_the_readme_says():
@@ -38,7 +45,9 @@ def test_a_wheel_works_from_another_directory(tmp_path):
     subprocess.run(build, check=True, timeout=300)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
         archive.extractall(tmp_path / "site")
+    assert names == {str(path) for path in sources(".py", ".cpp", ".h")}
     program = (
         "import mctf_compile, mctf_compile.passes.rules, mctf_compile.kernels.ahead.reference, torch\n"
         "assert mctf_compile.__file__.startswith(__import__('sys').argv[1]), mctf_compile.__file__\n"

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 import mctf_compile
+from mctf_compile.inner.regional import CompiledRegion
 from mctf_compile.methods import Combine
-from mctf_compile.passes.fusion import Fusion
-from mctf_compile.regional import CompiledRegion
+from mctf_compile.passes.rewriting.stream import Fusion
 from mctf_compile.testing import TinyViT, VitSpec
 
 IMAGES = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))

@@ -1,5 +1,6 @@
 """The reduction methods, by name. A method is one small description: see ``base.Method``."""
 
+from mctf_compile.methods import controls, dtem, dynamicvit, evit, idlevit, mctf, tofu, tome  # register themselves
 from mctf_compile.methods.attached import Attached
 from mctf_compile.methods.base import (
     METHODS,
@@ -11,13 +12,15 @@ from mctf_compile.methods.base import (
     Method,
     Need,
     Reads,
+    Relaxed,
     Site,
     get_method,
     register_method,
 )
-from mctf_compile.methods import controls, dtem, dynamicvit, evit, idlevit, mctf, tofu, tome  # register themselves
+from mctf_compile.options.schedule import Removal
 
 __all__ = [
-    "METHODS", "Attached", "Choice", "Combine", "Count", "Evidence", "Merging", "Method", "Need", "Reads", "Site",
-    "controls", "dtem", "dynamicvit", "evit", "get_method", "idlevit", "mctf", "register_method", "tofu", "tome",
+    "METHODS", "Attached", "Choice", "Combine", "Count", "Evidence", "Merging", "Method", "Need", "Reads", "Relaxed",
+    "Removal", "Site", "controls", "dtem", "dynamicvit", "evit", "get_method", "idlevit", "mctf", "register_method",
+    "tofu", "tome",
 ]

@@ -12,8 +12,18 @@ from torch import Tensor
 
 from mctf_compile.errors import ConfigError
 from mctf_compile.methods.attached import Attached
-from mctf_compile.options import Options, block_numbers, flag, option, whole
-from mctf_compile.schedule import AUTO, NOT_CHOSEN, Removal, Schedule, Target, check_r, parse_r, parse_target, removal
+from mctf_compile.options.fields import Options, block_numbers, flag, option, whole
+from mctf_compile.options.schedule import (
+    AUTO,
+    NOT_CHOSEN,
+    Removal,
+    Schedule,
+    Target,
+    check_r,
+    parse_r,
+    parse_target,
+    removal,
+)
 
 
 class Site(enum.Enum):

@@ -10,7 +10,7 @@ import torch
 
 from mctf_compile.methods.base import Choice, Count, Evidence, Merging, Method, Site, register_method
 from mctf_compile.methods.combining import highest
-from mctf_compile.schedule import Removal
+from mctf_compile.options.schedule import Removal
 
 
 @register_method

@@ -14,7 +14,7 @@ from mctf_compile.methods.attached import Attached
 from mctf_compile.methods.base import Choice, Evidence, Merging, Need, Reads, Relaxed, Site, register_method
 from mctf_compile.methods.combining import combined
 from mctf_compile.methods.tome import match
-from mctf_compile.options import one_of, option, share, whole
+from mctf_compile.options.fields import one_of, option, share, whole
 
 
 class Embedding(Attached):

@@ -22,8 +22,8 @@ from mctf_compile.methods.base import (
     register_method,
 )
 from mctf_compile.methods.combining import highest
-from mctf_compile.options import option, share
-from mctf_compile.schedule import Removal, quarters
+from mctf_compile.options.fields import option, share
+from mctf_compile.options.schedule import Removal, quarters
 
 
 class Predictor(Attached):

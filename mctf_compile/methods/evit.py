@@ -11,8 +11,8 @@ import torch
 
 from mctf_compile.methods.base import Choice, Count, Evidence, Method, Need, Site, register_method
 from mctf_compile.methods.combining import highest
-from mctf_compile.options import flag, one_of, option, share
-from mctf_compile.schedule import Removal, quarters
+from mctf_compile.options.fields import flag, one_of, option, share
+from mctf_compile.options.schedule import Removal, quarters
 
 
 @register_method

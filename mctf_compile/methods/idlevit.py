@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from mctf_compile.methods.base import Choice, Count, Evidence, Method, Need, Site, register_method
 from mctf_compile.methods.combining import highest
-from mctf_compile.options import option, share
-from mctf_compile.schedule import Removal
+from mctf_compile.options.fields import option, share
+from mctf_compile.options.schedule import Removal
 
 
 @register_method

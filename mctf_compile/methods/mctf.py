@@ -10,7 +10,7 @@ import torch
 
 from mctf_compile.methods.base import Choice, Combine, Evidence, Merging, Need, Site, register_method
 from mctf_compile.methods.combining import combined
-from mctf_compile.options import one_of, option, temperature, whole
+from mctf_compile.options.fields import one_of, option, temperature, whole
 
 SITES = {"approx": Site.AHEAD, "exact": Site.BEFORE, "current": Site.AFTER}
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 from mctf_compile.methods.base import Choice, Combine, Evidence, Merging, Need, Site, register_method
 from mctf_compile.methods.combining import combined
 from mctf_compile.methods.tome import match
-from mctf_compile.options import flag, one_of, option, whole
+from mctf_compile.options.fields import flag, one_of, option, whole
 
 
 @register_method

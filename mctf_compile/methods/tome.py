@@ -10,7 +10,7 @@ import torch
 
 from mctf_compile.methods.base import Choice, Evidence, Merging, Need, Site, register_method
 from mctf_compile.methods.combining import combined
-from mctf_compile.options import one_of, option
+from mctf_compile.options.fields import one_of, option
 
 
 @register_method

@@ -13,8 +13,8 @@ from mctf_compile.passes.axes import Dims, Tokens, product
 from mctf_compile.passes.rules.base import Call, Flow, rule
 
 if TYPE_CHECKING:
-    from mctf_compile.passes.fused_call import FusedCall
-    from mctf_compile.passes.fusion import Value
+    from mctf_compile.passes.rewriting.fused_call import FusedCall
+    from mctf_compile.passes.rewriting.stream import Value
 
 aten = torch.ops.aten
 

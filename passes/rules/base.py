@@ -13,8 +13,8 @@ from torch._ops import OpOverload, OpOverloadPacket
 from mctf_compile.passes.axes import AxisTable, Dim, Dims
 
 if TYPE_CHECKING:
-    from mctf_compile.passes.fused_call import FusedCall
-    from mctf_compile.passes.fusion import Value
+    from mctf_compile.passes.rewriting.fused_call import FusedCall
+    from mctf_compile.passes.rewriting.stream import Value
 
 
 @dataclass(frozen=True)

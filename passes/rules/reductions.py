@@ -14,8 +14,8 @@ from mctf_compile.passes.rules.base import Call, Flow, rule, wrap
 from mctf_compile.passes.rules.pointwise import pointwise
 
 if TYPE_CHECKING:
-    from mctf_compile.passes.fused_call import FusedCall
-    from mctf_compile.passes.fusion import Value
+    from mctf_compile.passes.rewriting.fused_call import FusedCall
+    from mctf_compile.passes.rewriting.stream import Value
 
 aten = torch.ops.aten
 

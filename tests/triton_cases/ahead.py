@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from attention import gradient_terms, weights_of, widened
 from attention import Case as Attention
+from attention import gradient_terms, weights_of, widened
 from attention import plain as plain_attention
 from budgets import randn, within_budget
 from torch import Tensor

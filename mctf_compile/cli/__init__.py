@@ -1,0 +1,36 @@
+"""The command ``mctf``: what fusion would do to a model, what it gains, and whether it is sound.
+
+One file a command. torch and timm are imported where they are used, so that ``mctf --help`` does not wait for them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from mctf_compile.cli import bench, compare, coverage, explain, fuzz, linearity
+from mctf_compile.cli.console import INTERRUPTED, report_error
+
+COMMANDS = (explain, bench, compare, linearity, fuzz, coverage)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    args = parser().parse_args(arguments)
+    try:
+        args.run(args)
+    except KeyboardInterrupt:
+        print("mctf: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        return report_error(error)
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="mctf", description="Token fusion for Vision Transformers.")
+    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add(commands)
+    return top

@@ -1,0 +1,70 @@
+"""How arguments of the command line are read, and those that commands share."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+from pathlib import Path
+from typing import Any, TypeAlias
+
+Subcommands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def named_model() -> argparse.ArgumentParser:
+    """The arguments of a command on one timm model."""
+    named = argparse.ArgumentParser(add_help=False)
+    named.add_argument("model", metavar="MODEL", help="name of a timm model")
+    named.add_argument("--img-size", type=positive, metavar="N", help="image size (default: the model's)")
+    named.add_argument("--pretrained", action="store_true", help="load pretrained weights (default: random ones)")
+    return named
+
+
+def fused_model() -> argparse.ArgumentParser:
+    """The arguments of a command on one timm model with one choice of options."""
+    common = argparse.ArgumentParser(add_help=False, parents=[named_model()])
+    common.add_argument("--method", metavar="NAME", help="reduction method (default: mctf)")
+    common.add_argument("--r", type=parse_value, metavar="R", help=(
+        'tokens removed per block: a count, a ratio below 1, a list as "0,8,8", "(count, inflection)" '
+        'a preset as "fast", or "auto" with -o target=speedup=1.5 (default: 16)')
+    )
+    common.add_argument("-o", "--option", type=parse_pair, action="append", default=[], dest="options",
+                        metavar="KEY=VALUE", help="another option of the backend; may be repeated")
+    return common
+
+
+def parse_value(text: str) -> Any:
+    """A Python literal, a bare ``0,8,8`` as a list, or else the text itself."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+    bare = isinstance(value, tuple) and not text.lstrip().startswith("(")
+    return list(value) if bare else value
+
+
+def parse_pair(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form KEY=VALUE")
+    return name, parse_value(value)
+
+
+def parse_names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME,NAME")
+    return names
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def writable(text: str) -> Path:
+    """A path for a file; refused before minutes of measuring where its folder is missing."""
+    path = Path(text)
+    if path.is_dir() or not path.resolve().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"cannot write {text!r}: no such folder, or a folder itself")
+    return path

@@ -1,0 +1,43 @@
+"""``mctf fuzz``: models and options whose rewrite is unsound, if any."""
+
+from __future__ import annotations
+
+import argparse
+
+from mctf_compile.cli.arguments import Subcommands, positive
+from mctf_compile.cli.console import CheckFailed, CommandError, stages
+
+
+def add(commands: Subcommands) -> None:
+    """Add the command to the parser of all."""
+    parser = commands.add_parser("fuzz", help="look for a model and options whose rewrite is unsound")
+    parser.add_argument("--model", metavar="MODEL", help="a timm model to try options on (default: generated models)")
+    parser.add_argument("--examples", type=positive, default=500, metavar="N", help="how many to try (default: 500)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="makes a run repeatable (default: 0)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    with stages() as progress:
+        progress("load torch", 0, 1)
+        try:
+            from mctf_compile.testing.fuzz import cases, fuzz, model_cases
+        except ImportError as error:
+            raise CommandError(f"mctf fuzz needs the package {error.name}; pip install {error.name}") from error
+        strategy = cases()
+        if args.model is not None:
+            import torch
+
+            from mctf_compile.measuring.timm_models import input_size, make_model
+
+            torch.manual_seed(0)
+            model = make_model(args.model, None, False).eval()
+            strategy = model_cases(args.model, model, (torch.randn(2, *input_size(model, None)),))
+        outcome = fuzz(strategy, args.examples, args.seed, lambda done: progress("fuzz", done, args.examples))
+    counts = outcome.counts
+    print(f"{counts['examples']} examples: tokens fused in {counts['fused']}, exact duplicates alone in "
+          f"{counts['duplicates']}; {'1 unsound' if outcome.failure else '0 unsound'}")
+    if outcome.failure is not None:
+        case, problem = outcome.failure
+        print(f"\n{problem}\n\n{case.program()}")
+        raise CheckFailed("an unsound rewrite was found; the program above shows it")

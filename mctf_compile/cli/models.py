@@ -1,0 +1,71 @@
+"""The models and images that the command line names."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mctf_compile.cli.console import CommandError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def prepare(args: argparse.Namespace, progress: Callable[[str, int, int], None]) -> tuple[nn.Module, Tensor, dict]:
+    """The model in eval mode, a batch of noise for it [B, C, H, W], and the validated options.
+
+    A learned method gets untrained modules: what it costs does not depend on what they have learned.
+    """
+    progress("load torch and timm", 0, 1)
+    import torch
+
+    from mctf_compile import FusionConfig, attach
+    from mctf_compile.measuring.timm_models import input_size
+
+    given = {name: getattr(args, name) for name in ("method", "r") if getattr(args, name) is not None}
+    options = {**given, **dict(args.options)}
+    config = FusionConfig.from_options(options)
+    model = load(args, progress)
+    images = torch.randn(args.batch, *input_size(model, args.img_size))
+    if config.method.reads is not None:
+        attach(model, images, method=config.method.name, **{k: v for k, v in options.items() if k != "method"})
+    return model, images, options
+
+
+def load(args: argparse.Namespace, progress: Callable[[str, int, int], None]) -> nn.Module:
+    """The model in eval mode; random weights are the same each time."""
+    import torch
+
+    from mctf_compile.measuring.timm_models import make_model
+
+    torch.manual_seed(0)
+    progress(f"make {args.model}", 0, 1)
+    return make_model(args.model, args.img_size, args.pretrained).eval()
+
+
+def image_files(folder: Path, count: int) -> list[Path]:
+    """The first ``count`` images of a folder, by name; raises ``CommandError`` where there is none."""
+    from torchvision.datasets.folder import is_image_file
+
+    if not folder.is_dir():
+        raise CommandError(f"--images {folder}: {'not a folder' if folder.exists() else 'no such folder'}")
+    files = sorted(file for file in folder.iterdir() if is_image_file(file.name))
+    if not files:
+        raise CommandError(f"--images {folder} has no images")
+    return files[:count]
+
+
+def read_images(files: Sequence[Path], transform: Callable[[Any], Tensor]) -> Tensor:
+    """Image files as a batch [B, C, H, W]; raises ``CommandError`` for one that cannot be read."""
+    import torch
+    from torchvision.datasets.folder import default_loader
+
+    images = []
+    for file in files:
+        try:
+            images.append(transform(default_loader(str(file))))
+        except OSError as error:
+            raise CommandError(f"--images: {file} cannot be read: {error}") from error
+    return torch.stack(images)

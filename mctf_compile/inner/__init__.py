@@ -1,0 +1,1 @@
+"""The inner compiler: the graph as a whole, or region by region."""

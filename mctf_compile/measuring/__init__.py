@@ -1,0 +1,1 @@
+"""Time, memory and accuracy of mctf against the dense model."""

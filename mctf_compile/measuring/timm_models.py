@@ -1,0 +1,43 @@
+"""timm's models by name, and how their images are prepared."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+import timm
+from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor, nn
+
+from mctf_compile.errors import ConfigError
+
+
+def make_model(name: str, img_size: int | None, pretrained: bool) -> nn.Module:
+    """A timm model; raises ``ConfigError`` with the nearest names for an unknown one."""
+    if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), 3, 0.4)
+        hint = f"; the nearest are {', '.join(near)}" if near else ""
+        raise ConfigError(f"timm has no model {name!r}{hint}")
+    sized = {} if img_size is None else {"img_size": img_size}
+    try:
+        return timm.create_model(name, pretrained=pretrained, **sized)
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+        # A model that takes no image size takes any.
+        return timm.create_model(name, pretrained=pretrained)
+    except (RuntimeError, OSError) as error:
+        raise ConfigError(f"timm cannot make {name!r}: {str(error).splitlines()[0]}") from error
+
+
+def input_size(model: nn.Module, img_size: int | None) -> tuple[int, int, int]:
+    """Channels, height and width of a timm model's images."""
+    channels, height, width = model.pretrained_cfg.get("input_size", (3, 224, 224))
+    return channels, img_size or height, img_size or width
+
+
+def evaluation_transform(model: nn.Module, img_size: int | None) -> Callable[[Any], Tensor]:
+    """What makes of a PIL image the [C, H, W] that a timm model is evaluated on."""
+    config = resolve_model_data_config(model, {"input_size": input_size(model, img_size)})
+    return create_transform(**config, is_training=False)

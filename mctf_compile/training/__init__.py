@@ -1,0 +1,1 @@
+"""What training with fused tokens needs: attached modules and losses."""

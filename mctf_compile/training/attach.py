@@ -1,0 +1,108 @@
+"""Adding the learned parts of a method to a user's model, where optimizers, checkpoints and DDP see them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from mctf_compile.config import FusionConfig
+from mctf_compile.errors import ConfigError
+from mctf_compile.methods.base import Reads
+from mctf_compile.passes import ANALYSIS, State, run_passes
+from mctf_compile.passes.analysis.dataflow import Dataflow
+from mctf_compile.passes.analysis.normalize import fake_inputs
+from mctf_compile.passes.analysis.structure import Block
+
+aten = torch.ops.aten
+
+
+def attach(model: nn.Module, *inputs: Any, method: str, **options: Any) -> nn.Module:
+    """Add a method's modules to ``model``, one per block that it acts on, and return ``model``.
+
+    They become the submodule ``mctf_<method>`` (a ``ModuleDict`` by block number): their parameters are in
+    ``model.parameters()`` and ``state_dict()``. Each reads the tokens in a hook before the module that reads
+    the same ones; a model that runs without the backend computes what it did before. New modules are
+    untrained: the backend says so once, until they have been trained or loaded.
+
+    Args:
+        model: any module with self-attention; blocks are found as the compiler finds them.
+        inputs: example inputs; for a timm model they may be left out.
+        method: ``dtem``, ``dynamicvit``, or a registered method that has modules.
+        options: the method's options, as for the backend.
+
+    Raises:
+        ConfigError: the method has no modules, the model has them already, no block was found to attach to, or
+            example inputs are missing.
+    """
+    config = FusionConfig(method, **options)
+    name = f"mctf_{method}"
+    if config.method.reads is None:
+        raise ConfigError(f"method {method!r} has nothing to attach.")
+    if hasattr(model, name):
+        raise ConfigError(f"this model has the modules of method {method!r} already, as {name!r}.")
+    if isinstance(model, nn.Sequential):
+        raise ConfigError("attach cannot add modules to an nn.Sequential, which would run them; wrap it in a module.")
+    state = _analyse(model, inputs or _example(model), config)
+    chosen = config.method.acts_on(len(state.blocks))
+    flow, added, module = Dataflow(state.normal.graph), nn.ModuleDict(), None
+    device = next((p.device for p in model.parameters()), None)
+    for i, block in enumerate(state.blocks):
+        if i not in chosen or block.problem is not None:
+            continue
+        reader, width = _reader(model, block, config.method.reads, flow)
+        module = config.method.module(width, block.tokens.lead, block.tokens.tail, module).to(device)
+        module.train(model.training)
+        # A bound method, so that a copy of the model hooks up its own copy of the module.
+        reader.register_forward_pre_hook(module.observe)
+        added[str(i)] = module
+    if not added:
+        reasons = "; ".join(sorted({b.problem for b in state.blocks if b.problem})) or "it has no self-attention"
+        raise ConfigError(f"method {method!r} found no block of this model to attach to: {reasons}.")
+    model.add_module(name, added)
+    return model
+
+
+def _example(model: nn.Module) -> tuple[Any, ...]:
+    """A blank image for a timm model."""
+    size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
+    if size is None:
+        raise ConfigError("attach needs example inputs for this model: attach(model, images, method=...).")
+    parameter = next(model.parameters())
+    return (torch.zeros(2, *size, device=parameter.device, dtype=parameter.dtype),)
+
+
+def _analyse(model: nn.Module, inputs: Sequence[Any], config: FusionConfig) -> State:
+    """The analysis of the model's largest graph."""
+    states: list[State] = []
+
+    def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        states.append(run_passes(ANALYSIS, State(gm, fake_inputs(gm, example_inputs), config, example_inputs)))
+        return gm.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=capture, dynamic=False)(*inputs)
+    torch._dynamo.reset()
+    if not states:
+        raise ConfigError("Dynamo captured no graph of this model, so there is nothing to attach to.")
+    return max(states, key=lambda s: len(s.blocks))
+
+
+def _reader(model: nn.Module, block: Block, reads: Reads, flow: Dataflow) -> tuple[nn.Module, int]:
+    """The module that takes what is to be read as its first argument, and the number of channels."""
+    query = block.attention.query
+    between = [*flow.between(block.entry, query), query]
+    if reads is Reads.STREAM:
+        node = next(n for n in between if block.entry in n.all_input_nodes)
+        read = block.entry
+    else:
+        node = next((n for n in reversed(between) if n.target is aten.linear.default), query)
+        read = node.args[0]
+    # Dynamo keys a call's modules by their identity, "@" and a number behind it for a repeated call.
+    modules = {str(id(m)): m for m in model.modules()}
+    keys = [key.partition("@")[0] for key in node.meta.get("nn_module_stack") or {}]
+    reader = next((modules[key] for key in reversed(keys) if key in modules), model)
+    return reader, read.meta["val"].shape[-1]

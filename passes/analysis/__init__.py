@@ -1,0 +1,1 @@
+"""What a graph is: its operators, axes, blocks and masks. Nothing is decided or changed."""

@@ -1,0 +1,244 @@
+"""Pass: find the attention-MLP blocks of a graph from its structure alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+
+import networkx as nx
+import torch
+from torch import fx
+
+from mctf_compile.passes.analysis.dataflow import Dataflow
+from mctf_compile.passes.analysis.mutations import updates_statistics
+from mctf_compile.passes.analysis.observations import assign
+from mctf_compile.passes.analysis.reasons import name_of
+from mctf_compile.passes.analysis.structure import Attention, Block
+from mctf_compile.passes.analysis.token_axes import Axes
+from mctf_compile.passes.axes import FEATURES, Cat, Dim, Dims, Tokens, atoms, mentions, places, product
+from mctf_compile.passes.pipeline import State, graph_pass
+from mctf_compile.passes.rules import schema_arguments
+from mctf_compile.passes.rules.contractions import operands
+
+aten = torch.ops.aten
+CONTRACTIONS = (aten.matmul, aten.bmm, aten.einsum, aten.baddbmm)
+
+
+@graph_pass("blocks", requires=("axes", "observations"), ensures=("blocks",))
+def run(state: State) -> None:
+    method = state.config.method
+    protected = None if method.protected == "auto" else method.protected
+    found = find_blocks(state.normal.graph, state.axes, protected)
+    state.blocks = assign(state.observations, found, state.normal.graph)
+
+
+def find_blocks(graph: fx.Graph, axes: Axes, protected: int | None = None) -> list[Block]:
+    """Every self-attention over a token axis, in the order of execution, with its residual stream.
+
+    1. Attention is scaled_dot_product_attention, or a softmax over an axis that a product then contracts.
+    2. The residual stream is the operand of the first addition after attention from which query, key
+       and value all descend.
+    3. The MLP ends at the next addition of two descendants of that sum.
+    4. The batch axes are those of the residual stream that are neither tokens nor channels.
+    """
+    flow = Dataflow(graph)
+    sites = [site for node in graph.nodes if (site := _attention(node, axes)) is not None]
+    blocks = []
+    for i, site in enumerate(sites):
+        following = sites[i + 1].node if i + 1 < len(sites) else None
+        blocks.append(_block(site, following, flow, axes, protected))
+    return blocks
+
+
+def _attention(node: fx.Node, axes: Axes) -> Attention | None:
+    """The self-attention over tokens at a node, if it is one.
+
+    Attention over channels (cross-covariance) softmaxes an axis of features. Queries that are protected
+    tokens alone (class attention) read the tokens, and there is nothing behind them to fuse.
+    """
+    packet = getattr(node.target, "overloadpacket", None)
+    if node not in axes.dims:
+        return None
+    if packet is aten.scaled_dot_product_attention:
+        args = schema_arguments(node)
+        q, k, v = args["query"], args["key"], args["value"]
+        site = Attention(node, q, k, v, None, None, axes.of(k)[-2], axes.of(q)[-2])
+    elif packet is aten.softmax:
+        site = _spelled_out(node, axes)
+    else:
+        return None
+    if site is None or not site.key_axis:
+        return None
+    keys, queries = set(atoms(site.key_axis)), set(atoms(site.query_axis))
+    tokens = _tokens(site.key_axis, None)
+    over_tokens = isinstance(tokens, str) or bool(queries & set(atoms(tokens.body)))
+    features = all(atom.name == FEATURES for atom in keys)
+    return site if keys & queries and over_tokens and not features else None
+
+
+def _spelled_out(softmax: fx.Node, axes: Axes) -> Attention | None:
+    """softmax(q kᵀ …) v as nodes: the product before the softmax and the one after it."""
+    dims = axes.of(softmax)
+    dim = softmax.args[1] % len(dims)
+    keys = set(atoms(dims[dim]))
+    query_axis = next((d for i, d in enumerate(dims) if i != dim and set(atoms(d)) & keys), ())
+    if not keys or not query_axis:
+        return None
+
+    def is_map(node: fx.Node) -> bool:
+        """Whether a value has an entry for every pair of query and key."""
+        held = axes.dims.get(node)
+        return isinstance(held, tuple) and sum(bool(set(atoms(d)) & keys) for d in axes.of(node)) > 1
+
+    def is_product(node: fx.Node) -> bool:
+        return getattr(node.target, "overloadpacket", None) in CONTRACTIONS
+
+    def makes_map(node: fx.Node) -> bool:
+        return is_product(node) and not any(map(is_map, _factors(node)))
+
+    before = _walk([softmax.args[0]], is_map, makes_map, lambda n: n.all_input_nodes)
+    after = _walk(list(softmax.users), lambda n: any(map(is_map, n.all_input_nodes)),
+                  lambda n: is_product(n) and not is_map(n), lambda n: list(n.users))
+    if before is None or after is None or len(_factors(before)) != 2:
+        return None
+    q, k = _factors(before)
+    values = [n for n in _factors(after) if not is_map(n)]
+    return Attention(after, q, k, values[0], before, softmax, dims[dim], query_axis) if len(values) == 1 else None
+
+
+def _walk(
+    queue: list[fx.Node],
+    passes: Callable[[fx.Node], bool],
+    found: Callable[[fx.Node], bool],
+    step: Callable[[fx.Node], Iterable[fx.Node]],
+) -> fx.Node | None:
+    """The nearest node that ``found`` takes in one direction, through nodes that ``passes`` takes."""
+    seen: set[fx.Node] = set()
+    while queue:
+        node = queue.pop(0)
+        if node in seen or not passes(node):
+            continue
+        seen.add(node)
+        if found(node):
+            return node
+        queue = [*queue, *step(node)]
+    return None
+
+
+def _factors(product: fx.Node) -> list[fx.Node]:
+    args = schema_arguments(product)
+    if "tensors" in args:
+        return list(args["tensors"]) if len(args["tensors"]) == 2 else []
+    return [args[name] for name in operands(args)]
+
+
+def _block(
+    site: Attention, following: fx.Node | None, flow: Dataflow, axes: Axes, protected: int | None
+) -> Block:
+    keys, queries = axes.table.canonical(site.key_axis), axes.table.canonical(site.query_axis)
+    if keys != queries:
+        return Block(site, None, problem="queries and keys run over different tokens")
+    tokens = _tokens(keys, protected)
+    if isinstance(tokens, str):
+        return Block(site, None, problem=tokens)
+    found = _residual(site, flow, axes)
+    if found is None:
+        problem = "no residual connection leads around this attention with the tokens in its order"
+        return Block(site, None, problem=problem)
+    entry, middle = found
+    if not mentions(axes.of(entry), tokens):
+        return Block(site, None, entry, middle, problem=_remade(site.key, entry, flow, axes))
+    tokens = _with_batch(tokens, axes.of(entry), axes.of(site.query))
+    if isinstance(tokens, str):
+        return Block(site, None, entry, middle, problem=tokens)
+    end = _mlp_end(middle, following, flow, axes) or middle
+    if any(map(updates_statistics, flow.between(entry, end))):
+        return Block(site, None, entry, middle, problem="batch norm in training takes statistics over the tokens")
+    return Block(site, tokens, entry, middle, end)
+
+
+def _residual(site: Attention, flow: Dataflow, axes: Axes) -> tuple[fx.Node, fx.Node] | None:
+    """(residual stream, the addition that returns to it)."""
+    for node, a, b in _sums(flow.span(site.node, None), axes):
+        for stream, branch in ((a, b), (b, a)):
+            around = all(flow.leads(stream, n) for n in (site.query, site.key, site.value))
+            if around and (branch is site.node or flow.leads(site.node, branch)):
+                return stream, node
+    return None
+
+
+def _mlp_end(middle: fx.Node, following: fx.Node | None, flow: Dataflow, axes: Axes) -> fx.Node | None:
+    """The addition of two descendants of ``middle``, in its layout, before the next attention."""
+    span = flow.span(middle, following)
+    if not span:
+        # The next attention reads the same tokens as this one, before the sum.
+        return None
+    after = nx.descendants(flow.graph.subgraph(span), middle) | {middle}
+    sums = _sums(span[1:] if following is None else span[1:-1], axes)
+    return next((n for n, a, b in sums if {a, b} <= after and axes.of(a) == axes.of(middle)), None)
+
+
+def _sums(nodes: Iterable[fx.Node], axes: Axes) -> Iterator[tuple[fx.Node, fx.Node, fx.Node]]:
+    """The additions of two values of equal axes, with those."""
+    for node in nodes:
+        if getattr(node.target, "overloadpacket", None) is not aten.add:
+            continue
+        a, b = node.args[:2]
+        if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)) or {a, b} - axes.dims.keys():
+            continue
+        if axes.of(a) == axes.of(b) == axes.of(node):
+            yield node, a, b
+
+
+def _remade(key: fx.Node, entry: fx.Node, flow: Dataflow, axes: Axes) -> str:
+    """What makes new tokens of those in the residual stream before attention sees them."""
+    stream = {atom for dim in axes.of(entry) for atom in atoms(dim)}
+    for node in flow.between(entry, key):
+        dims = axes.dims.get(node)
+        if isinstance(dims, tuple) and len(dims) > 2:
+            held = [{atom for atom in atoms(dim)} & stream for dim in axes.of(node)]
+            if sum(map(bool, held)) < 2:
+                return f"{name_of(node)} makes other tokens of those in the residual stream before attention"
+    return "attention runs over other tokens than those in the residual stream"
+
+
+def _tokens(axis: Dim, protected: int | None) -> Tokens | str:
+    """Prefix, body and suffix of a token axis, as far as the axis itself tells."""
+    if not all(isinstance(a.size, int) for a in axis):
+        return "the number of tokens is symbolic"
+    parts = axis[0].parts if len(axis) == 1 and isinstance(axis[0], Cat) else None
+    if parts is None:
+        return Tokens(axis, product(axis), 0, 0, ())
+    sizes = [size for size, _ in parts]
+    largest = sizes.index(max(sizes))
+    body = set(atoms(parts[largest][1]))
+    if any(body & set(atoms(part)) for i, (_, part) in enumerate(parts) if i != largest):
+        return "several images are packed into one sequence of tokens"
+    lead, tail = sum(sizes[:largest]), sum(sizes[largest + 1 :])
+    if protected is not None and protected < lead:
+        return Tokens(axis, sum(sizes), 0, 0, (), lead)
+    return Tokens(parts[largest][1], sizes[largest], lead, tail, ())
+
+
+def _with_batch(tokens: Tokens, stream: Dims, query: Dims) -> Tokens | str:
+    """Add the batch axes: those that the residual stream has beside its tokens and shares with the queries.
+
+    What it does not share are its channels; where all are shared (q is the stream itself) the last are.
+    """
+    found = places(stream, tokens)
+    if found is None:
+        return f"attention runs within windows or groups of {tokens.total} tokens of a larger grid"
+    if len(found) != 1:
+        return "the residual stream has the token axis twice"
+    (place,) = found
+    if any(axis.size == 0 for dim in stream for axis in dim):
+        return "the batch is empty"
+    shared = set(atoms(tuple(axis for dim in query for axis in dim)))
+    others = [dim for d, dim in enumerate(stream) if dim and d not in (place.dim, *place.rest)]
+    batch = [dim for dim in others if set(atoms(dim)) <= shared]
+    if others and len(batch) == len(others):
+        batch = batch[:-1]
+    batch += [part for part in (place.before, place.after) if part]
+    if len(batch) > 1:
+        return "the residual stream has more than one axis beside tokens and channels (windows or frames)"
+    return replace(tokens, batch=batch[0] if batch else ())

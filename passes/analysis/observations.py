@@ -1,0 +1,67 @@
+"""Pass: take what attached modules say of the tokens out of the program, and keep it as evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+from mctf_compile.passes.analysis.dataflow import Dataflow
+from mctf_compile.passes.analysis.structure import Block
+from mctf_compile.passes.pipeline import State, graph_pass
+
+
+@graph_pass("observations", requires=("normal",), ensures=("observations",))
+def run(state: State) -> None:
+    state.observations = take_observations(state.normal, state.config.method.name)
+
+
+@dataclass(frozen=True)
+class Observation:
+    """``learned`` [B, N, K] is what an attached module says of the tokens of ``read``.
+
+    ``state``: "untrained", "training" or "trained".
+    """
+
+    state: str
+    read: fx.Node
+    learned: fx.Node
+
+
+def take_observations(gm: fx.GraphModule, method: str) -> list[Observation]:
+    """Remove every ``mctf.observe`` from a graph; those of other methods leave nothing behind.
+
+    Before::  y = mctf.observe(x, z, "dtem", "trained");  q = aten.linear(y, ...)
+    After::   q = aten.linear(x, ...)
+    """
+    found = []
+    for node in list(gm.graph.nodes):
+        if node.target is torch.ops.mctf.observe.default:
+            read, learned, of, state = node.args
+            node.replace_all_uses_with(read)
+            gm.graph.erase_node(node)
+            if of == method:
+                found.append(Observation(state, read, learned))
+    kept = {o.learned for o in found}
+    gm.graph.eliminate_dead_code(lambda node: node in kept or node.is_impure())
+    gm.recompile()
+    return found
+
+
+def assign(observations: Sequence[Observation], blocks: list[Block], graph: fx.Graph) -> list[Block]:
+    """The blocks, each with the observation of what lies between its residual stream and its query."""
+    if not observations:
+        return blocks
+    flow = Dataflow(graph)
+
+    def reads(o: Observation, block: Block) -> bool:
+        before = o.read is block.entry or flow.leads(block.entry, o.read)
+        return before and (o.read is block.attention.query or flow.leads(o.read, block.attention.query))
+
+    found = []
+    for block in blocks:
+        own = next((o for o in observations if block.tokens is not None and reads(o, block)), None)
+        found.append(block if own is None else replace(block, learned=own.learned))
+    return found

@@ -1,0 +1,211 @@
+"""Pass: find which output features of a fused projection each of q, k and v reads. Pure analysis.
+
+One-step-ahead attention computes q and k of the old tokens and v of the fused ones, so a fused
+``qkv`` projection must be computed in parts.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, fx
+
+from mctf_compile.methods import Site
+from mctf_compile.passes.analysis.token_axes import Axes
+from mctf_compile.passes.axes import Axis, Dims, atoms
+from mctf_compile.passes.pipeline import State, graph_pass
+from mctf_compile.passes.rules import schema_arguments, sources
+from mctf_compile.passes.rules.base import wrap
+
+aten = torch.ops.aten
+COPIES = (aten.contiguous, aten.clone, aten.alias, aten.detach)
+
+
+@graph_pass("projections", requires=("plan",))
+def run(state: State) -> None:
+    if state.plan.site is not Site.AHEAD:
+        return
+    found: dict[fx.Node, Projection] = {}
+    for planned in state.plan.fusing:
+        site = planned.block.attention
+        found |= find_projections([site.query, site.key, site.value], planned.block.entry, state.axes)
+    state.plan = replace(state.plan, projections=found)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A value that is a rearranged range of a linear's output features.
+
+    The value is ``linear(x, weight[start:stop])`` with its last dimension split to ``shape``, then
+    permuted by ``order``.
+    """
+
+    linear: fx.Node
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+
+
+def find_projection(node: fx.Node, axes: Axes) -> Projection | None:
+    """The part of a linear that ``node`` is, where nothing but layout lies between and it is a true part."""
+    chain = _layout_chain(node)
+    if chain is None:
+        return None
+    linear = chain[0]
+    features = axes.of(linear)[-1]
+    inside = {*features, *atoms(features)}
+    index = _feature_indices(chain, axes, inside)
+    if index is None:
+        return None
+    flat = index.flatten()
+    width = linear.meta["val"].shape[-1]
+    start, stop = int(flat.min()), int(flat.max()) + 1
+    if flat.numel() != stop - start or stop - start == width:
+        return None
+    return _arrange(linear, node, index, start, stop, axes, inside)
+
+
+def _layout_chain(node: fx.Node) -> list[fx.Node] | None:
+    """The nodes from a linear to ``node``, linear first, where all others only move positions."""
+    chain = [node]
+    for _ in range(24):
+        packet = getattr(chain[0].target, "overloadpacket", chain[0].target)
+        if packet is aten.linear:
+            return chain if len(chain) > 1 else None
+        if packet is not operator.getitem and packet not in _STEPS and packet not in COPIES:
+            return None
+        chain.insert(0, chain[0].args[0])
+    return None
+
+
+def _feature_indices(chain: list[fx.Node], axes: Axes, inside: set[Axis]) -> Tensor | None:
+    """Replay the chain on the numbers of the features, every other dimension shrunk to 1."""
+    value: Tensor | tuple = torch.arange(_int(chain[0].meta["val"].shape[-1]))
+    for node in chain:
+        packet = getattr(node.target, "overloadpacket", node.target)
+        if node is chain[0]:
+            value = value.expand(*[1] * (len(axes.of(node)) - 1), -1)
+        elif packet is operator.getitem:
+            value = value[node.args[1]]
+        elif packet not in COPIES:
+            value = _STEPS[packet](value, node, axes, inside)
+        # Features that were cut to pieces have names of their own, and are followed no further.
+        if value is None or isinstance(value, Tensor) and list(value.shape) != _shrunk(axes.of(node), inside):
+            return None
+    return value
+
+
+def _int(size: int | torch.SymInt) -> int:
+    return size if isinstance(size, int) else 0
+
+
+def _shrunk(dims: Dims, inside: set[Axis]) -> list[int]:
+    """The shape that has only the feature axes."""
+    return [math.prod(axis.size for axis in dim if _is_inside(axis, inside)) for dim in dims]
+
+
+def _is_inside(axis: Axis, inside: set[Axis]) -> bool:
+    return axis in inside or any(atom in inside for atom in atoms((axis,)))
+
+
+def _regroup(value, node, axes, inside):
+    shape = _shrunk(axes.of(node), inside)
+    return value.reshape(shape) if math.prod(shape) == value.numel() else None
+
+
+def _parts(value, node, axes, inside):
+    d = schema_arguments(node)["dim"]
+    if value.shape[d] == 1:
+        return None
+    sizes = [_int(v.shape[d]) for v in node.meta["val"]]
+    return value.split(sizes, d) if sum(sizes) == value.shape[d] else None
+
+
+def _one(value, node, axes, inside):
+    args = schema_arguments(node)
+    return value.select(args["dim"], args["index"]) if value.shape[args["dim"]] > 1 else None
+
+
+def _range(value, node, axes, inside):
+    args = schema_arguments(node)
+    d = wrap(args["dim"], value.dim())
+    source, result = node.args[0].meta["val"].shape[d], node.meta["val"].shape[d]
+    if value.shape[d] == 1:
+        return value if source == result else None
+    return value[(slice(None),) * d + (slice(args["start"], args["end"], args["step"]),)]
+
+
+_STEPS = {
+    **dict.fromkeys(
+        (aten.reshape, aten.view, aten._unsafe_view, aten.flatten, aten.unflatten, aten.squeeze, aten.unsqueeze),
+        _regroup,
+    ),
+    aten.permute: lambda value, node, axes, inside: value.permute(node.args[1]),
+    aten.transpose: lambda value, node, axes, inside: value.transpose(*node.args[1:3]),
+    aten.unbind: lambda value, node, axes, inside: value.unbind(schema_arguments(node)["dim"])
+    if value.shape[schema_arguments(node)["dim"]] > 1 else None,
+    aten.select: _one,
+    aten.slice: _range,
+    **dict.fromkeys((aten.split, aten.split_with_sizes, aten.chunk), _parts),
+}
+
+
+def _arrange(linear, node, index, start, stop, axes, inside) -> Projection | None:
+    """How ``linear(...)[..., start:stop]`` becomes ``node``: split the last dimension, then permute."""
+    source, target = axes.of(linear)[:-1], axes.of(node)
+    strides = {d: int(index.select(d, 1).flatten()[0]) - start for d in range(index.dim()) if index.shape[d] > 1}
+    feature_dims = sorted(strides, key=strides.__getitem__, reverse=True)
+    shape = tuple(index.shape[d] for d in feature_dims)
+    expected = torch.arange(start, stop).reshape(shape or (1,))
+    compact = index.permute(*feature_dims, *[d for d in range(index.dim()) if d not in feature_dims])
+    if not torch.equal(compact.flatten(), expected.flatten()):
+        return None
+    order = []
+    for d, dim in enumerate(target):
+        if d in feature_dims:
+            if not all(_is_inside(axis, inside) for axis in dim):
+                return None
+            order.append(len(source) + feature_dims.index(d))
+        else:
+            matches = [s for s, other in enumerate(source) if other == dim and s not in order]
+            if not matches:
+                return None
+            order.append(matches[0])
+    if sorted(order) != list(range(len(source) + len(shape))):
+        return None
+    return Projection(linear, start, stop, shape, tuple(order))
+
+
+def find_projections(operands: list[fx.Node], entry: fx.Node, axes: Axes) -> dict[fx.Node, Projection]:
+    """All the parts of the fused projections of ``entry`` that ``operands`` are computed from.
+
+    1. Back from the operands, through norms and rotations, to the linears behind them.
+    2. Forward from each, through layout operators, to the last values that are parts of it: q, k and v,
+       and the MLP's share where one linear serves both.
+    """
+    linears, seen, queue = [], set(), list(operands)
+    while queue:
+        node = queue.pop()
+        if node in seen or node <= entry or not isinstance(node.meta.get("val"), (Tensor, tuple, list)):
+            continue
+        seen.add(node)
+        if getattr(node.target, "overloadpacket", None) is aten.linear:
+            linears.append(node)
+        else:
+            queue.extend(sources(node))
+    found: dict[fx.Node, Projection] = {}
+    queue = [user for linear in linears for user in linear.users]
+    while queue:
+        node = queue.pop()
+        if _layout_chain(node) is None:
+            continue
+        queue.extend(node.users)
+        projection = find_projection(node, axes) if isinstance(node.meta.get("val"), Tensor) else None
+        if projection is not None:
+            found[node] = projection
+    # The last one of each chain, where all that is made of another is one too.
+    return {n: p for n, p in found.items() if not n.users or any(user not in found for user in n.users)}

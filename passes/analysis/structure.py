@@ -1,0 +1,57 @@
+"""What the analysis finds in a graph: data alone."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from torch import fx
+
+from mctf_compile.passes.axes import Dim, Tokens
+
+
+class Mask(enum.IntEnum):
+    """How an operand of the logits depends on tokens, from the least to the most restricting."""
+
+    NONE = 0
+    BIAS = 1  # a soft bias: fused tokens have the mean of their members'
+    TOKENS = 2  # says of single tokens whether they take part (padding): others never fuse with them
+    PAIRS = 3  # says which token may see which: no two tokens can stand for one another
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A softmax over a token axis contracted with values over that axis.
+
+    ``node`` contracts. ``query``, ``key``, ``value`` are the operands of the two products. Where the
+    attention is spelled out, ``product`` is q kᵀ and ``weights`` the softmax; else both are None.
+    """
+
+    node: fx.Node
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    product: fx.Node | None
+    weights: fx.Node | None
+    key_axis: Dim
+    query_axis: Dim
+
+
+@dataclass(frozen=True)
+class Block:
+    """An attention, the residual stream around it, and the MLP that follows.
+
+    ``entry``: the residual stream that attention reads; ``middle``: the residual add after attention;
+    ``exit``: the residual stream after the MLP (``middle`` where no MLP follows). ``problem`` says why
+    no token can be fused here, else None. ``mask``: what the logits allow (see ``masks``).
+    ``learned``: what a module attached to it says of its tokens (see ``observations``).
+    """
+
+    attention: Attention
+    tokens: Tokens | None
+    entry: fx.Node | None = None
+    middle: fx.Node | None = None
+    exit: fx.Node | None = None
+    problem: str | None = None
+    mask: Mask = Mask.NONE
+    learned: fx.Node | None = None

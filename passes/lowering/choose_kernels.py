@@ -1,0 +1,92 @@
+"""Pass: the kernel that runs each ``mctf`` operator, where it is not the operator's own ATen."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+
+from mctf_compile.errors import ConfigError
+from mctf_compile.passes.lowering import cpp, triton
+from mctf_compile.passes.pipeline import State, graph_pass
+
+
+@graph_pass("prepare", requires=("plan",))
+def prepare(state: State) -> None:
+    if state.plan.fusing:
+        prepare_kernels(state.config.lowering.kernels, state.inputs)
+
+
+@graph_pass("kernels", requires=("result",), ensures=("portable",))
+def run(state: State) -> None:
+    state.portable = state.result
+    gradients = records_gradients(state.normal, state.inputs)
+    state.result, state.remarks = choose_kernels(state.result, state.config.lowering.kernels, gradients)
+
+
+FAMILIES = {"triton": triton, "cpp": cpp}
+# What ``auto`` takes; on other devices everything stays ATen.
+FIRST_CHOICE = {"cuda": "triton", "cpu": "cpp"}
+
+
+def records_gradients(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
+    """Whether gradients are recorded when a graph runs, in the present mode, on such inputs."""
+    held = (n.meta.get("val") for n in gm.graph.find_nodes(op="get_attr"))
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (*inputs, *held))
+
+
+def prepare_kernels(wanted: str, inputs: Sequence[Any]) -> None:
+    """Start what the kernels of a graph on such inputs need, beside the passes that come before their choice."""
+    device = next((x.device for x in inputs if isinstance(x, Tensor)), torch.device("cpu"))
+    name = _family(wanted, device)
+    if name != "aten":
+        FAMILIES[name].prepare(device)
+
+
+def _family(wanted: str, device: torch.device) -> str:
+    return FIRST_CHOICE.get(device.type, "aten") if wanted == "auto" else wanted
+
+
+def choose_kernels(gm: fx.GraphModule, wanted: str, gradients: bool) -> tuple[fx.GraphModule, list[str]]:
+    """A rewritten graph with other kernels for its ``mctf`` operators, and remarks on what stays ATen.
+
+    Args:
+        gm: the graph; it is not changed.
+        wanted: the option ``kernels``. ``auto`` takes Triton on CUDA and C++ on a CPU, where they can run.
+        gradients: whether they are recorded when the graph runs. The C++ kernels have none.
+
+    Raises ``ConfigError`` where the kernels that are asked for cannot run.
+    """
+    first = next((n for n in gm.graph.nodes if _is_ours(n)), None)
+    if first is None:
+        return gm, []
+    device = next(n.meta["val"].device for n in first.all_input_nodes if isinstance(n.meta.get("val"), Tensor))
+    name = _family(wanted, device)
+    if name == "aten":
+        return gm, []
+    family = FAMILIES[name]
+    problem = family.problem(device)
+    if problem is not None:
+        if wanted != "auto":
+            raise ConfigError(f"kernels={wanted!r}: {problem}; use 'auto' or 'aten'.")
+        return gm, [f"kernels are ATen: {problem}"]
+
+    gm = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    replacements = family.replacements(gradients)
+    kept = []
+    for node in [n for n in gm.graph.nodes if n.target in replacements]:
+        with gm.graph.inserting_before(node):
+            reason = replacements[node.target](node)
+        if reason is not None:
+            kept.append(f"{node.name} stays ATen: {reason}")
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    return gm, kept if wanted != "auto" else []
+
+
+def _is_ours(node: fx.Node) -> bool:
+    return isinstance(node.target, OpOverload) and node.target.namespace == "mctf"

@@ -1,0 +1,1 @@
+"""What is to be fused where, and what it costs."""

@@ -1,0 +1,1 @@
+"""The graph emitted anew, on fused tokens."""

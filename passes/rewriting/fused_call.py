@@ -1,0 +1,235 @@
+"""One operator on fused tokens, as its rule sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from mctf_compile.errors import Declined
+from mctf_compile.passes.analysis.reasons import name_of, regrouped
+from mctf_compile.passes.axes import Dims, Place, Tokens, has_batch, mentions, places
+from mctf_compile.passes.rewriting.stream import Stream, Value
+from mctf_compile.passes.rules import Call, Rule
+from mctf_compile.passes.rules.base import wrap
+
+if TYPE_CHECKING:
+    from mctf_compile.passes.rewriting.rewriter import Rewriter
+
+aten = torch.ops.aten
+
+# Operators that leave attention weights what they are, up to scaling or layout.
+MASS_KEEPING: set[Callable] = {
+    aten.dropout, aten.to, aten._to_copy, aten.type_as, aten.contiguous, aten.clone, aten.alias, aten.detach,
+    aten.view, aten.reshape, aten._unsafe_view, aten.expand, aten.flatten, aten.unflatten, aten.unsqueeze,
+}
+
+
+class FusedCall:
+    """One node to be run on fused tokens, as a rule sees it."""
+
+    def __init__(
+        self, rewriter: Rewriter, rule: Rule, node: fx.Node, stream: Stream, generation: int, env: Mapping[fx.Node, Any]
+    ) -> None:
+        self.rewriter, self.rule, self.node = rewriter, rule, node
+        self.stream, self.generation, self.env = stream, generation, env
+        self.call: Call = rewriter.axes.call(node)
+        self.args, self.target = self.call.args, node.target
+        self.packet = node.target.overloadpacket
+
+    @property
+    def tokens(self) -> Tokens:
+        return self.stream.tokens
+
+    def _like(self) -> Value:
+        """The fused operand of the highest rank: it shows where the images are."""
+        values = [v for v in flat_values(self.env[n] for n in self.node.all_input_nodes) if v.generation]
+        return max(values, key=lambda v: len(v.dims)) if values else self.env[self.node.all_input_nodes[0]]
+
+    @property
+    def operand(self) -> str:
+        """The name of the first tensor argument."""
+        first = self.call.tensors()[0]
+        return next(name for name, value in self.args.items() if value is first)
+
+    def lifted(self, node: fx.Node) -> Value:
+        return self.rewriter.lift(node, self.env[node], self.stream, self.generation, self._like)
+
+    def value(self, name: str) -> Value:
+        """A tensor argument in the generation of this call."""
+        return self.lifted(self.args[name])
+
+    def intensive(self, name: str) -> Value:
+        """A tensor argument, attention weights turned into those of one copy of each token."""
+        value = self.value(name)
+        return self.stream.intensive(value) if value.generation else value
+
+    def dims(self, name: str) -> Dims:
+        return self.rewriter.axes.of(self.args[name])
+
+    def wrapped(self, name: str) -> int:
+        """A dimension argument as a non-negative number."""
+        return wrap(self.args[name], len(self.call.dims_of(self.call.tensors()[0])))
+
+    def places_of(self, node: fx.Node) -> list[Place]:
+        return self.stream.places(self.rewriter.axes.of(node))
+
+    def place(self, name: str, dim: int) -> Place:
+        """The place of the token axis at one dimension of an argument, where it is whole."""
+        found = [p for p in self.places_of(self.args[name]) if dim in (p.dim, *p.rest)]
+        if not found:
+            raise Declined("the token axis meets another axis")
+        if found[0].rest:
+            raise Declined("rows and columns of the token grid are told apart")
+        return found[0]
+
+    def only_place(self, name: str) -> Place:
+        found = self.places_of(self.args[name])
+        if len(found) != 1:
+            raise Declined("the token axis occurs twice in one operand")
+        return found[0]
+
+    def log_sizes(self, place: Place) -> Tensor | None:
+        """[B, M] log sizes of the tokens at a place; None where sizes count for nothing."""
+        if not self.rewriter.plan.method.counts_sizes:
+            return None
+        return self.stream.log_size(self.generation, place.lead, place.tail)
+
+    def log_sizes_like(self, name: str, place: Place) -> Tensor | None:
+        log_size = self.log_sizes(place)
+        return None if log_size is None else self.stream.spread(log_size, self.value(name), place)
+
+    def sizes_of(self, node: fx.Node, place: Place) -> Tensor:
+        """The sizes of the tokens at a place of an operand, as a factor for it."""
+        size = self.stream.fusion(self.generation, place.lead, place.tail).size
+        return self.stream.spread(size, self.lifted(node), place)
+
+    def sizes_like(self, name: str, place: Place) -> Tensor:
+        return self.sizes_of(self.args[name], place)
+
+    @property
+    def conserves(self) -> bool:
+        """Whether the sizes of this call's tokens add up to the number of original ones."""
+        return self.stream.conserves(self.generation)
+
+    def dense_count(self, name: str, dims: set[int]) -> Any:
+        """The number of original positions in some dimensions of an argument."""
+        dense, fused = self.args[name].meta["val"].shape, self.value(name).tensor.shape
+        count: Any = 1
+        for d in dims:
+            count = count * (dense[d] if isinstance(dense[d], int) else fused[d])
+        return count
+
+    def expected_shape(self, dims: Dims, dense: Sequence[Any]) -> list[Any] | None:
+        """The shape a result must have: as before, its token axes shrunk. None: no whole token axis."""
+        found = places(dims, self.tokens)
+        if found is None:
+            return None
+        shape = list(dense)
+        removed = self.tokens.size - self.stream.body(self.generation)
+        for p in found:
+            whole = self.tokens.size + p.lead + p.tail
+            for d in p.rest:
+                shape[p.dim] = shape[p.dim] * shape[d]
+                shape[d] = 1
+            shape[p.dim] = shape[p.dim] // whole * (whole - removed)
+        return shape
+
+    def out_dims(self) -> list[Dims]:
+        out = self.rewriter.axes.dims[self.node]
+        table = self.rewriter.axes.table
+        return [table.canonical_dims(d) for d in (out if isinstance(out, list) else [out])]
+
+    def emit(self) -> Any:
+        """Run the operator as it is, on lifted operands, with the sizes among its arguments shrunk."""
+        all_dims = self.out_dims()
+        vals = self.node.meta["val"]
+        vals = vals if isinstance(vals, (tuple, list)) else [vals]
+        shapes = [self.expected_shape(d, v.shape) for d, v in zip(all_dims, vals)]
+        if any(shape is None for shape in shapes):
+            raise Declined(regrouped(self.node, vals[0].shape))
+        mass = self._mass(all_dims)
+
+        def operand(n: fx.Node) -> Any:
+            value = self.env[n]
+            if isinstance(value, list):
+                raise Declined(f"{name_of(self.node)} takes a list of results")
+            if not isinstance(value, Value):
+                return value
+            if any(self.args.get(name) is n for name in self.rule.ignores):
+                return value.tensor
+            self.places_of(n)
+            lifted = self.lifted(n)
+            return (lifted if mass is not None else self.stream.intensive(lifted)).tensor
+
+        args, kwargs = fx.node.map_arg((self.node.args, self.node.kwargs), operand)
+        if self.rule.resized is not None:
+            result = self._resize(args, shapes[0], all_dims[0])
+        else:
+            result = self.target(*args, **kwargs)
+        results = result if isinstance(result, (tuple, list)) else [result]
+        for got, want in zip(results, shapes):
+            self._check(got.shape, want)
+        values = [self.result(r, mass, d) for r, d in zip(results, all_dims)]
+        return values if isinstance(result, (tuple, list)) else values[0]
+
+    def _mass(self, out: list[Dims]) -> int | None:
+        """The dimension of attention weights in the result, where the operator leaves them what they are."""
+        values = [v for v in (self.env[n] for n in self.node.all_input_nodes) if isinstance(v, Value)]
+        held = [v for v in values if v.mass is not None]
+        if len(held) != 1 or values[0] is not held[0] or len(out) != 1 or self.packet not in MASS_KEEPING:
+            return None
+        (value,) = held
+        last = value.mass == len(value.dims) - 1 and out[0][-1:] == value.dims[-1:]
+        if out[0] == value.dims:
+            return value.mass
+        return len(out[0]) - 1 if last else None
+
+    def _resize(self, args: tuple, shape: list[Any], dims: Dims) -> Tensor:
+        """Reshape or expand to ``shape``; sizes that hold no tokens stay as the program computes them."""
+        x = args[0]
+        if self.rule.resized == "size":
+            given = args[1] if isinstance(args[1], (list, tuple)) else list(shape)
+            touched = {d for p in places(dims, self.tokens) for d in (p.dim, *p.rest)}
+            return torch.ops.aten.expand(x, [shape[d] if d in touched else s for d, s in enumerate(given)])
+        unknown = [d for d, s in enumerate(shape) if not isinstance(s, int)]
+        if len(unknown) > 1:
+            given = args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else None
+            if given is None:
+                raise Declined("a reshape with several symbolic sizes meets fused tokens")
+            touched = {d for p in places(dims, self.tokens) for d in (p.dim, *p.rest)}
+            shape = [s if isinstance(s, int) or d in touched else given[d] for d, s in enumerate(shape)]
+            unknown = [d for d in unknown if d in touched or given[d] == -1]
+            if len(unknown) > 1:
+                raise Declined("a reshape with several symbolic sizes meets fused tokens")
+        target = [-1 if d in unknown else s for d, s in enumerate(shape)]
+        return torch.ops.aten.reshape(x, target)
+
+    def _check(self, got: Sequence[Any], want: Sequence[Any]) -> None:
+        agree = len(got) == len(want) and all(
+            not (isinstance(g, int) and isinstance(w, int)) or g == w for g, w in zip(got, want)
+        )
+        if not agree:
+            raise Declined(f"{name_of(self.node)} gives {tuple(got)} on fused tokens where {tuple(want)} is due")
+
+    def result(self, tensor: Tensor, mass: int | None = None, dims: Dims | None = None) -> Value:
+        """A value of this call's generation, where its axes hold the tokens; else an ordinary one."""
+        dims = self.out_dims()[0] if dims is None else dims
+        if not mentions(dims, self.tokens):
+            return Value(tensor, dims)
+        if not has_batch(dims, self.tokens):
+            raise Declined("the images are regrouped")
+        stream = self.stream if self.generation else None
+        return Value(tensor, dims, stream, self.generation, mass if self.generation else None)
+
+
+def flat_values(values: Any) -> list[Value]:
+    flat: list[Value] = []
+    for value in values:
+        if isinstance(value, Value):
+            flat.append(value)
+        elif isinstance(value, list):
+            flat.extend(v for v in value if isinstance(v, Value))
+    return flat

@@ -1,0 +1,342 @@
+"""Inserting the reduction at a planned block: what the method sees, what it chooses, and attention around it."""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, fx
+
+from mctf_compile.errors import PassError
+from mctf_compile.kernels.library import working_dtype
+from mctf_compile.kernels.pooling.aten import index_of
+from mctf_compile.methods import Choice, Combine, Evidence, Need, Site
+from mctf_compile.passes.analysis.masks import MASKED
+from mctf_compile.passes.axes import Place, Tokens, atoms, hint_of
+from mctf_compile.passes.planning.plan import PlannedBlock
+from mctf_compile.passes.rewriting.fused_call import FusedCall
+from mctf_compile.passes.rewriting.stream import Fusion, Stream, Value
+from mctf_compile.passes.rules import find_rule
+from mctf_compile.passes.rules.attention import HeadLayout, additive, operands, scale_of
+from mctf_compile.passes.rules.base import wrap
+
+if TYPE_CHECKING:
+    from mctf_compile.passes.analysis.structure import Attention
+    from mctf_compile.passes.rewriting.rewriter import Rewriter
+
+
+@dataclass(frozen=True)
+class Map:
+    """The map of an attention, A = weights * norm, and the layout of its operands."""
+
+    weights: Tensor
+    norm: Tensor
+    layout: HeadLayout
+
+
+class Insertion:
+    """Runs the planned attentions of a rewrite, and reduces their tokens.
+
+    ``fused`` and ``sources`` keep, for each generation that a residual stream was fused into, that stream
+    and its node: values derived from it before are derived again. ``whole`` collects the blocks that
+    turned out to get the original tokens, ``undone`` those that could not be fused, with the reason.
+    """
+
+    def __init__(self, rewriter: Rewriter) -> None:
+        self.rewriter, self.plan = rewriter, rewriter.plan
+        self.streams: dict[Tokens, Stream] = {}
+        self.sources: dict[tuple[Stream, int], fx.Node] = {}
+        self.fused: dict[fx.Node, Value] = {}
+        self.whole: set[int] = set()
+        self.undone: dict[int, str] = {}
+        self._seen: dict[int, dict[str, Tensor]] = {}
+        self._at_node = {b.block.attention.node: b for b in self.plan.fusing}
+        self._at_entry = {b.block.entry: b for b in reversed(self.plan.fusing)}
+        self._at_weights = {
+            b.block.attention.weights: b for b in self.plan.fusing if b.block.attention.weights is not None
+        }
+        after = {Site.AFTER: "exit", Site.AROUND: "exit", Site.BETWEEN: "middle"}.get(self.plan.site)
+        self._at_end = {getattr(b.block, after): b for b in self.plan.fusing} if after else {}
+
+    def emit(self, node: fx.Node) -> object:
+        """The value of ``node`` in the rewritten program, with whatever the plan has there."""
+        planned = self._at_node.get(node)
+        if planned is None or planned.index in self.undone:
+            result = self.rewriter.evaluate(node, self.rewriter.env)
+        else:
+            result = self._attend(node, planned)
+        if node in self._at_weights:
+            planned = self._at_weights[node]
+            if result.generation == self._entry(planned).generation:
+                self._seen[planned.index] = self._look_at_map(result, planned)
+            else:
+                self.undone[planned.index] = "attention gets the original tokens back before its softmax"
+        if node in self._at_end and self._at_end[node].index not in self.undone:
+            planned = self._at_end[node]
+            if self.plan.site is Site.AROUND:
+                return result.stream.put_back(result, self._entry(planned))
+            result = self._fuse(planned, result)
+        return result
+
+    def begin(self, node: fx.Node) -> None:
+        """Called with each value that was emitted: original tokens that a block will fuse get their sizes.
+
+        The first block that fuses then does what later ones do, on sizes of 1, and is compiled with them.
+        """
+        planned = self._at_entry.get(node)
+        if planned is None or self._entry(planned).generation:
+            return
+        stream, x = self._stream(planned), self._entry(planned)
+        (place,) = stream.places(x.dims)
+        tokens = stream.canonical(replace(x, stream=stream), place)
+        stream.ones = tokens.new_ones(tokens.shape[:2], dtype=working_dtype(x.tensor.dtype))
+
+    def _stream(self, block: PlannedBlock) -> Stream:
+        """The stream of a block's tokens; a new one where they came back unfused since the last fusion."""
+        tokens, value = block.block.tokens, self._entry(block)
+        if value.stream is not None:
+            return value.stream
+        if tokens not in self.streams or self.streams[tokens].fusions:
+            self.streams[tokens] = Stream(tokens)
+        return self.streams[tokens]
+
+    def _entry(self, block: PlannedBlock) -> Value:
+        return self.rewriter.env[block.block.entry]
+
+    # Attention, and the reduction that belongs to it.
+
+    def _attend(self, node: fx.Node, block: PlannedBlock) -> Value:
+        """The value of a planned attention."""
+        site, entry = block.block.attention, block.block.entry
+        call = seen = None
+        if site.weights is None:
+            stream, generation = self._stream(block), self._entry(block).generation
+            call = FusedCall(self.rewriter, find_rule(node.target), node, stream, generation, self.rewriter.env)
+            seen = self._look_at_operands(call, block)
+        if self.plan.site is Site.BEFORE:
+            return self.rewriter.again(node, {entry: self._fuse(block, self._entry(block))})
+        if self.plan.site is Site.AROUND:
+            return self._attend_chosen(node, block)
+        if self.plan.site is Site.AHEAD:
+            return self._attend_ahead(node, block, call, seen)
+        if seen is None:
+            return self.rewriter.evaluate(node, self.rewriter.env)
+        # The map is there: its product with the values is all that is left of attention.
+        v = call.intensive("value").tensor
+        rows = torch.nn.functional.dropout(seen.weights, call.args["dropout_p"]) @ seen.layout.split(v)
+        return call.result(seen.layout.join((rows * seen.norm).to(v.dtype), v))
+
+    def _attend_ahead(
+        self, node: fx.Node, block: PlannedBlock, call: FusedCall | None, seen: Map | None
+    ) -> Value:
+        """A' V: the values of the fused tokens under the map of the unfused ones."""
+        site, entry = block.block.attention, block.block.entry
+        x = self._fuse(block, self._entry(block))
+        fusion = x.stream.fusions[-1]
+        v = x.stream.raise_to(self.rewriter.again(site.value, {entry: x}), x.generation)
+        if seen is not None:
+            (place,) = call.places_of(entry)
+            fusion = x.stream.fusion(x.generation, place.lead, place.tail)
+            out = torch.ops.mctf.ahead(
+                seen.weights, seen.norm, seen.layout.split(v.tensor), fusion.index, fusion.weight, fusion.keep,
+                fusion.gone, fusion.into, call.args["dropout_p"],
+            )
+            return Value(seen.layout.join(out, v.tensor), self.rewriter.axes.of(node), x.stream, x.generation)
+        if fusion.combine is Combine.MAX:
+            return self._attend_by_maxima(node, block, v)
+        repeated = x.stream.lower_to(v, x.generation - 1)
+        out = self.rewriter.evaluate(node, ChainMap({site.value: repeated}, self.rewriter.env))
+        return x.stream.raise_to(out, x.generation)
+
+    def _attend_by_maxima(self, node: fx.Node, block: PlannedBlock, v: Value) -> Value:
+        """The pooled map itself times the values: maxima over rows are no linear map."""
+        site = block.block.attention
+        factor = next(n for n in node.all_input_nodes if n is not site.value)
+        weights = self.rewriter.env[factor]
+        if weights.mass is None:
+            # The keys of what multiplies the values run along its last dimension.
+            weights = v.stream.extensive(weights, len(weights.dims) - 1)
+        pooled = {site.value: v, factor: v.stream.pooled_map(weights)}
+        return self.rewriter.evaluate(node, ChainMap(pooled, self.rewriter.env))
+
+    def _attend_chosen(self, node: fx.Node, block: PlannedBlock) -> Value:
+        """Attention among the chosen tokens: their own query, key and value, which are computed already."""
+        site = block.block.attention
+        x = self._fuse(block, self._entry(block))
+        operands = {n: self.rewriter.env[n] for n in (site.query, site.key, site.value)}
+        return self.rewriter.again(
+            node, {n: x.stream.raise_to(replace(v, stream=x.stream), x.generation) for n, v in operands.items()}
+        )
+
+    # What the method asked to see.
+
+    def _look_at_operands(self, call: FusedCall, block: PlannedBlock) -> Map | None:
+        """Note what scaled_dot_product_attention tells; returns its map where that was made."""
+        needs, seen = set(self.plan.method.needs), self._seen.setdefault(block.index, {})
+        given = operands(call, "query", "key")
+        (place,) = call.places_of(block.block.entry)
+        if block.padded:
+            keys = max(call.places_of(call.args["attn_mask"]), key=lambda p: p.dim)
+            seen["padding"] = self._masked(call.intensive("attn_mask"), keys, call.stream)
+        if Need.KEYS in needs:
+            seen["keys"] = given.key.mean(1)
+        if Need.CLASS_LOGITS in needs:
+            seen["class_logits"] = (given.query[:, :, :1] @ given.key.transpose(-2, -1)).mean((1, 2))
+        if Need.CLASS_ATTENTION in needs:
+            bias = None if given.bias is None else given.bias[:, :, :1]
+            seen["class_attention"] = torch.ops.mctf.importance(
+                given.query[:, :, :1], given.key, call.log_sizes(place), bias, scale_of(call.call)
+            )[0]
+        if Need.IMPORTANCE not in needs:
+            return None
+        seen["importance"], weights, norm = torch.ops.mctf.importance(
+            given.query, given.key, call.log_sizes(place), given.bias, scale_of(call.call)
+        )
+        return Map(weights, norm, given.layout)
+
+    def _look_at_map(self, weights: Value, block: PlannedBlock) -> dict[str, Tensor]:
+        """What a softmax over tokens tells, spelled out in the graph."""
+        needs, seen = set(self.plan.method.needs), {}
+        stream, site = self._stream(block), block.block.attention
+        dim = wrap(site.weights.args[1], len(weights.dims))
+        keys = next(p for p in stream.places(weights.dims) if p.dim == dim)
+        logits = self.rewriter.env[site.weights.args[0]]
+        if block.padded:
+            seen["padding"] = self._masked(logits, keys, stream)
+        if Need.KEYS in needs:
+            seen["keys"] = self._mean_key(site, stream)
+        if Need.CLASS_LOGITS in needs:
+            seen["class_logits"] = self._mean_row(logits, keys, stream, first=True)
+        if Need.CLASS_ATTENTION in needs:
+            seen["class_attention"] = self._mean_row(weights, keys, stream, first=True)
+        if Need.IMPORTANCE in needs:
+            seen["importance"] = self._mean_row(weights, keys, stream)
+        return seen
+
+    def _mean_row(self, weights: Value, keys: Place, stream: Stream, first: bool = False) -> Tensor:
+        """[B, N] mean over heads and queries (or for the first query alone) of a map in any layout."""
+        tensor, dims = weights.tensor.detach(), weights.dims
+        if first:
+            queries = next(p for p in stream.places(dims) if p.dim != keys.dim)
+            tensor = tensor.narrow(queries.dim, 0, 1)
+            dims = tuple(() if d == queries.dim else dim for d, dim in enumerate(dims))
+        wide = Value(tensor.to(working_dtype(tensor.dtype)), dims, stream, weights.generation, weights.mass)
+        return stream.canonical(wide, keys).mean(-1)
+
+    def _mean_key(self, site: Attention, stream: Stream) -> Tensor:
+        """[B, N, D] mean over heads of the keys, in any layout."""
+        value = self.rewriter.env[site.key]
+        (place,) = stream.places(value.dims)
+        shared = {atom for dim in self.rewriter.axes.of(site.product) for atom in atoms(dim)}
+        tokens = value.dims[place.dim][len(place.before) : len(value.dims[place.dim]) - len(place.after)]
+        own = {*atoms(stream.tokens.batch), *atoms(tokens)}
+        rest = [axis for dim in value.dims for axis in dim if not own & set(atoms((axis,)))]
+        x = stream.canonical(value, place).unflatten(2, [axis.size for axis in rest])
+        heads = [i + 2 for i, axis in enumerate(rest) if shared & set(atoms((axis,)))]
+        return (x.mean(heads) if heads else x).flatten(2)
+
+    def _masked(self, logits: Value, keys: Place, stream: Stream) -> Tensor:
+        """bool [B, N]: the tokens that no query may see, from the logits or from what is added to them."""
+        logits = replace(logits, tensor=additive(logits.tensor, torch.float32), stream=stream)
+        return stream.canonical(logits, keys).amax(-1) <= MASKED
+
+    # The reduction itself.
+
+    def _evidence(self, block: PlannedBlock, tokens: Tensor, size: Tensor) -> Evidence:
+        seen = self._seen.setdefault(block.index, {})
+        if Need.LEARNED in self.plan.method.needs:
+            stream, learned = self._stream(block), self.rewriter.env[block.block.learned]
+            learned = stream.raise_to(learned, self._entry(block).generation)
+            (place,) = stream.places(learned.dims)
+            seen["learned"] = stream.canonical(learned, place)
+        seen = {name: t if t.dtype is torch.bool else t.to(size.dtype) for name, t in seen.items()}
+        if "padding" in seen:
+            seen["padding"] = seen["padding"].expand_as(size)
+        return Evidence(tokens, size, block.lead, block.tail, block.index, len(self.plan.blocks), **seen)
+
+    def _choose(self, evidence: Evidence, r: int) -> Choice:
+        """The method's choice. With padding the tokens are first sorted by kind, so that each kind is
+        spread over both sides of a bipartite matching and has partners of its own.
+        """
+        if evidence.padding is None:
+            return self.plan.method.choose(evidence, r)
+        n, lead, tail = evidence.padding.shape[1], evidence.lead, evidence.tail
+        body = evidence.padding[:, lead : n - tail].int().argsort(stable=True, dim=1) + lead
+        position = torch.arange(n, device=body.device).expand_as(evidence.padding)
+        order = torch.cat([position[:, :lead], body, position[:, n - tail :]], 1)
+        tensors = {f.name: t for f in fields(evidence) if isinstance(t := getattr(evidence, f.name), Tensor)}
+        choice = self.plan.method.choose(replace(evidence, **{n: _take(t, order) for n, t in tensors.items()}), r)
+        weight = choice.weight
+        if weight is not None:
+            weight = torch.zeros_like(weight).scatter(1, order, weight)
+        return replace(choice, keep=order.gather(1, choice.keep), gone=order.gather(1, choice.gone), weight=weight)
+
+    def _fuse(self, block: PlannedBlock, x: Value) -> Value:
+        """Choose and combine the block's tokens: a new generation. Returns ``x`` in it."""
+        stream = self._stream(block)
+        (place,) = stream.places(x.dims)
+        if not self.plan.relaxed and hint_of(stream.body(x.generation)) + place.lead + place.tail != block.tokens_in:
+            self.whole.add(block.index)
+        x = Value(x.tensor, x.dims, stream, x.generation)
+        tokens = stream.canonical(x, place)
+        size = stream.fusion(x.generation, place.lead, place.tail).size if x.generation else stream.ones
+        evidence = self._evidence(block, tokens, size)
+        fused = self._relax(block, x, evidence, place) if self.plan.relaxed else self._reduce(block, x, evidence, place)
+        if self.plan.site in (Site.AHEAD, Site.BEFORE):
+            self.sources[stream, fused.generation] = block.block.entry
+            self.fused[block.block.entry] = fused
+        return fused
+
+    def _reduce(self, block: PlannedBlock, x: Value, evidence: Evidence, place: Place) -> Value:
+        """``x`` with fewer tokens."""
+        left = self.rewriter.left.get(block.index)
+        choice = self._choose(evidence, block.removed if left is None else evidence.x.shape[1] - left)
+        x.stream.fusions.append(self._fusion(choice, evidence, place))
+        fused = x.stream.raise_to(x, x.generation + 1)
+        if choice.gain is None:
+            return fused
+        gain = x.stream.spread(choice.gain.to(fused.tensor.dtype), fused, place)
+        return replace(fused, tensor=fused.tensor * gain)
+
+    def _relax(self, block: PlannedBlock, x: Value, evidence: Evidence, place: Place) -> Value:
+        """``x`` with all tokens, which count as the method says."""
+        relaxed = self.plan.method.relax(evidence, block.tokens_in, block.removed)
+        if relaxed.x is not None and (x.stream.batch_dim(x.dims), place.dim, len(x.dims)) != (0, 1, 3):
+            raise PassError(f"method {self.plan.method.name!r} trains on residual streams [B, N, C] alone")
+        nobody = evidence.size[:, :0].long()
+        position = torch.arange(evidence.size.shape[1], device=nobody.device).expand(evidence.size.shape)
+        order = position if relaxed.order is None else relaxed.order
+        # A token that counts for nothing has a logarithm still, and a gradient.
+        size = relaxed.size if relaxed.whole_to_itself else relaxed.size + torch.finfo(torch.float32).tiny
+        x.stream.fusions.append(Fusion(
+            order, nobody, nobody, index_of(order, nobody, nobody), None, size, place.lead, place.tail,
+            Combine.DROP, conserves=False, whole_to_itself=relaxed.whole_to_itself,
+        ))
+        moved = x if relaxed.order is None else x.stream.raise_to(x, x.generation + 1)
+        return Value(moved.tensor if relaxed.x is None else relaxed.x, x.dims, x.stream, x.generation + 1)
+
+    def _fusion(self, choice: Choice, evidence: Evidence, place: Place) -> Fusion:
+        method, size = self.plan.method, evidence.size
+        if choice.combine is Combine.DROP:
+            if self.plan.site is Site.AHEAD:
+                raise PassError(f"method {method.name!r} drops tokens, which has no attention one step ahead")
+            into = choice.into
+            if into is None:
+                into = torch.ops.mctf.nearest(evidence.x, choice.keep, choice.gone, place.lead, place.tail)
+            index = index_of(choice.keep, choice.gone, into)
+            return Fusion(choice.keep, choice.gone, into, index, None, size.gather(1, choice.keep), place.lead,
+                          place.tail, choice.combine, conserves=False)
+        raw = torch.ones_like(size) if choice.weight is None else choice.weight
+        index, weight, total = torch.ops.mctf.group(raw, size, choice.keep, choice.gone, choice.into)
+        if not method.sized:
+            total = torch.ones_like(total)
+        weight = None if choice.combine is Combine.MAX else weight
+        return Fusion(choice.keep, choice.gone, choice.into, index, weight, total, place.lead, place.tail,
+                      choice.combine, conserves=method.sized)
+
+
+def _take(x: Tensor, order: Tensor) -> Tensor:
+    """The tokens of [B, N] or [B, N, C] in another order."""
+    return x.gather(1, order if x.dim() == 2 else order[:, :, None].expand_as(x))

@@ -1,0 +1,334 @@
+"""Pass: re-emit the graph with the planned fusions, every value in the generation its tokens are in."""
+
+from __future__ import annotations
+
+import operator
+from collections import ChainMap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import SymInt, Tensor, fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.fx.traceback import set_current_meta
+
+from mctf_compile.errors import Declined
+from mctf_compile.kernels.library import shapes_alone
+from mctf_compile.methods import Site
+from mctf_compile.passes.analysis.reasons import name_of
+from mctf_compile.passes.analysis.token_axes import Axes
+from mctf_compile.passes.axes import has_batch, mentions
+from mctf_compile.passes.pipeline import State, graph_pass
+from mctf_compile.passes.planning.counts import Counts
+from mctf_compile.passes.planning.macs import count_macs
+from mctf_compile.passes.planning.plan import Plan
+from mctf_compile.passes.rewriting.fused_call import FusedCall, flat_values
+from mctf_compile.passes.rewriting.insertion import Insertion
+from mctf_compile.passes.rewriting.projector import Projector
+from mctf_compile.passes.rewriting.stream import Stream, Value
+from mctf_compile.passes.rules import find_rule
+from mctf_compile.passes.tracing import trace
+
+aten = torch.ops.aten
+Env = Mapping[fx.Node, Any]
+
+# Where a node's place in the order of blocks is kept: those of one block have one number.
+SEGMENT = "mctf_segment"
+
+
+@graph_pass("rewrite", requires=("plan",), ensures=("result",))
+def run(state: State) -> str | None:
+    state.counts = None
+    if (state.adjustable or state.unsettled) and not state.plan.relaxed:
+        state.counts = Counts(state.inputs, [b.tokens_out for b in state.plan.fusing])
+    outcome = rewrite_graph(state.normal, state.inputs, state.axes, state.plan, state.counts)
+    state.result, state.unmerges = outcome.graph, outcome.unmerges
+    known = state.findings
+    declined = known.declined | outcome.wasted
+    if outcome.unmerges and not outcome.wasted and count_macs(state.result) >= count_macs(state.normal):
+        reason = "giving the original tokens back for later operators costs more than the fusion saves"
+        declined = declined | {block.index: reason for block in state.plan.fusing}
+    state.findings = replace(known, declined=declined, whole=known.whole | outcome.whole)
+    return None if state.findings == known else "plan"
+
+
+@dataclass(frozen=True)
+class Unmerge:
+    """An operator before which the tokens were given back, and why."""
+
+    node: fx.Node
+    reason: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A rewritten graph and what was learned on the way.
+
+    ``wasted``: blocks whose fusion was undone before their MLP had run, with the reason; ``whole``:
+    blocks that got the original tokens back although an earlier block had fused them.
+    """
+
+    graph: fx.GraphModule
+    unmerges: list[Unmerge]
+    wasted: dict[int, str]
+    whole: frozenset[int]
+
+
+def rewrite_graph(
+    gm: fx.GraphModule, inputs: Sequence[Any], axes: Axes, plan: Plan, counts: Counts | None = None
+) -> Outcome:
+    """Fuse tokens at each planned block and make everything downstream size-weighted.
+
+    Before::  x1 = add(x0, proj(sdpa(q, k, v)))
+    After::   importance, weights, norm = mctf.importance(q, k, log_size, None, scale)
+              keep, gone, into = mctf.match(x0, importance, size, r, ...)
+              index, weight, size = mctf.group(importance * size, size, keep, gone, into)
+              y0 = mctf.pool(x0, weight, keep, gone, into, 1)
+              y1 = add(y0, proj(mctf.ahead(weights, norm, v(y0), index, weight, keep, gone, into, 0.0)))
+
+    1. Each value keeps its generation: how many fusions its tokens have been through.
+    2. Operands of different generations meet in the youngest; older ones are fused through the maps.
+    3. An operator that mixes tokens runs its rule's size-weighted form.
+    4. An operator without one, and every output, gets the original tokens back (``mctf.unmerge``).
+
+    With ``counts`` the graph has one more input for each fusing block: the tokens that it leaves.
+
+    Source: Lee et al., CVPR 2024, section 3.
+    """
+    rewriter = Rewriter(gm, axes, plan)
+    with shapes_alone():
+        if counts is None:
+            result = trace(rewriter.run, inputs)
+        else:
+            result = trace(partial(rewriter.run_counted, len(inputs)), [*counts.inputs, *counts.left])
+    rewriter.close(result.graph)
+    # What was computed of the old tokens alone and is read no more.
+    result.graph.eliminate_dead_code()
+    result.recompile()
+    return Outcome(result, rewriter.unmerges, rewriter.wasted(), frozenset(rewriter.insertion.whole))
+
+
+class Rewriter:
+    """Runs a graph on traced tensors, fusing where the plan says."""
+
+    def __init__(self, gm: fx.GraphModule, axes: Axes, plan: Plan) -> None:
+        self.gm, self.axes, self.plan = gm, axes, plan
+        self.order = {node: i for i, node in enumerate(gm.graph.nodes)}
+        self.unmerges: list[Unmerge] = []
+        self.env = _Values(self._emit)
+        self._segment = 0
+        # By block, the number of tokens that it leaves, where that is an input of the graph.
+        self.left: dict[int, SymInt] = {}
+        self.insertion = Insertion(self)
+        self._projector = Projector(axes, plan)
+        self._read = self._nodes_read()
+        self._raised: dict[tuple[fx.Node, Tensor, int], Value] = {}
+
+    def wasted(self) -> dict[int, str]:
+        """The blocks in which tokens were given back between the fusion and the end of the MLP."""
+        found = dict(self.insertion.undone)
+        for planned in self.plan.fusing:
+            block = planned.block
+            first, last = self.order[block.attention.node], self.order[block.exit]
+            for unmerge in self.unmerges:
+                if first < self.order[unmerge.node] <= last:
+                    found[planned.index] = f"the fused tokens would be given back within the block: {unmerge.reason}"
+        return found
+
+    def run_counted(self, given: int, *inputs: Any) -> Any:
+        """``run`` on the first ``given`` inputs; the others are the tokens that the fusing blocks leave."""
+        self.left = {block.index: left for block, left in zip(self.plan.fusing, inputs[given:], strict=True)}
+        return self.run(*inputs[:given])
+
+    def run(self, *inputs: Any) -> Any:
+        """The rewritten program; call it once, under a tracer."""
+        feed = iter(inputs)
+        ends = {n for b in self.plan.blocks for n in (b.block.entry, b.block.exit)}
+        for node in self.gm.graph.nodes:
+            if node.op == "output":
+                return fx.node.map_arg(node.args[0], lambda n: self._plain(self.env[n]))
+            if node.op == "placeholder":
+                self.env[node] = self._dense(node, next(feed))
+            elif node in self._read:
+                self.env[node] = self._emit(node)
+            with set_current_meta(node):
+                self.insertion.begin(node)
+            if node in ends:
+                self.close(get_proxy_mode().tracer.graph)
+        raise AssertionError("a graph without an output")
+
+    def _emit(self, node: fx.Node) -> Any:
+        with set_current_meta(node):
+            return self.insertion.emit(node)
+
+    def _sources(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes whose values ``evaluate`` reads: for a part of a projection, the operands of the whole."""
+        projection = self.plan.projections.get(node)
+        return (node if projection is None else projection.linear).all_input_nodes
+
+    def _nodes_read(self) -> set[fx.Node]:
+        """The nodes whose values are read, as far as that is known before.
+
+        A projection that is computed in parts is not, nor what takes it apart, nor values that attention one step
+        ahead derives from the fused tokens.
+        """
+        read = {b.block.learned for b in self.plan.fusing}
+        sites = (b.block.attention for b in self.plan.fusing) if self.plan.site is Site.AHEAD else ()
+        anew = {site.node: site.value for site in sites}
+        for node in reversed(self.gm.graph.nodes):
+            if node in read or node.is_impure():
+                read.update((node, *(n for n in self._sources(node) if n is not anew.get(node))))
+        return read
+
+    def close(self, graph: fx.Graph) -> None:
+        """Give the nodes since the last call their place in the order of blocks."""
+        for made in reversed(graph.nodes):
+            if SEGMENT in made.meta:
+                break
+            made.meta[SEGMENT] = self._segment
+        self._segment += 1
+
+    def _plain(self, value: Any) -> Any:
+        """What the original program would hold: tensors over the original tokens."""
+        if isinstance(value, list):
+            return [self._plain(v) for v in value]
+        return self._lower(value).tensor if isinstance(value, Value) else value
+
+    def _dense(self, node: fx.Node, result: Any) -> Any:
+        if isinstance(result, Tensor):
+            return Value(result, self.axes.of(node) if node in self.axes.dims else ())
+        if isinstance(result, (tuple, list)):
+            dims = self.axes.dims.get(node, [()] * len(result))
+            return [Value(r, self.axes.table.canonical_dims(d)) if isinstance(r, Tensor) else r
+                    for r, d in zip(result, dims)]
+        return result
+
+    # Running operators.
+
+    def evaluate(self, node: fx.Node, env: Env) -> Any:
+        """Run one node on the values of ``env``, in the youngest generation among them."""
+        if node.op == "get_attr":
+            return self._dense(node, operator.attrgetter(node.target)(self.gm))
+        if node in self.plan.projections:
+            first = self.env[self.plan.projections[node].linear.args[0]]
+            return self._projector.evaluate(node, env, first)
+        if node.target is operator.getitem and isinstance(env.get(node.args[0]), list):
+            return env[node.args[0]][node.args[1]]
+        operands = [env[n] for n in node.all_input_nodes]
+        fused = [v for v in flat_values(operands) if v.generation]
+        if not fused:
+            return self._run_dense(node, env)
+        try:
+            if len({v.stream for v in fused}) > 1:
+                raise Declined("two token axes that are fused apart meet")
+            return self._run_fused(node, fused[0].stream, max(v.generation for v in fused), env)
+        except Declined as declined:
+            self.unmerges.append(Unmerge(node, str(declined)))
+            return self._run_dense(node, env)
+
+    def _run_dense(self, node: fx.Node, env: Env) -> Any:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self._plain(env[n]))
+        # Tokens that were given back lie elsewhere in memory than a view was made for.
+        target = aten.reshape.default if node.target is aten.view.default else node.target
+        return self._dense(node, target(*args, **kwargs))
+
+    def _run_fused(self, node: fx.Node, stream: Stream, generation: int, env: Env) -> Any:
+        rule = find_rule(node.target)
+        if rule is None:
+            raise Declined(f"{name_of(node)} has no rule for fused tokens")
+        call = FusedCall(self, rule, node, stream, generation, env)
+        if not mentions(self.axes.mixed_by(node), stream.tokens):
+            return call.emit()
+        if rule.fused is None:
+            raise Declined(f"{name_of(node)} mixes the original tokens")
+        return rule.fused(call)
+
+    def again(self, node: fx.Node, replacements: dict[fx.Node, Value]) -> Any:
+        """The value of ``node`` had others been the ``replacements``; only what lies between is run again."""
+        between, stack = set(), [node]
+        first = min(self.order[n] for n in replacements)
+        while stack:
+            n = stack.pop()
+            if n not in between and n not in replacements and self.order[n] > first:
+                between.add(n)
+                stack.extend(self._sources(n))
+        local = ChainMap(dict(replacements), self.env)
+        for n in sorted(between, key=self.order.__getitem__):
+            if any(i in local.maps[0] for i in self._sources(n)):
+                local[n] = self.evaluate(n, local)
+        return local[node]
+
+    def _descends(self, node: fx.Node, source: fx.Node) -> bool:
+        """Whether ``node`` is computed from ``source``."""
+        stack, seen = [node], set()
+        while stack:
+            n = stack.pop()
+            if n is source:
+                return n is not node
+            if n not in seen and self.order[n] > self.order[source]:
+                seen.add(n)
+                stack.extend(n.all_input_nodes)
+        return False
+
+    # Moving values between generations.
+
+    def lift(
+        self, node: fx.Node, value: Value, stream: Stream, generation: int, like: Callable[[], Value]
+    ) -> Value:
+        """``value`` in ``generation``; unchanged where it has no token axis. ``like()`` shows where images are."""
+        if value.generation == generation or not mentions(value.dims, stream.tokens):
+            return value
+        # Tensors hash by identity; the key keeps its own alive, so that no other takes its place.
+        key = (node, value.tensor, generation)
+        if key not in self._raised:
+            source = self.insertion.sources.get((stream, generation))
+            if source is not None and value.generation == generation - 1:
+                fused = self.insertion.fused[source]
+                if node is source:
+                    value = fused
+                elif self._descends(node, source):
+                    # What was derived from the tokens before they were fused is derived from the fused ones.
+                    value = self.again(node, {source: fused})
+                if value.generation == generation:
+                    self._raised[key] = value
+                    return value
+            if not has_batch(value.dims, stream.tokens):
+                value = _with_images(value, stream, like())
+            self._raised[key] = stream.raise_to(stream.intensive(value), generation)
+        return self._raised[key]
+
+    def _lower(self, value: Value) -> Value:
+        if value.stream is None:
+            return value
+        return value.stream.lower_to(value.stream.intensive(value), 0)
+
+
+class _Values(dict[fx.Node, Any]):
+    """Values by node. One that is not there yet is computed when it is read."""
+
+    def __init__(self, compute: Callable[[fx.Node], Any]) -> None:
+        super().__init__()
+        self._compute = compute
+
+    def __missing__(self, node: fx.Node) -> Any:
+        self[node] = value = self._compute(node)
+        return value
+
+
+def _with_images(value: Value, stream: Stream, like: Value) -> Value:
+    """A value that is the same for all images, with a dimension for them where ``like`` has it."""
+    batch = stream.batch_dim(like.dims)
+    if batch is None:
+        raise Declined("images share a dimension with other axes where a value without them meets the tokens")
+    rank = len(like.dims)
+    missing = rank - len(value.dims)
+    dims = ((),) * missing + value.dims
+    if missing < 0 or dims[batch]:
+        raise Declined("a value without the batch axis meets fused tokens in another layout")
+    tensor = value.tensor.reshape([1] * missing + list(value.tensor.shape))
+    shape = [-1] * rank
+    shape[batch] = like.tensor.shape[batch]
+    dims = (*dims[:batch], stream.tokens.batch, *dims[batch + 1 :])
+    return Value(tensor.expand(shape), dims, value.stream, value.generation, value.mass)
