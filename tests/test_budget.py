@@ -16,6 +16,7 @@ from mctf_compile.compiler import rewrite, run_pipeline
 from mctf_compile.options.schedule import least, spread
 from mctf_compile.passes.planning.budget import Costs, unprofitable
 from mctf_compile.passes.planning.macs import count_macs, macs_by_counts
+from mctf_compile.passes.planning.plan import tokens_left
 from mctf_compile.settle import Clock, settle_by_running
 
 IMAGES = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
@@ -60,7 +61,7 @@ def test_symbolic_counts_are_those_of_the_static_graph(method, r):
     def both(gm, inputs):
         config = FusionConfig(method=method, r=r)
         state = run_pipeline(gm, inputs, FusionConfig(method=method, r=5), adjustable=True)[0]
-        symbolic = macs_by_counts(state.portable, state.counts)(state.left(config.method))
+        symbolic = macs_by_counts(state.portable, state.counts)(tokens_left(state, config.method))
         return symbolic, rewrite(gm, inputs, config)[1].macs_after
 
     symbolic, static = captured(both)
@@ -247,7 +248,7 @@ def test_a_clock_times_what_it_is_given():
         config = FusionConfig(inner="aot_eager")
         state = run_pipeline(gm, inputs, config, adjustable=True)[0]
         clock = Clock(state, inputs, config)
-        left = state.left(FusionConfig(r=4).method)
+        left = tokens_left(state, FusionConfig(r=4).method)
         return clock._run(None)(), clock._run(left)(), clock.seconds(None, left)
 
     model = vit()

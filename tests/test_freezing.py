@@ -105,6 +105,8 @@ def test_what_onednn_does_not_have_stays_a_linear_layer() -> None:
 @torch.no_grad()
 def test_under_autocast_the_weight_is_cast_once() -> None:
     model, x = Layer(True, lambda y, own: F.gelu(y)), torch.randn(4, 3, 16)
+    if not frozen_linear_supported(model.weight, torch.bfloat16):
+        pytest.skip("oneDNN has no products of torch.bfloat16 on this machine")
     with torch.autocast("cpu", torch.bfloat16):
         gm = make_fx(model, pre_dispatch=True, tracing_mode="fake", _allow_non_fake_inputs=True)(x)
         (linear,) = gm.graph.find_nodes(op="call_function", target=aten.linear.default)
