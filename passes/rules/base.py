@@ -100,11 +100,11 @@ def rule(
 
 def find_rule(target: Any) -> Rule | None:
     """The rule of an operator: its own, else that of the pointwise family, else None (default-deny)."""
-    if not isinstance(target, OpOverload):
+    if not isinstance(target, OpOverload) or target._schema.is_mutable:
         return None
     if target.overloadpacket in RULES:
         return RULES[target.overloadpacket]
-    if torch.Tag.pointwise in target.tags and not target._schema.is_mutable:
+    if torch.Tag.pointwise in target.tags:
         return RULES[torch.ops.aten.add]
     return None
 
