@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from types import TracebackType
@@ -78,14 +78,17 @@ class set_r(AbstractContextManager):  # noqa: N801  called like torch.set_grad_e
 
 def _options(compiled: Any) -> MutableMapping[str, Any] | None:
     """The options that a module or function was compiled with, where they have ``dynamic_r``."""
+    given = (getattr(backend, "kwargs", {}).get("options") for backend in backends(compiled))
+    return next((o for o in given if isinstance(o, MutableMapping) and o.get("dynamic_r")), None)
+
+
+def backends(compiled: Any) -> Iterator[Any]:
+    """The backend that a module or function was compiled with, as ``torch.compile`` wraps it, from the outside in."""
     if isinstance(compiled, torch.nn.Module) and getattr(compiled, "_compiled_call_impl", None) is not None:
         compiled = compiled._compiled_call_impl
     held = [c.cell_contents for c in getattr(compiled, "__closure__", None) or ()]
     contexts = [x for x in (getattr(compiled, "dynamo_ctx", None), *held) if isinstance(x, OptimizeContext)]
     backend = contexts[0].callback if contexts else None
     while backend is not None:
-        options = getattr(backend, "kwargs", {}).get("options")
-        if isinstance(options, MutableMapping) and options.get("dynamic_r"):
-            return options
+        yield backend
         backend = getattr(backend, "_torchdynamo_orig_backend", None)
-    return None

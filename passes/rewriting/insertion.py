@@ -16,6 +16,7 @@ from mctf_compile.methods import Choice, Combine, Evidence, Need, Site
 from mctf_compile.passes.analysis.masks import MASKED
 from mctf_compile.passes.axes import Place, Tokens, atoms, hint_of
 from mctf_compile.passes.planning.plan import PlannedBlock
+from mctf_compile.passes.rewriting.following import Reduction
 from mctf_compile.passes.rewriting.fused_call import FusedCall
 from mctf_compile.passes.rewriting.stream import Fusion, Stream, Value
 from mctf_compile.passes.rules import find_rule
@@ -40,8 +41,9 @@ class Insertion:
     """Runs the planned attentions of a rewrite, and reduces their tokens.
 
     ``fused`` and ``sources`` keep, for each generation that a residual stream was fused into, that stream
-    and its node: values derived from it before are derived again. ``whole`` collects the blocks that
-    turned out to get the original tokens, ``undone`` those that could not be fused, with the reason.
+    and its node: values derived from it before are derived again. ``reductions`` are those made so far, ``whole``
+    collects the blocks that turned out to get the original tokens, ``undone`` those that could not be fused, with the
+    reason.
     """
 
     def __init__(self, rewriter: Rewriter) -> None:
@@ -49,6 +51,7 @@ class Insertion:
         self.streams: dict[Tokens, Stream] = {}
         self.sources: dict[tuple[Stream, int], fx.Node] = {}
         self.fused: dict[fx.Node, Value] = {}
+        self.reductions: list[Reduction] = []
         self.whole: set[int] = set()
         self.undone: dict[int, str] = {}
         self._seen: dict[int, dict[str, Tensor]] = {}
@@ -284,6 +287,7 @@ class Insertion:
         size = stream.fusion(x.generation, place.lead, place.tail).size if x.generation else stream.ones
         evidence = self._evidence(block, tokens, size)
         fused = self._relax(block, x, evidence, place) if self.plan.relaxed else self._reduce(block, x, evidence, place)
+        self.reductions.append(Reduction(block, stream, fused.generation, place, evidence))
         if self.plan.site in (Site.AHEAD, Site.BEFORE):
             self.sources[stream, fused.generation] = block.block.entry
             self.fused[block.block.entry] = fused

@@ -77,7 +77,8 @@ class Outcome:
 
 
 def rewrite_graph(
-    gm: fx.GraphModule, inputs: Sequence[Any], axes: Axes, plan: Plan, counts: Counts | None = None
+    gm: fx.GraphModule, inputs: Sequence[Any], axes: Axes, plan: Plan, counts: Counts | None = None,
+    followed: bool = False,
 ) -> Outcome:
     """Fuse tokens at each planned block and make everything downstream size-weighted.
 
@@ -93,13 +94,16 @@ def rewrite_graph(
     3. An operator that mixes tokens runs its rule's size-weighted form.
     4. An operator without one, and every output, gets the original tokens back (``mctf.unmerge``).
 
-    With ``counts`` the graph has one more input for each fusing block: the tokens that it leaves.
+    With ``counts`` the graph has one more input for each fusing block: the tokens that it leaves. ``followed``: beside
+    its outputs it returns what became of the tokens, by block (see ``following``).
 
     Source: Lee et al., CVPR 2024, section 3.
     """
     rewriter = Rewriter(gm, axes, plan)
     with shapes_alone():
-        if counts is None:
+        if followed:
+            result = trace(rewriter.run_followed, inputs)
+        elif counts is None:
             result = trace(rewriter.run, inputs)
         else:
             result = trace(partial(rewriter.run_counted, len(inputs)), [*counts.inputs, *counts.left])
@@ -141,6 +145,10 @@ class Rewriter:
         """``run`` on the first ``given`` inputs; the others are the tokens that the fusing blocks leave."""
         self.left = {block.index: left for block, left in zip(self.plan.fusing, inputs[given:], strict=True)}
         return self.run(*inputs[:given])
+
+    def run_followed(self, *inputs: Any) -> tuple[Any, dict[int, dict[str, Tensor]]]:
+        """The results of ``run``, and by block what its reduction did to the original tokens."""
+        return self.run(*inputs), {r.block.index: r.followed() for r in self.insertion.reductions}
 
     def run(self, *inputs: Any) -> Any:
         """The rewritten program; call it once, under a tracer."""
