@@ -70,7 +70,10 @@ def make_report(state: State) -> Report:
             reasons.pop() if len(reasons) == 1 else "no block can fuse"
         )
     return Report(
-        blocks=[BlockReport(b.index, b.tokens_in, b.tokens_out, b.reason, b.note) for b in planned],
+        blocks=[
+            BlockReport(b.number, b.tokens_in, b.tokens_out, b.reason, b.note, b.tower, b.block.module) for b in planned
+        ],
+        towers=_tower_names(state),
         count=partial(_count, state.normal, state.portable if fused else None),
         unmerged=list(dict.fromkeys(f"{u.node.name}: {u.reason}" for u in state.unmerges)),
         reason=reason,
@@ -79,6 +82,17 @@ def make_report(state: State) -> Report:
         remarks=_remarks(state) if fused else [],
         seconds=state.seconds,
     )
+
+
+def _tower_names(state: State) -> list[str]:
+    """What to call the towers: the module around their blocks, and of one that runs several times, which run."""
+    made_of = [tuple(state.blocks[i].module for i in tower.blocks) for tower in state.towers]
+    names = []
+    for i, tower in enumerate(state.towers):
+        runs = [j for j, other in enumerate(made_of) if other == made_of[i] and tower.module]
+        run = f", run {runs.index(i) + 1} of {len(runs)}" if len(runs) > 1 else ""
+        names.append((f"tower {i}: {tower.module}" if tower.module else f"tower {i}") + run)
+    return names
 
 
 def _remarks(state: State) -> list[str]:

@@ -38,9 +38,10 @@ class Adjustable:
         """The tokens that each fusing block leaves at ``r``."""
         key = repr(r)
         if key not in self._left:
-            config = self.state.config.method
-            method = self.state.method if r == config.r else replace(config, r=r, target=None)
-            self._left[key] = tokens_left(self.state, method)
+            method, found = self.state.config.method, self.state.findings.r
+            if r != method.r:
+                method, found = replace(method, r=r, target=None), None
+            self._left[key] = tokens_left(self.state, method, found)
         return self._left[key]
 
 

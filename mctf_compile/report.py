@@ -7,18 +7,24 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 
 @dataclass(frozen=True)
 class BlockReport:
-    """One attention block. ``reason`` is None where it fused; token counts include protected tokens."""
+    """One attention block. ``reason`` is None where it fused; token counts include protected tokens.
+
+    ``index`` is its number in its ``tower``; ``module`` the path of the module that attention runs in, where known.
+    """
 
     index: int
     tokens_in: int | None
     tokens_out: int | None
     reason: str | None = None
     note: str | None = None
+    tower: int = 0
+    module: str | None = None
 
     @property
     def removed(self) -> int:
@@ -33,6 +39,7 @@ class Report:
         blocks: one entry per self-attention, in order of execution.
         count: gives the multiply-accumulates of one run at the inputs' batch size, before and after.
         unmerged: where, and why, the original tokens were given back before an operator.
+        towers: what to call each chain of blocks along one residual stream; their numbers start at 0 in each.
         reason: why the whole graph stayed dense, or None.
         method: the reduction method.
         target: what ``r="auto"`` was solved for, and what was measured for that, if so.
@@ -43,6 +50,7 @@ class Report:
     blocks: list[BlockReport]
     count: Callable[[], tuple[int, int]] = field(repr=False)
     unmerged: list[str] = field(default_factory=list)
+    towers: list[str] = field(default_factory=list)
     reason: str | None = None
     method: str = "mctf"
     target: str | None = None
@@ -86,11 +94,19 @@ class Report:
             + (f", for {self.target}" if self.target else "")
         )
 
+    def by_tower(self) -> list[tuple[str, list[BlockReport]]]:
+        """The name of each tower, with its blocks."""
+        return [(name, [b for b in self.blocks if b.tower == t]) for t, name in enumerate(self.towers or [""])]
+
     def __str__(self) -> str:
         lines = [self.summary]
-        for b in self.blocks:
-            tokens = f"{b.tokens_in} -> {b.tokens_out}" if b.reason is None else f"{b.tokens_in}, dense: {b.reason}"
-            lines.append(f"  block {b.index}: {tokens}" + (f" ({b.note})" if b.note and b.reason is None else ""))
+        for name, blocks in self.by_tower():
+            if len(self.towers) > 1:
+                lines.append(f"  {name}")
+            for b in blocks:
+                tokens = f"{b.tokens_in} -> {b.tokens_out}" if b.reason is None else f"{b.tokens_in}, dense: {b.reason}"
+                place = f"block {b.index}" + (f", {b.module}" if b.module else "")
+                lines.append(f"  {place}: {tokens}" + (f" ({b.note})" if b.note and b.reason is None else ""))
         lines.extend(f"  unmerged before {line}" for line in self.unmerged)
         lines.extend(f"  {line}" for line in self.remarks)
         return "\n".join(lines)
@@ -98,15 +114,18 @@ class Report:
     def table(self) -> Table:
         """The report as a rich table."""
         table = Table(title=self.summary, title_justify="left")
-        for name, justify in (("block", "right"), ("tokens in", "right"), ("out", "right"), ("", "left")):
+        for name, justify in (("block", "right"), ("module", "left"), ("tokens in", "right"), ("out", "right"),
+                              ("", "left")):
             table.add_column(name, justify=justify)
-        for b in self.blocks:
-            remark = f"dense: {b.reason}" if b.reason is not None else b.note or ""
-            table.add_row(str(b.index), str(b.tokens_in or "?"), str(b.tokens_out or "?"), remark)
-        for line in self.unmerged:
-            table.add_row("", "", "", f"unmerged before {line}")
-        for line in self.remarks:
-            table.add_row("", "", "", line)
+        for name, blocks in self.by_tower():
+            if len(self.towers) > 1:
+                table.add_row("", f"[bold]{escape(name)}[/bold]", "", "", "")
+            for b in blocks:
+                remark = f"dense: {b.reason}" if b.reason is not None else b.note or ""
+                table.add_row(str(b.index), escape(b.module or ""), str(b.tokens_in or "?"), str(b.tokens_out or "?"),
+                              escape(remark))
+        for line in (*(f"unmerged before {line}" for line in self.unmerged), *self.remarks):
+            table.add_row("", "", "", "", escape(line))
         return table
 
     def print(self, console: Console | None = None) -> None:

@@ -18,7 +18,7 @@ from mctf_compile.inner.lowering import lower, lower_counted
 from mctf_compile.options.schedule import LATENCY, Target
 from mctf_compile.passes import PIPELINE, Findings, State, run_passes
 from mctf_compile.passes.analysis.normalize import fake_inputs
-from mctf_compile.passes.planning.budget import Costs, Measure, estimated, everything, settle, solve, with_r
+from mctf_compile.passes.planning.budget import Costs, Measure, estimated, everything, settle, solve
 from mctf_compile.passes.planning.macs import macs_by_counts
 from mctf_compile.passes.planning.plan import tokens_left
 from mctf_compile.passes.rewriting.rewriter import rewrite_graph
@@ -48,7 +48,7 @@ def settle_by_running(gm: fx.GraphModule, inputs: Sequence[Any], config: FusionC
                               "model in training keeps all; set r while it trains.")
         clock = Clock(state, inputs, config)
         macs = macs_by_counts(state.portable, state.counts)
-        target = state.method.solved_for
+        target = state.unsolved
         if target is not None and target.quantity == LATENCY:
             meet_latency(state, target, clock, macs)
             if state.findings.r is None:
@@ -68,7 +68,7 @@ def meet_latency(state: State, target: Target, clock: Clock, macs: Measure) -> N
     """
     goal = target.value / 1e3
     none, most = ([0] * len(state.blocks), everything(state))
-    lefts = [tokens_left(state, with_r(state.method, r)) for r in (none, most)]
+    lefts = [tokens_left(state, requests=r) for r in (none, most)]
     dense, slow, fast = clock.seconds(None, *lefts)
     if dense <= goal:
         met = f"the dense model meets the target {target}: {1e3 * dense:.2f} ms"
@@ -77,13 +77,13 @@ def meet_latency(state: State, target: Target, clock: Clock, macs: Measure) -> N
         return
     if fast > goal:
         raise ConfigError(f"target={str(target)!r} is out of reach: with the most tokens that method "
-                          f"{state.method.name!r} can remove, a call takes {1e3 * fast:.2f} ms.")
+                          f"{state.plan.method.name!r} can remove, a call takes {1e3 * fast:.2f} ms.")
     high, low = map(macs, lefts)
     per_mac = max(slow - fast, 0.0) / max(high - low, 1)
     best, taken, offset = most, fast, fast - per_mac * low
     for _ in range(ATTEMPTS):
         found = solve(state, lambda left, offset=offset: offset + per_mac * macs(left) <= goal) or most
-        left = tokens_left(state, with_r(state.method, found))
+        left = tokens_left(state, requests=found)
         (seconds,) = clock.seconds(left)
         if seconds <= goal and sum(found) < sum(best):
             best, taken = found, seconds
@@ -95,11 +95,10 @@ def meet_latency(state: State, target: Target, clock: Clock, macs: Measure) -> N
 
 def measured(state: State, clock: Clock, macs: Measure) -> Costs:
     """What a multiply-accumulate and a fusion take, of three runs: dense, with fusions of no token, and as planned."""
-    method, fusing = state.method, state.plan.fusing
-    if method.solved_for is not None:
+    fusing = state.plan.fusing
+    if state.unsolved is not None:
         settle(state, macs)
-        method = state.method
-    lefts = [tokens_left(state, with_r(method, [0] * len(state.blocks))), tokens_left(state, method)]
+    lefts = [tokens_left(state, requests=r) for r in ([0] * len(state.blocks), state.findings.r)]
     dense, none, planned = clock.seconds(None, *lefts)
     more, fewer = map(macs, lefts)
     each = max(none - dense, 0.0) / len(fusing)

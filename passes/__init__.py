@@ -4,14 +4,14 @@ Data flows one way, with one exception: what is learned of the rewritten graph (
 could pay; so much must be removed to meet a target) goes into ``State.findings``, and the plan is made again.
 """
 
-from mctf_compile.passes.analysis import blocks, masks, normalize, observations, projections, token_axes
+from mctf_compile.passes.analysis import blocks, masks, normalize, observations, projections, token_axes, towers
 from mctf_compile.passes.lowering import biases, choose_kernels
 from mctf_compile.passes.pipeline import Findings, Pass, State, graph_pass, run_passes
 from mctf_compile.passes.planning import budget, plan
 from mctf_compile.passes.rewriting import rewriter, verify
 
 # What only looks at the graph.
-ANALYSIS: tuple[Pass, ...] = (normalize.run, observations.run, token_axes.run, blocks.run, masks.run)
+ANALYSIS: tuple[Pass, ...] = (normalize.run, observations.run, token_axes.run, blocks.run, masks.run, towers.run)
 PIPELINE: tuple[Pass, ...] = (
     *ANALYSIS, plan.run, choose_kernels.prepare, projections.run, rewriter.run, budget.run,
     choose_kernels.run, biases.run, verify.run,

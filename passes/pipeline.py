@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +15,9 @@ from mctf_compile.config import FusionConfig
 from mctf_compile.errors import ConfigError, PassError, UnsupportedGraph
 
 if TYPE_CHECKING:
-    from mctf_compile.methods import Method
+    from mctf_compile.options.schedule import Target
     from mctf_compile.passes.analysis.observations import Observation
-    from mctf_compile.passes.analysis.structure import Block
+    from mctf_compile.passes.analysis.structure import Block, Tower
     from mctf_compile.passes.analysis.token_axes import Axes
     from mctf_compile.passes.planning.counts import Counts
     from mctf_compile.passes.planning.plan import Plan
@@ -29,8 +29,8 @@ class Findings:
     """What was learned of a rewritten graph that only the plan can act on.
 
     ``declined``: blocks that are not worth fusing, with the reason. ``whole``: blocks that get the
-    original tokens back, because an operator between them and the block before needs those. ``r``: the removal
-    per block that meets a target, and ``met`` what it meets.
+    original tokens back, because an operator between them and the block before needs those. ``r``: what each block
+    is to remove to meet a target, and ``met`` what that meets.
     """
 
     declined: dict[int, str] = field(default_factory=dict)
@@ -57,6 +57,7 @@ class State:
     observations: list[Observation] | None = None
     axes: Axes | None = None
     blocks: list[Block] | None = None
+    towers: list[Tower] | None = None
     findings: Findings = Findings()
     plan: Plan | None = None
     result: fx.GraphModule | None = None
@@ -67,10 +68,9 @@ class State:
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
-    def method(self) -> Method:
-        """The method, with the ``r`` that was found for its target."""
-        method, r = self.config.method, self.findings.r
-        return method if r is None else replace(method, r=list(r), target=None)
+    def unsolved(self) -> Target | None:
+        """The target that ``r`` is yet to be found for."""
+        return None if self.findings.r is not None else getattr(self.config.method, "solved_for", None)
 
     @property
     def current(self) -> fx.GraphModule:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mctf_compile.errors import ConfigError
 from mctf_compile.methods.attached import Attached
-from mctf_compile.options.fields import Options, block_numbers, flag, option, whole
+from mctf_compile.options.fields import Options, block_numbers, flag, option, patterns, whole
 from mctf_compile.options.schedule import (
     AUTO,
     NOT_CHOSEN,
@@ -62,7 +62,7 @@ class Evidence:
     """What a method sees of a block: tensors of the graph. What it did not ask for is None.
 
     ``x`` [B, N, C]: the residual stream; ``size`` [B, N]: token sizes (float32 or wider); ``lead`` and
-    ``tail``: protected tokens at its ends; ``index`` of ``depth``: the block among all. ``padding``: bool
+    ``tail``: protected tokens at its ends; ``index`` of ``depth``: the block in its tower. ``padding``: bool
     [B, N] where attention masks tokens out, else None; padding and other tokens must not be combined.
 
     ``importance`` [B, N]: the mean over heads and queries of the block's attention; ``class_attention``
@@ -152,8 +152,10 @@ class Method(Options):
     None for a method that has none. ``hint``: what to do where its needs cannot be met.
 
     Options of every method:
-        layers: blocks (0-based) that it acts on; None for the method's default.
+        layers: blocks (0-based) of a tower that it acts on; None for the method's default.
         protected: number of prefix tokens never removed; ``"auto"`` reads it off the graph.
+        modules: which modules' blocks may fuse, by their paths in the model or patterns of such, as ``"student.*"``
+            or ``["visual", "blocks.[0-5]"]``; None for all.
     """
 
     name: ClassVar[str]
@@ -166,6 +168,7 @@ class Method(Options):
 
     layers: tuple[int, ...] | None = option(None, block_numbers)
     protected: int | str = option("auto", whole(0, "auto"))
+    modules: tuple[str, ...] | None = option(None, patterns)
 
     @property
     def active(self) -> bool:
@@ -186,7 +189,10 @@ class Method(Options):
         return sorted(self.default_layers(depth) if self.layers is None else self.layers)
 
     def removal(self, index: int, depth: int, count: Count) -> Removal:
-        """How many tokens block ``index`` of ``depth`` removes. Raises ``ConfigError`` where options do not fit."""
+        """How many tokens block ``index`` of a tower of ``depth`` removes.
+
+        Raises ``ConfigError`` where options do not fit.
+        """
         raise NotImplementedError
 
     def choose(self, evidence: Evidence, r: int) -> Choice:

@@ -96,3 +96,13 @@ def block_numbers(name: str, value: Any) -> tuple[int, ...] | None:
     if not numbers:
         raise ConfigError(f"{name}={value!r} must be a list of block numbers >= 0, or None.")
     return tuple(sorted(set(value)))
+
+
+def patterns(name: str, value: Any) -> tuple[str, ...] | None:
+    """One pattern or several, of paths of modules."""
+    if value is None:
+        return None
+    several = (value,) if isinstance(value, str) else value
+    if not isinstance(several, (list, tuple)) or not several or not all(isinstance(p, str) and p for p in several):
+        raise ConfigError(f"{name}={value!r} must be a path or pattern of modules, as 'student.*', or a list of such.")
+    return tuple(several)

@@ -46,13 +46,19 @@ def attach(model: nn.Module, *inputs: Any, method: str, **options: Any) -> nn.Mo
     if isinstance(model, nn.Sequential):
         raise ConfigError("attach cannot add modules to an nn.Sequential, which would run them; wrap it in a module.")
     state = _analyse(model, inputs or _example(model), config)
-    chosen = config.method.acts_on(len(state.blocks))
     flow, added, module = Dataflow(state.normal.graph), nn.ModuleDict(), None
+    readers: set[nn.Module] = set()
     device = next((p.device for p in model.parameters()), None)
+    chosen = {tower.blocks[i] for tower in state.towers for i in config.method.acts_on(len(tower.blocks))
+              if i < len(tower.blocks)}
     for i, block in enumerate(state.blocks):
         if i not in chosen or block.problem is not None:
             continue
         reader, width = _reader(model, block, config.method.reads, flow)
+        if reader in readers:
+            # A module that runs twice in one graph has its module already.
+            continue
+        readers.add(reader)
         module = config.method.module(width, block.tokens.lead, block.tokens.tail, module).to(device)
         module.train(model.training)
         # A bound method, so that a copy of the model hooks up its own copy of the module.

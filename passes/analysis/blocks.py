@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
@@ -46,8 +47,19 @@ def find_blocks(graph: fx.Graph, axes: Axes, protected: int | None = None) -> li
     blocks = []
     for i, site in enumerate(sites):
         following = sites[i + 1].node if i + 1 < len(sites) else None
-        blocks.append(_block(site, following, flow, axes, protected))
+        blocks.append(replace(_block(site, following, flow, axes, protected), module=_module(site.node)))
     return blocks
+
+
+def _module(node: fx.Node) -> str | None:
+    """The path of the module that a node runs in, as ``blocks.3.attn``."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return None
+    path, _ = list(stack.values())[-1]
+    # Dynamo writes a path as Python: L['self']._modules['blocks'][3].attn.
+    path = re.sub(r"^L\['\w+'\]\.?|_modules(?=\[)", "", path)
+    return re.sub(r"\['?(\w+)'?\]", r".\1", path).strip(".").replace("..", ".") or None
 
 
 def _attention(node: fx.Node, axes: Axes) -> Attention | None:
@@ -141,7 +153,7 @@ def _block(
     tokens = _tokens(keys, protected)
     if isinstance(tokens, str):
         return Block(site, None, problem=tokens)
-    found = _residual(site, flow, axes)
+    found = _residual(site, tokens, following, flow, axes)
     if found is None:
         problem = "no residual connection leads around this attention with the tokens in its order"
         return Block(site, None, problem=problem)
@@ -151,20 +163,51 @@ def _block(
     tokens = _with_batch(tokens, axes.of(entry), axes.of(site.query))
     if isinstance(tokens, str):
         return Block(site, None, entry, middle, problem=tokens)
+    if not _ends_are_keys(axes.of(entry), keys, tokens):
+        problem = "the residual stream holds protected tokens beside its others that attention does not read as keys"
+        return Block(site, None, entry, middle, problem=problem)
     end = _mlp_end(middle, following, flow, axes) or middle
     if any(map(updates_statistics, flow.between(entry, end))):
         return Block(site, None, entry, middle, problem="batch norm in training takes statistics over the tokens")
     return Block(site, tokens, entry, middle, end)
 
 
-def _residual(site: Attention, flow: Dataflow, axes: Axes) -> tuple[fx.Node, fx.Node] | None:
-    """(residual stream, the addition that returns to it)."""
+def _residual(
+    site: Attention, tokens: Tokens, following: fx.Node | None, flow: Dataflow, axes: Axes
+) -> tuple[fx.Node, fx.Node] | None:
+    """(residual stream, the addition that returns to it).
+
+    Of several streams that meet in one attention it is that of the tokens; the others are returned to before the
+    next attention, ``following``.
+    """
+    other = None
     for node, a, b in _sums(flow.span(site.node, None), axes):
+        if other is not None and following is not None and flow.order[node] > flow.order[following]:
+            break
         for stream, branch in ((a, b), (b, a)):
             around = all(flow.leads(stream, n) for n in (site.query, site.key, site.value))
             if around and (branch is site.node or flow.leads(site.node, branch)):
-                return stream, node
-    return None
+                if mentions(axes.of(stream), tokens):
+                    return stream, node
+                other = other or (stream, node)
+    return other
+
+
+def _ends_are_keys(stream: Dims, keys: Dim, tokens: Tokens) -> bool:
+    """Whether the protected tokens of a residual stream are the keys next to the others."""
+    own, all_keys = (_ends_of(dims, tokens) for dims in (stream, (keys,)))
+    return all(mine == theirs[: len(mine)] for mine, theirs in zip(own, all_keys))
+
+
+def _ends_of(dims: Dims, tokens: Tokens) -> tuple[list, list]:
+    """The parts before and after the tokens in the dimension that holds them, the nearest first."""
+    body = set(atoms(tokens.body))
+    axis = next((axis for dim in dims for axis in dim if isinstance(axis, Cat) and body & set(atoms((axis,)))), None)
+    if axis is None or tokens.body == (axis,):
+        return [], []
+    inside = [bool(body & set(atoms(part))) for _, part in axis.parts]
+    first, last = inside.index(True), len(inside) - inside[::-1].index(True)
+    return list(axis.parts[:first][::-1]), list(axis.parts[last:])
 
 
 def _mlp_end(middle: fx.Node, following: fx.Node | None, flow: Dataflow, axes: Axes) -> fx.Node | None:

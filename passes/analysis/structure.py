@@ -44,7 +44,8 @@ class Block:
     ``entry``: the residual stream that attention reads; ``middle``: the residual add after attention;
     ``exit``: the residual stream after the MLP (``middle`` where no MLP follows). ``problem`` says why
     no token can be fused here, else None. ``mask``: what the logits allow (see ``masks``).
-    ``learned``: what a module attached to it says of its tokens (see ``observations``).
+    ``learned``: what a module attached to it says of its tokens (see ``observations``). ``module``: the path of the
+    module that attention runs in, where the graph tells; for people to read.
     """
 
     attention: Attention
@@ -55,3 +56,15 @@ class Block:
     problem: str | None = None
     mask: Mask = Mask.NONE
     learned: fx.Node | None = None
+    module: str | None = None
+
+
+@dataclass(frozen=True)
+class Tower:
+    """The blocks along one residual stream, by their place among all, and the module around them, where known.
+
+    Numbers of blocks, schedules and targets are those of a tower.
+    """
+
+    blocks: tuple[int, ...]
+    module: str = ""

@@ -10,12 +10,11 @@ import torch
 from torch import fx
 
 from mctf_compile.errors import ConfigError
-from mctf_compile.methods import Merging
 from mctf_compile.options.schedule import GMACS, SPEEDUP, Target, least, spread
 from mctf_compile.passes.axes import hint_of
 from mctf_compile.passes.pipeline import State, graph_pass
 from mctf_compile.passes.planning.macs import count_macs, macs_by_counts
-from mctf_compile.passes.planning.plan import PlannedBlock, plan_for, tokens_left
+from mctf_compile.passes.planning.plan import PlannedBlock, make_plan, tokens_left
 
 
 @graph_pass("budget", requires=("result",))
@@ -28,7 +27,7 @@ def run(state: State) -> str | None:
     declined = state.findings.declined
     settle(state, macs_by_counts(state.result, state.counts), estimated(state))
     # Where blocks dropped out, what a target takes is found anew without them.
-    state.unsettled = state.method.solved_for is not None
+    state.unsettled = state.unsolved is not None
     return None if state.adjustable and state.findings.declined == declined else "plan"
 
 
@@ -102,14 +101,13 @@ def settle(state: State, macs: Measure, costs: Costs | None = None) -> None:
 
     ``state`` has an adjustable result, ``macs`` counts it. Raises ``ConfigError`` for a target out of reach.
     """
-    method = state.method
-    if method.solved_for is not None:
-        found = _for_macs(state, method.solved_for, macs)
+    target = state.unsolved
+    if target is not None:
+        found = _for_macs(state, target, macs)
         if found is None:
             return
-        method = replace(method, r=found, target=None)
-        state.findings = replace(state.findings, r=tuple(found), met=str(state.method.target))
-    declined = unprofitable(state, method, macs, costs) if costs is not None else {}
+        state.findings = replace(state.findings, r=tuple(found), met=str(target))
+    declined = unprofitable(state, macs, costs) if costs is not None else {}
     if declined:
         # A target is met by the other blocks then.
         unsolved = None if state.config.method.solved_for else state.findings.r
@@ -128,45 +126,53 @@ def _for_macs(state: State, target: Target, macs: Measure) -> list[int] | None:
         return None
     found = solve(state, lambda left: macs(left) <= goal)
     if found is None:
-        reached = macs(tokens_left(state, with_r(state.method, everything(state))))
+        reached = macs(tokens_left(state, requests=everything(state)))
         raise ConfigError(
-            f"target={str(target)!r} is out of reach: the most tokens that method {state.method.name!r} can remove "
-            f"leave {reached / images / 1e9:.3f} GMACs per image, {dense / reached:.2f}x fewer."
+            f"target={str(target)!r} is out of reach: the most tokens that method {state.plan.method.name!r} can "
+            f"remove leave {reached / images / 1e9:.3f} GMACs per image, {dense / reached:.2f}x fewer."
         )
     return found
 
 
 def solve(state: State, meets: Callable[[Sequence[int]], bool]) -> list[int] | None:
     """The evenest removal per block, of the fewest tokens in all, that meets a goal; None where none does."""
-    depth, blocks = len(state.blocks), [b.index for b in state.plan.fusing]
+    per_tower = max(sum(b.tower == t for b in state.plan.fusing) for t in range(len(state.towers)))
+    total = least(lambda k: meets(tokens_left(state, requests=evenly(state, k))), most_of_any(state) * per_tower)
+    return None if total is None else evenly(state, total)
 
-    def requests(total: int) -> list[int]:
-        return spread(total, blocks, depth)
 
-    total = least(lambda k: meets(tokens_left(state, with_r(state.method, requests(k)))), sum(everything(state)))
-    return None if total is None else requests(total)
+def evenly(state: State, total: int) -> list[int]:
+    """``total`` tokens spread over the fusing blocks of each tower, by block: towers that are alike get the same."""
+    requests = [0] * len(state.blocks)
+    for t, tower in enumerate(state.towers):
+        fusing = [b.number for b in state.plan.fusing if b.tower == t]
+        for i, request in zip(tower.blocks, spread(total, fusing, len(tower.blocks))):
+            requests[i] = request
+    return requests
+
+
+def most_of_any(state: State) -> int:
+    """As many tokens as no block can remove more of."""
+    return max(b.tokens_in for b in state.plan.fusing) // 2
 
 
 def everything(state: State) -> list[int]:
     """A request that every block can but fall short of."""
-    most = max(b.tokens_in for b in state.plan.fusing) // 2
-    return spread(most * len(state.plan.fusing), [b.index for b in state.plan.fusing], len(state.blocks))
+    fusing, most = {b.index for b in state.plan.fusing}, most_of_any(state)
+    return [most if i in fusing else 0 for i in range(len(state.blocks))]
 
 
-def with_r(method: Merging, r: list[int]) -> Merging:
-    return replace(method, r=r, target=None)
-
-
-def unprofitable(state: State, method: Merging, macs: Measure, costs: Costs) -> dict[int, str]:
+def unprofitable(state: State, macs: Measure, costs: Costs) -> dict[int, str]:
     """The blocks whose fusion takes longer than it saves in all, here and in later blocks, with the reasons."""
-    removed = [b.removed for b in plan_for(state, method)]
+    planned = make_plan(state, state.config.method, state.findings.r, adjustable=True)
+    removed = [block.removed for block in planned.blocks]
     declined: dict[int, str] = {}
     while any(removed):
-        now = macs(tokens_left(state, with_r(method, removed)))
+        now = macs(tokens_left(state, requests=removed))
         verdicts = []
         for i in (i for i, r in enumerate(removed) if r):
             without = [0 if j == i else r for j, r in enumerate(removed)]
-            saved = (macs(tokens_left(state, with_r(method, without))) - now) * costs.per_mac
+            saved = (macs(tokens_left(state, requests=without)) - now) * costs.per_mac
             verdicts.append((saved - costs.fusion[i], i, saved))
         balance, i, saved = min(verdicts)
         if balance >= 0:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
+from fnmatch import fnmatchcase
 
-from torch import fx
+from torch import Tensor, fx
 
 from mctf_compile.errors import ConfigError
 from mctf_compile.methods import Count, Merging, Method, Need, Site
 from mctf_compile.methods.base import OF_CLASS_TOKEN
 from mctf_compile.options.schedule import NOT_CHOSEN, Removal
 from mctf_compile.passes.analysis.projections import Projection
-from mctf_compile.passes.analysis.structure import Block, Mask
+from mctf_compile.passes.analysis.structure import Block, Mask, Tower
 from mctf_compile.passes.analysis.token_axes import Axes
 from mctf_compile.passes.axes import Dim, places, product
 from mctf_compile.passes.pipeline import State, graph_pass
@@ -21,19 +21,23 @@ from mctf_compile.passes.rules import schema_arguments
 from mctf_compile.passes.rules.attention import head_layout
 
 
-@graph_pass("plan", requires=("blocks",), ensures=("plan",))
+@graph_pass("plan", requires=("blocks", "towers"), ensures=("plan",))
 def run(state: State) -> None:
-    findings, method = state.findings, state.method
     counted = state.adjustable or state.unsettled
+    method, requests = state.config.method, state.findings.r
     if counted:
-        method = typical(method, state.blocks)
-    state.plan = make_plan(state.blocks, state.axes, method, findings.declined, findings.whole,
-                           any(o.state == "training" for o in state.observations), counted)
+        method, requests = typical(method, state.blocks, state.towers), None
+    relaxed = any(o.state == "training" for o in state.observations)
+    state.plan = make_plan(state, method, requests, relaxed, counted)
 
 
 @dataclass(frozen=True)
 class PlannedBlock:
-    """One block of the plan: token counts (protected ones included) and why it does not fuse, if so."""
+    """One block of the plan: token counts (protected ones included) and why it does not fuse, if so.
+
+    ``index``: its place among all blocks; ``tower`` and ``number``: its tower, its place in that, and ``depth`` how
+    many blocks that has. ``lead`` and ``tail``: the protected tokens at the ends of its residual stream.
+    """
 
     index: int
     block: Block
@@ -43,6 +47,12 @@ class PlannedBlock:
     note: str | None = None
     lead: int = 0
     tail: int = 0
+    tower: int = 0
+    number: int = 0
+    depth: int = 1
+    # Keys before and after those of the residual stream's own tokens.
+    first: int = 0
+    last: int = 0
 
     @property
     def padded(self) -> bool:
@@ -52,6 +62,10 @@ class PlannedBlock:
     @property
     def removed(self) -> int:
         return 0 if self.reason is not None else self.tokens_in - self.tokens_out
+
+    def own(self, of_keys: Tensor) -> Tensor:
+        """What [B, N, ...] of the keys says of the residual stream's tokens, which other streams' may stand beside."""
+        return of_keys[:, self.first : of_keys.shape[1] - self.last] if self.first or self.last else of_keys
 
 
 @dataclass(frozen=True)
@@ -74,89 +88,142 @@ class Plan:
 
 
 def make_plan(
-    blocks: list[Block],
-    axes: Axes,
-    method: Method,
-    declined: Mapping[int, str] = MappingProxyType({}),
-    whole: frozenset[int] = frozenset(),
-    relaxed: bool = False,
-    adjustable: bool = False,
+    state: State, method: Method, requests: Sequence[int] | None = None, relaxed: bool = False, adjustable: bool = False
 ) -> Plan:
-    """Schedule the reduction over the blocks.
+    """Schedule the reduction over the blocks of each tower.
 
-    ``declined`` and ``whole`` are what an earlier rewrite found: blocks not worth fusing, with their
-    reasons, and blocks that get the original tokens back before they run. ``adjustable``: blocks among the layers of
-    the method take part even where they are to remove no token now.
+    ``requests``: the tokens that each block is to remove, in the place of the method's ``r``. ``adjustable``: blocks
+    among the layers of the method take part even where they are to remove no token now.
+    ``state.findings`` has what an earlier rewrite found: blocks not worth fusing, with their reasons, and blocks that
+    get the original tokens back before they run.
     Raises ``ConfigError`` where options of the method do not fit the blocks.
     """
-    depth = len(blocks)
-    chosen = _layers(method, depth)
+    blocks, towers = state.blocks, state.towers
     able = [b for b in blocks if b.problem is None]
     if Need.LEARNED in method.needs and able and all(b.learned is None for b in able):
         raise ConfigError(f"method {method.name!r} needs modules that this model does not have; "
                           f"mctf_compile.attach(model, method={method.name!r}) adds them before it is compiled.")
-    counts: dict[Dim, int] = {}
-    entries: dict[fx.Node, int] = {}
-    planned = []
-    for i, block in enumerate(blocks):
-        reason = block.problem or declined.get(i) or _unsupported(block, axes)
-        if reason is None and i in chosen:
-            reason = _unmet(block, axes, method)
+    _check_layers(method, blocks, towers)
+    planned: dict[int, PlannedBlock] = {}
+    for number, tower in enumerate(towers):
+        own = method
+        if requests is not None:
+            own = replace(method, r=[requests[i] for i in tower.blocks], target=None)
+        planner = _TowerPlanner(state, own, number, tower, adjustable)
+        planned.update((block.index, block) for block in map(planner.plan, range(len(tower.blocks))))
+    return Plan(method, [planned[i] for i in range(len(blocks))], relaxed)
+
+
+class _TowerPlanner:
+    """Plans the blocks of one tower, in order; what they leave is what the next ones get."""
+
+    def __init__(self, state: State, method: Method, number: int, tower: Tower, adjustable: bool) -> None:
+        self.blocks, self.axes, self.findings = state.blocks, state.axes, state.findings
+        self.method, self.number, self.tower, self.adjustable = method, number, tower, adjustable
+        self.depth = len(tower.blocks)
+        self.chosen = {i for i in method.acts_on(self.depth) if i < self.depth}
+        # The unprotected tokens, by axis: the stages of a pyramid have some each.
+        self.counts: dict[Dim, int] = {}
+        self.entries: dict[fx.Node, int] = {}
+
+    def plan(self, number: int) -> PlannedBlock:
+        """The block at a place in the tower."""
+        index = self.tower.blocks[number]
+        block, findings = self.blocks[index], self.findings
+        planned = PlannedBlock(index, block, None, None, tower=self.number, number=number, depth=self.depth)
+        reason = block.problem or findings.declined.get(index) or _unsupported(block, self.axes)
+        reason = reason or _left_out(block, self.method.modules)
+        if reason is None and number in self.chosen:
+            reason = _unmet(block, self.axes, self.method)
         if reason is not None:
-            size = _size(block, axes, counts)
-            planned.append(PlannedBlock(i, block, size, size, reason))
-            continue
-        (place,) = places(axes.of(block.entry), block.tokens)
-        if i in whole:
-            counts[block.tokens.body] = block.tokens.size
-        body = counts.setdefault(block.tokens.body, block.tokens.size)
+            size = self._size(block)
+            return replace(planned, tokens_in=size, tokens_out=size, reason=reason)
+        (place,) = places(self.axes.of(block.entry), block.tokens)
+        if index in findings.whole:
+            self.counts[block.tokens.body] = block.tokens.size
+        body = self.counts.setdefault(block.tokens.body, block.tokens.size)
         tokens = place.lead + body + place.tail
-        lead = place.lead if method.protected == "auto" else method.protected
+        lead = place.lead if self.method.protected == "auto" else self.method.protected
         # Padding may leave one token of either kind without a partner of its own.
         spare = 2 if block.mask is Mask.TOKENS else 0
-        count = Count(tokens, lead + place.tail, block.tokens.size + place.lead - lead, spare)
-        outcome = Removal(0, NOT_CHOSEN)
-        if i in chosen:
-            outcome = method.removal(i, depth, count)
-            if outcome.r >= count.free > 0:
-                # The tokens that left need one that stands for them.
-                outcome = replace(outcome, r=count.free - 1, note="one unprotected token stays")
-        if outcome.r == 0 and not outcome.acts and not (adjustable and i in chosen):
+        outcome = self._removal(number, Count(tokens, lead + place.tail, block.tokens.size + place.lead - lead, spare))
+        if outcome.r == 0 and not outcome.acts and not (self.adjustable and number in self.chosen):
             reason = outcome.note
-        elif block.entry in entries:
-            reason = f"reads the same tokens as block {entries[block.entry]}, which fuses them"
+        elif block.entry in self.entries:
+            reason = f"reads the same tokens as block {self.entries[block.entry]}, which fuses them"
         if reason is None:
-            entries[block.entry] = i
-            if method.site is not Site.AROUND:
-                counts[block.tokens.body] = body - outcome.r
+            self.entries[block.entry] = number
+            if self.method.site is not Site.AROUND:
+                self.counts[block.tokens.body] = body - outcome.r
         left = tokens if reason is not None else tokens - outcome.r
-        notes = [outcome.note, _exposed(block, method)]
-        note = "; ".join(n for n in notes if n) or None
-        planned.append(PlannedBlock(i, block, tokens, left, reason, note, lead, place.tail))
-    return Plan(method, planned, relaxed)
+        notes = [outcome.note, _exposed(block, self.method)]
+        return replace(
+            planned, tokens_in=tokens, tokens_out=left, reason=reason, note="; ".join(n for n in notes if n) or None,
+            lead=lead, tail=place.tail, first=block.tokens.lead - place.lead, last=block.tokens.tail - place.tail,
+        )
+
+    def _removal(self, number: int, count: Count) -> Removal:
+        if number not in self.chosen:
+            return Removal(0, NOT_CHOSEN)
+        outcome = self.method.removal(number, self.depth, count)
+        if outcome.r >= count.free > 0:
+            # The tokens that left need one that stands for them.
+            return replace(outcome, r=count.free - 1, note="one unprotected token stays")
+        return outcome
+
+    def _size(self, block: Block) -> int | None:
+        """The tokens that a block which does not fuse attends to, protected ones included, where that is a number."""
+        if block.tokens is not None and block.tokens.body in self.counts:
+            return block.tokens.lead + self.counts[block.tokens.body] + block.tokens.tail
+        size = product(self.axes.table.canonical(block.attention.key_axis))
+        return size if isinstance(size, int) else None
 
 
-def plan_for(state: State, method: Method) -> list[PlannedBlock]:
-    """The blocks as ``method`` would have them, where those of the plan are adjustable."""
-    declined, whole = state.findings.declined, state.findings.whole
-    return make_plan(state.blocks, state.axes, method, declined, whole, adjustable=True).blocks
+def tokens_left(state: State, method: Method | None = None, requests: Sequence[int] | None = None) -> list[int]:
+    """The tokens that each fusing block of an adjustable result leaves: its last inputs.
 
-
-def tokens_left(state: State, method: Method) -> list[int]:
-    """The tokens that each fusing block of an adjustable result leaves under ``method``: its last inputs."""
-    blocks = plan_for(state, method)
+    ``method`` and ``requests``: as for ``make_plan``; those of the options where None.
+    """
+    blocks = make_plan(state, method or state.config.method, requests, adjustable=True).blocks
     return [blocks[b.index].tokens_out for b in state.plan.fusing]
 
 
-def typical(method: Merging, blocks: list[Block]) -> Merging:
+def typical(method: Merging, blocks: Sequence[Block], towers: Sequence[Tower]) -> Merging:
     """The method with an ``r`` at which every block removes two tokens or more, where there are so many.
 
     Symbolic sizes are traced at such numbers: code for none or one token would hold for nothing else.
     """
     counts = [b.tokens.size for b in blocks if b.tokens is not None and isinstance(b.tokens.size, int)]
-    most = max(min(counts, default=0) // (len(blocks) + 1), 2)
+    depth = max((len(tower.blocks) for tower in towers), default=0)
+    most = max(min(counts, default=0) // (depth + 1), 2)
     asked = method.r if isinstance(method.r, int) and method.r >= 2 else most
     return replace(method, r=min(asked, most), target=None, min_tokens=1)
+
+
+def _check_layers(method: Method, blocks: Sequence[Block], towers: Sequence[Tower]) -> None:
+    """Raise ``ConfigError`` for blocks that no tower has, or a list of ``r`` where towers differ in depth."""
+    free = [t for t in towers if any(blocks[i].problem is None and not _left_out(blocks[i], method.modules)
+                                     for i in t.blocks)]
+    depths = sorted({len(tower.blocks) for tower in free or towers})
+    beyond = [i for i in method.layers or () if depths and i >= depths[-1]]
+    if beyond:
+        has = f"the model has {depths[-1]}" if len(towers) == 1 else f"the deepest of its towers has {depths[-1]}"
+        raise ConfigError(f"layers={list(method.layers)}: block {beyond[0]} does not exist; {has}.")
+    if len(depths) > 1 and isinstance(getattr(method, "r", None), list):
+        named = ", ".join(f"{tower.module or 'one'} of {len(tower.blocks)} blocks" for tower in free)
+        raise ConfigError(f"r is a list of {len(method.r)} entries, and the model has towers of several depths "
+                          f"({named}); give a number, or choose towers of one depth with modules=...")
+
+
+def _left_out(block: Block, modules: Sequence[str] | None) -> str | None:
+    """Why the option ``modules`` leaves a block out, if it does: it names neither its module nor one around it."""
+    if modules is None:
+        return None
+    parts = (block.module or "").split(".")
+    paths = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+    if any(fnmatchcase(path, pattern) for path in paths for pattern in modules):
+        return None
+    return f"not among the modules that may fuse ({', '.join(modules)})"
 
 
 def _exposed(block: Block, method: Method) -> str | None:
@@ -166,17 +233,10 @@ def _exposed(block: Block, method: Method) -> str | None:
     return f"protected={method.protected} lets prefix tokens be fused; position 0 may then hold another token"
 
 
-def _layers(method: Method, depth: int) -> list[int]:
-    chosen = method.acts_on(depth)
-    beyond = [i for i in chosen if i >= depth]
-    if method.layers is not None and beyond and depth:
-        raise ConfigError(f"layers={list(method.layers)}: block {beyond[0]} does not exist; the model has {depth}.")
-    return chosen
-
-
 def _unmet(block: Block, axes: Axes, method: Method) -> str | None:
     """What a method needs of a block that it does not have."""
-    lead = block.tokens.lead if method.protected == "auto" else method.protected
+    (place,) = places(axes.of(block.entry), block.tokens)
+    lead = place.lead if method.protected == "auto" else method.protected
     if OF_CLASS_TOKEN & set(method.needs) and not lead:
         hint = f" ({method.hint})" if method.hint else ""
         return f"method {method.name!r} reads the class token, and there is none before these tokens{hint}"
@@ -202,11 +262,3 @@ def _unsupported(block: Block, axes: Axes) -> str | None:
     if head_layout(axes.of(site.query), block.tokens) is None:
         return "attention numbers its images otherwise than the residual stream does (windows or frames)"
     return None
-
-
-def _size(block: Block, axes: Axes, counts: Mapping[Dim, int]) -> int | None:
-    """The tokens that a block which does not fuse attends to, protected ones included, where that is a number."""
-    if block.tokens is not None and block.tokens.body in counts:
-        return block.tokens.lead + counts[block.tokens.body] + block.tokens.tail
-    size = product(axes.table.canonical(block.attention.key_axis))
-    return size if isinstance(size, int) else None

@@ -14,7 +14,7 @@ from mctf_compile.kernels.library import working_dtype
 from mctf_compile.kernels.pooling.aten import index_of
 from mctf_compile.methods import Choice, Combine, Evidence, Need, Site
 from mctf_compile.passes.analysis.masks import MASKED
-from mctf_compile.passes.axes import Place, Tokens, atoms, hint_of
+from mctf_compile.passes.axes import Place, atoms, hint_of
 from mctf_compile.passes.planning.plan import PlannedBlock
 from mctf_compile.passes.rewriting.following import Reduction
 from mctf_compile.passes.rewriting.fused_call import FusedCall
@@ -48,7 +48,7 @@ class Insertion:
 
     def __init__(self, rewriter: Rewriter) -> None:
         self.rewriter, self.plan = rewriter, rewriter.plan
-        self.streams: dict[Tokens, Stream] = {}
+        self.streams: dict[fx.Node, Stream] = {}
         self.sources: dict[tuple[Stream, int], fx.Node] = {}
         self.fused: dict[fx.Node, Value] = {}
         self.reductions: list[Reduction] = []
@@ -94,16 +94,16 @@ class Insertion:
         stream, x = self._stream(planned), self._entry(planned)
         (place,) = stream.places(x.dims)
         tokens = stream.canonical(replace(x, stream=stream), place)
-        stream.ones = tokens.new_ones(tokens.shape[:2], dtype=working_dtype(x.tensor.dtype))
+        stream.begin(tokens.new_ones(tokens.shape[:2], dtype=working_dtype(x.tensor.dtype)), place.lead, place.tail)
 
     def _stream(self, block: PlannedBlock) -> Stream:
-        """The stream of a block's tokens; a new one where they came back unfused since the last fusion."""
-        tokens, value = block.block.tokens, self._entry(block)
+        """The stream of a block's tokens; one of its own where nothing has fused them yet, or all came back."""
+        entry, value = block.block.entry, self._entry(block)
         if value.stream is not None:
             return value.stream
-        if tokens not in self.streams or self.streams[tokens].fusions:
-            self.streams[tokens] = Stream(tokens)
-        return self.streams[tokens]
+        if entry not in self.streams:
+            self.streams[entry] = Stream(block.block.tokens)
+        return self.streams[entry]
 
     def _entry(self, block: PlannedBlock) -> Value:
         return self.rewriter.env[block.block.entry]
@@ -140,8 +140,8 @@ class Insertion:
         fusion = x.stream.fusions[-1]
         v = x.stream.raise_to(self.rewriter.again(site.value, {entry: x}), x.generation)
         if seen is not None:
-            (place,) = call.places_of(entry)
-            fusion = x.stream.fusion(x.generation, place.lead, place.tail)
+            keys = self._keys(call)
+            fusion = x.stream.fusion(x.generation, keys.lead, keys.tail)
             out = torch.ops.mctf.ahead(
                 seen.weights, seen.norm, seen.layout.split(v.tensor), fusion.index, fusion.weight, fusion.keep,
                 fusion.gone, fusion.into, call.args["dropout_p"],
@@ -178,26 +178,34 @@ class Insertion:
     def _look_at_operands(self, call: FusedCall, block: PlannedBlock) -> Map | None:
         """Note what scaled_dot_product_attention tells; returns its map where that was made."""
         needs, seen = set(self.plan.method.needs), self._seen.setdefault(block.index, {})
-        given = operands(call, "query", "key")
-        (place,) = call.places_of(block.block.entry)
+        given, keys = operands(call, "query", "key"), self._keys(call)
         if block.padded:
-            keys = max(call.places_of(call.args["attn_mask"]), key=lambda p: p.dim)
-            seen["padding"] = self._masked(call.intensive("attn_mask"), keys, call.stream)
+            columns = max(call.places_of(call.args["attn_mask"]), key=lambda p: p.dim)
+            seen["padding"] = self._masked(call.intensive("attn_mask"), columns, call.stream)
         if Need.KEYS in needs:
             seen["keys"] = given.key.mean(1)
         if Need.CLASS_LOGITS in needs:
-            seen["class_logits"] = (given.query[:, :, :1] @ given.key.transpose(-2, -1)).mean((1, 2))
+            query = given.query.narrow(2, block.first, 1)
+            seen["class_logits"] = (query @ given.key.transpose(-2, -1)).mean((1, 2))
         if Need.CLASS_ATTENTION in needs:
-            bias = None if given.bias is None else given.bias[:, :, :1]
+            query = given.query.narrow(2, block.first, 1)
+            # A bias for all queries alike has one row.
+            bias = given.bias
+            if bias is not None and bias.shape[2] != 1:
+                bias = bias.narrow(2, block.first, 1)
             seen["class_attention"] = torch.ops.mctf.importance(
-                given.query[:, :, :1], given.key, call.log_sizes(place), bias, scale_of(call.call)
+                query, given.key, call.log_sizes(keys), bias, scale_of(call.call)
             )[0]
         if Need.IMPORTANCE not in needs:
             return None
         seen["importance"], weights, norm = torch.ops.mctf.importance(
-            given.query, given.key, call.log_sizes(place), given.bias, scale_of(call.call)
+            given.query, given.key, call.log_sizes(keys), given.bias, scale_of(call.call)
         )
         return Map(weights, norm, given.layout)
+
+    def _keys(self, call: FusedCall) -> Place:
+        """Where the keys of a scaled_dot_product_attention have the token axis."""
+        return next(p for p in call.places_of(call.args["key"]) if p.dim == len(call.dims("key")) - 2)
 
     def _look_at_map(self, weights: Value, block: PlannedBlock) -> dict[str, Tensor]:
         """What a softmax over tokens tells, spelled out in the graph."""
@@ -211,19 +219,19 @@ class Insertion:
         if Need.KEYS in needs:
             seen["keys"] = self._mean_key(site, stream)
         if Need.CLASS_LOGITS in needs:
-            seen["class_logits"] = self._mean_row(logits, keys, stream, first=True)
+            seen["class_logits"] = self._mean_row(logits, keys, stream, block.first)
         if Need.CLASS_ATTENTION in needs:
-            seen["class_attention"] = self._mean_row(weights, keys, stream, first=True)
+            seen["class_attention"] = self._mean_row(weights, keys, stream, block.first)
         if Need.IMPORTANCE in needs:
             seen["importance"] = self._mean_row(weights, keys, stream)
         return seen
 
-    def _mean_row(self, weights: Value, keys: Place, stream: Stream, first: bool = False) -> Tensor:
-        """[B, N] mean over heads and queries (or for the first query alone) of a map in any layout."""
+    def _mean_row(self, weights: Value, keys: Place, stream: Stream, query: int | None = None) -> Tensor:
+        """[B, N] mean over heads and queries (or for one query alone) of a map in any layout."""
         tensor, dims = weights.tensor.detach(), weights.dims
-        if first:
+        if query is not None:
             queries = next(p for p in stream.places(dims) if p.dim != keys.dim)
-            tensor = tensor.narrow(queries.dim, 0, 1)
+            tensor = tensor.narrow(queries.dim, query, 1)
             dims = tuple(() if d == queries.dim else dim for d, dim in enumerate(dims))
         wide = Value(tensor.to(working_dtype(tensor.dtype)), dims, stream, weights.generation, weights.mass)
         return stream.canonical(wide, keys).mean(-1)
@@ -248,7 +256,8 @@ class Insertion:
     # The reduction itself.
 
     def _evidence(self, block: PlannedBlock, tokens: Tensor, size: Tensor) -> Evidence:
-        seen = self._seen.setdefault(block.index, {})
+        """What the method sees of the tokens [B, N, C] of a residual stream; of the keys, those that are among them."""
+        seen = {name: block.own(t) for name, t in self._seen.get(block.index, {}).items()}
         if Need.LEARNED in self.plan.method.needs:
             stream, learned = self._stream(block), self.rewriter.env[block.block.learned]
             learned = stream.raise_to(learned, self._entry(block).generation)
@@ -257,7 +266,7 @@ class Insertion:
         seen = {name: t if t.dtype is torch.bool else t.to(size.dtype) for name, t in seen.items()}
         if "padding" in seen:
             seen["padding"] = seen["padding"].expand_as(size)
-        return Evidence(tokens, size, block.lead, block.tail, block.index, len(self.plan.blocks), **seen)
+        return Evidence(tokens, size, block.lead, block.tail, block.number, block.depth, **seen)
 
     def _choose(self, evidence: Evidence, r: int) -> Choice:
         """The method's choice. With padding the tokens are first sorted by kind, so that each kind is
@@ -284,7 +293,7 @@ class Insertion:
             self.whole.add(block.index)
         x = Value(x.tensor, x.dims, stream, x.generation)
         tokens = stream.canonical(x, place)
-        size = stream.fusion(x.generation, place.lead, place.tail).size if x.generation else stream.ones
+        size = stream.size(x.generation, place.lead, place.tail)
         evidence = self._evidence(block, tokens, size)
         fused = self._relax(block, x, evidence, place) if self.plan.relaxed else self._reduce(block, x, evidence, place)
         self.reductions.append(Reduction(block, stream, fused.generation, place, evidence))

@@ -19,7 +19,7 @@ from mctf_compile.kernels.library import shapes_alone
 from mctf_compile.methods import Site
 from mctf_compile.passes.analysis.reasons import name_of
 from mctf_compile.passes.analysis.token_axes import Axes
-from mctf_compile.passes.axes import has_batch, mentions
+from mctf_compile.passes.axes import Dims, has_batch, mentions
 from mctf_compile.passes.pipeline import State, graph_pass
 from mctf_compile.passes.planning.counts import Counts
 from mctf_compile.passes.planning.macs import count_macs
@@ -128,7 +128,7 @@ class Rewriter:
         self.insertion = Insertion(self)
         self._projector = Projector(axes, plan)
         self._read = self._nodes_read()
-        self._raised: dict[tuple[fx.Node, Tensor, int], Value] = {}
+        self._raised: dict[tuple[Stream, int, fx.Node, Tensor, Dims], Value] = {}
 
     def wasted(self) -> dict[int, str]:
         """The blocks in which tokens were given back between the fusion and the end of the MLP."""
@@ -288,8 +288,10 @@ class Rewriter:
         """``value`` in ``generation``; unchanged where it has no token axis. ``like()`` shows where images are."""
         if value.generation == generation or not mentions(value.dims, stream.tokens):
             return value
+        # A value that is the same for all images is laid out as what it meets.
+        shared = not has_batch(value.dims, stream.tokens)
         # Tensors hash by identity; the key keeps its own alive, so that no other takes its place.
-        key = (node, value.tensor, generation)
+        key = (stream, generation, node, value.tensor, like().dims if shared else value.dims)
         if key not in self._raised:
             source = self.insertion.sources.get((stream, generation))
             if source is not None and value.generation == generation - 1:
@@ -302,7 +304,7 @@ class Rewriter:
                 if value.generation == generation:
                     self._raised[key] = value
                     return value
-            if not has_batch(value.dims, stream.tokens):
+            if shared:
                 value = _with_images(value, stream, like())
             self._raised[key] = stream.raise_to(stream.intensive(value), generation)
         return self._raised[key]

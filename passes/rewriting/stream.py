@@ -102,12 +102,12 @@ class Fusion:
 
 @dataclass(eq=False)
 class Stream:
-    """One token axis and the fusions it goes through."""
+    """One residual stream and the fusions that its tokens go through. Streams over one token axis are still two."""
 
     tokens: Tokens
     fusions: list[Fusion] = field(default_factory=list)
-    # [B, N] sizes of the original tokens.
-    ones: Tensor | None = None
+    # [B, N] sizes of the original tokens, by the protected ones at their ends.
+    _ones: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     _ends: dict[tuple[int, int, int], Fusion] = field(default_factory=dict)
     _through: dict[tuple[int, int, int, int], Fusion] = field(default_factory=dict)
     _maps: dict[tuple[int, int, int, int], Tensor] = field(default_factory=dict)
@@ -139,11 +139,23 @@ class Stream:
         fusion = self.fusions[generation - 1]
         return fusion.keep.shape[1] - fusion.lead - fusion.tail
 
+    def begin(self, ones: Tensor, lead: int, tail: int) -> None:
+        """Give the original tokens their sizes: [B, N] of 1, over an axis with these ends."""
+        self._ones[lead, tail] = ones
+
+    def size(self, generation: int, lead: int, tail: int) -> Tensor:
+        """[B, N] sizes of the tokens of a generation, over an axis with these ends."""
+        if generation:
+            return self.fusion(generation, lead, tail).size
+        if (lead, tail) not in self._ones:
+            (first, last), ones = next(iter(self._ones.items()))
+            self._ones[lead, tail] = ones.new_ones(ones.shape[0], ones.shape[1] - first - last + lead + tail)
+        return self._ones[lead, tail]
+
     def log_size(self, generation: int, lead: int, tail: int) -> Tensor:
         key = (generation, lead, tail)
         if key not in self._log_sizes:
-            size = self.fusion(generation, lead, tail).size if generation else self.ones
-            self._log_sizes[key] = size.log()
+            self._log_sizes[key] = self.size(generation, lead, tail).log()
         return self._log_sizes[key]
 
     def map(self, new: int, old: int, lead: int, tail: int) -> Tensor:

@@ -1,0 +1,119 @@
+"""Pass: which blocks form a tower, one residual stream from block to block. Pure analysis."""
+
+from __future__ import annotations
+
+import os.path
+from collections.abc import Sequence
+
+import networkx as nx
+import torch
+from torch import fx
+
+from mctf_compile.passes.analysis.dataflow import Dataflow
+from mctf_compile.passes.analysis.structure import Block, Tower
+from mctf_compile.passes.analysis.token_axes import Axes
+from mctf_compile.passes.axes import FEATURES, Atom, atoms, hint_of
+from mctf_compile.passes.pipeline import State, graph_pass
+from mctf_compile.passes.rules import schema_arguments
+
+aten = torch.ops.aten
+CONVOLUTIONS = {aten.conv1d, aten.conv2d, aten.conv3d}
+# Layers: what they give is no longer the residual stream that they read.
+LAYERS = CONVOLUTIONS | {
+    aten.linear, aten.matmul, aten.bmm, aten.mm, aten.addmm, aten.baddbmm, aten.einsum,
+    aten.scaled_dot_product_attention,
+}
+
+
+@graph_pass("towers", requires=("blocks",), ensures=("towers",))
+def run(state: State) -> None:
+    state.towers = find_towers(state.blocks, state.axes, state.normal.graph)
+
+
+def find_towers(blocks: Sequence[Block], axes: Axes, graph: fx.Graph) -> list[Tower]:
+    """The blocks of a graph as chains along residual streams, in the order of their first blocks.
+
+    1. A block goes on with the last block before it from which a way around every layer leads to its entry: the
+       residual stream.
+    2. Where all ways lead through layers, a block at no more positions is in the same tower: layers mix the tokens or
+       take them to the next stage of a pyramid. At more positions a tower begins, as a decoder does that adds tokens.
+    3. A block whose residual stream was not found goes on with the last block that leads to it. One to which no block
+       leads begins a tower: another image, another model, the queries of a decoder.
+    """
+    if not blocks:
+        return []
+    flow, channels = Dataflow(graph), _channels(graph, axes)
+    chains: list[list[int]] = []
+    for j in range(len(blocks)):
+        before = _predecessor(blocks, j, flow, axes, channels)
+        if before is None:
+            chains.append([j])
+        else:
+            next(chain for chain in chains if before in chain).append(j)
+    return [_tower(blocks, chain) for chain in chains]
+
+
+def _start(block: Block) -> fx.Node:
+    return block.attention.query if block.entry is None else block.entry
+
+
+def _end(block: Block) -> fx.Node:
+    return block.exit or block.middle or block.attention.node
+
+
+def _predecessor(
+    blocks: Sequence[Block], j: int, flow: Dataflow, axes: Axes, channels: set[Atom]
+) -> int | None:
+    """The block whose tower block ``j`` goes on with."""
+    start = _start(blocks[j])
+    leading = [i for i in reversed(range(j)) if _end(blocks[i]) is start or flow.leads(_end(blocks[i]), start)]
+    if not leading:
+        # Blocks side by side read one residual stream.
+        return next((i for i in reversed(range(j)) if _start(blocks[i]) is start), None)
+    if blocks[j].entry is None:
+        return leading[0]
+    around = next((i for i in leading if _leads_around_layers(_end(blocks[i]), start, flow)), None)
+    if around is not None:
+        return around
+    more = _positions(start, axes, channels) > _positions(_end(blocks[leading[0]]), axes, channels)
+    return None if more else leading[0]
+
+
+def _leads_around_layers(source: fx.Node, node: fx.Node, flow: Dataflow) -> bool:
+    """Whether a way from ``source`` to ``node`` runs through no layer."""
+    if source is node:
+        return True
+    inside = [n for n in flow.span(source, node) if n is source or not _is_layer(n)]
+    return node in inside and nx.has_path(flow.graph.subgraph(inside), source, node)
+
+
+def _is_layer(node: fx.Node) -> bool:
+    return getattr(node.target, "overloadpacket", None) in LAYERS
+
+
+def _channels(graph: fx.Graph, axes: Axes) -> set[Atom]:
+    """The axes that layers read or write as channels."""
+    found: set[Atom] = set()
+    for node in graph.nodes:
+        packet = getattr(node.target, "overloadpacket", None)
+        if packet is aten.linear or packet in CONVOLUTIONS:
+            read = axes.of(schema_arguments(node)["input"])
+            found.update(atoms(read[-1] if packet is aten.linear else read[1]))
+    return found
+
+
+def _positions(node: fx.Node, axes: Axes, channels: set[Atom]) -> int:
+    """The number of entries of a value, one for all its channels."""
+    value, count = node.meta["val"], 1
+    for size, dim in zip(value.shape, axes.of(node)):
+        if not all(atom.name == FEATURES or atom in channels for atom in atoms(dim)):
+            count *= hint_of(size)
+    return count
+
+
+def _tower(blocks: Sequence[Block], chain: Sequence[int]) -> Tower:
+    """A chain with the name of the module that all its blocks are in."""
+    paths = [blocks[i].module.split(".") for i in chain if blocks[i].module]
+    shared = os.path.commonprefix(paths) if paths else []
+    # One block's own module is more than a tower is called by.
+    return Tower(tuple(chain), ".".join(shared if len(paths) > 1 else shared[:1]))
