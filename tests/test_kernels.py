@@ -230,6 +230,18 @@ def test_match_refuses_r_out_of_range(n: int, lead: int, tail: int, r: int) -> N
         problem.solve(randn(2, n, 4), None, torch.ones(2, n))
 
 
+@pytest.mark.parametrize("name", ["importance", "size", "kind"])
+def test_match_refuses_operands_of_other_tokens(name: str) -> None:
+    """Evidence over the keys of attention is not evidence over a residual stream that has other tokens."""
+    operands = {"importance": torch.rand(2, 12), "size": torch.ones(2, 12), "kind": torch.zeros(2, 12)}
+    operands[name] = torch.ones(2, 15)
+    x = torch.randn(2, 12, 8)
+    for on in (x, x.to("meta")):
+        given = {key: value.to(on.device) for key, value in operands.items()}
+        with pytest.raises(RuntimeError, match=rf"{name} \[2, 15\] is not of the tokens of x \[2, 12, 8\]"):
+            ops.match(on, given["importance"], given["size"], 3, 1, 0, 1.0, 20.0, 40.0, True, given["kind"])
+
+
 @directions
 @layouts
 def test_group_is_the_reference(n: int, lead: int, tail: int, bidirectional: bool) -> None:

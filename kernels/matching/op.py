@@ -7,8 +7,20 @@ from mctf_compile.kernels.library import composite, opaque
 from mctf_compile.kernels.matching import aten
 
 
-def shapes(x: Tensor, importance: Tensor | None, size: Tensor, r: int, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+def shapes(
+    x: Tensor, importance: Tensor | None, size: Tensor, r: int, lead: int, tail: int, tau_sim: float,
+    tau_info: float, tau_size: float, bidirectional: bool, kind: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_tokens(x, importance=importance, size=size, kind=kind)
     return _matching(x, x.shape[1], r)
+
+
+def _check_tokens(x: Tensor, **others: Tensor | None) -> None:
+    """Raise ``RuntimeError`` where operands speak of other tokens than those of ``x``."""
+    for name, other in others.items():
+        if other is not None:
+            same = other.dim() == 2 and other.shape[1] == x.shape[1]
+            torch._check(same, lambda: f"match: {name} {list(other.shape)} is not of the tokens of x {list(x.shape)}")
 
 
 def _matching(x: Tensor, n: int, r: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,8 +60,11 @@ def match(
         into: int64 [B, r], the new position each went into.
         All three are constants for autograd. Of equal scores, the token at the lower position wins.
 
+    Raises ``RuntimeError`` where ``importance``, ``size`` or ``kind`` are of other tokens than ``x``.
+
     Source: Lee et al., CVPR 2024 (arXiv 2403.10030), section 3.2 and 3.3.
     """
+    _check_tokens(x, importance=importance, size=size, kind=kind)
     importance = None if importance is None else importance.detach()
     scores = aten.scores(x.detach(), importance, size.detach(), lead, tail, tau_sim, tau_info, tau_size, kind)
     return torch.ops.mctf.assign(scores, x.shape[1], r, lead, tail, bidirectional)
