@@ -18,9 +18,8 @@ def shapes(
 def _check_tokens(x: Tensor, **others: Tensor | None) -> None:
     """Raise ``RuntimeError`` where operands speak of other tokens than those of ``x``."""
     for name, other in others.items():
-        if other is not None:
-            same = other.dim() == 2 and other.shape[1] == x.shape[1]
-            torch._check(same, lambda: f"match: {name} {list(other.shape)} is not of the tokens of x {list(x.shape)}")
+        if other is not None and (other.dim() != 2 or other.shape[1] != x.shape[1]):
+            raise RuntimeError(f"match: {name} {list(other.shape)} is not of the tokens of x {list(x.shape)}")
 
 
 def _matching(x: Tensor, n: int, r: int) -> tuple[Tensor, Tensor, Tensor]:
