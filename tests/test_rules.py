@@ -31,6 +31,10 @@ def attend(*lead: int):
     return program
 
 
+def nans(x: Tensor) -> Tensor:
+    return x.masked_fill(x > 1, float("nan"))
+
+
 def grid(x: Tensor) -> Tensor:
     return x.reshape(B, 4, 4, C)
 
@@ -62,12 +66,24 @@ FUSED = {
     "mean over everything": lambda x: x.mean((1, 2)),
     "mean over the grid": lambda x: grid(x).mean((1, 2)),
     "sum": lambda x: x.sum(1, keepdim=True) * x,
+    "sum of true and false": lambda x: (x > 0).sum(1),
+    "sum of true and false over everything": lambda x: (x > 0).sum(),
+    "sum of whole numbers": lambda x: (x * 8).long().sum(1),
+    "sum as another dtype": lambda x: (x > 0).sum(1, dtype=torch.float64) + (x * 8).sum(1, dtype=torch.int32),
+    "count": lambda x: (x > 0).count_nonzero(1) + (x > 0).float().count_nonzero((0, 1)),
+    "masked mean": lambda x: (x * (x > 0)).sum(1) / (x > 0).sum(1).clamp(min=1),
+    "sum of numbers alone": lambda x: nans(x).nansum(1) + nans(x).nanmean(1),
     "variance": lambda x: x.var(1),
+    "variance and mean": lambda x: sum(torch.var_mean(x, 1)) + sum(torch.std_mean(x, 1, correction=0)),
     "standard deviation": lambda x: x.std((1,), correction=0),
     "maximum": lambda x: x.amax(1) + x.amin((1,)),
-    "any": lambda x: (x > 1).any(1),
+    "maximum of everything": lambda x: x * x.max() + x.aminmax().min,
+    "maximum without its position": lambda x: x.max(1).values - x.min(1, keepdim=True).values,
+    "any": lambda x: (x > 1).any(1) & ~(x > -1).all(1) | (x > 0)[..., :1].any(1),
     "euclidean norm": lambda x: x.norm(dim=1),
     "norm of order 3": lambda x: torch.linalg.vector_norm(x, 3, dim=1),
+    "norm of order 0": lambda x: torch.linalg.vector_norm(x.relu(), 0, dim=1) + x.relu().norm(0, 1),
+    "norm of order -1": lambda x: torch.linalg.norm(x.abs() + 1, -1, dim=1),
     "norm of order inf": lambda x: torch.linalg.vector_norm(x, float("inf"), dim=1),
     "normalize over tokens": lambda x: F.normalize(x, dim=1),
     "logsumexp": lambda x: x.logsumexp(1),
@@ -102,8 +118,13 @@ FUSED = {
     "cat of channels": lambda x: torch.cat([x, x], -1),
     "chunk of channels": lambda x: sum(x.chunk(2, -1)) + sum(x.split(4, 2)) + x.unflatten(2, (2, 4)).unbind(2)[0],
     "slice of channels": lambda x: x[..., 2:5] + x.narrow(2, 0, 3),
+    "all tokens as a slice": lambda x: x[:, :N] + x[:, -N:] + x.narrow(1, 0, N),
     "selected channel": lambda x: x[..., 3],
     "channels sorted": lambda x: x.sort(-1).values + x.cumsum(2) + x.flip(2),
+    "channels chosen": lambda x: x.topk(3).values + x.topk(3, 2, largest=False).values,
+    "slopes of channels": lambda x: F.prelu(x.mT, torch.ones(C) / 3),
+    "compared with the mean": lambda x: F.cosine_similarity(x, x.mean(1, keepdim=True), dim=-1),
+    "two parts of a number": lambda x: torch.frexp(x)[0],
     "channel maxima": lambda x: x.max(-1).values + x.prod(-1),
 }
 
@@ -111,6 +132,12 @@ FUSED = {
 UNMERGED = {
     "cumsum": (lambda x: x.cumsum(1), "cumsum mixes the original tokens"),
     "flip": (lambda x: x.flip(1), "flip mixes the original tokens"),
+    "order among images": (lambda x: x.roll(1, 0), "roll mixes the images of a batch"),
+    "softmax over images": (lambda x: x.softmax(0), "attention within windows|softmax mixes the images of a batch"),
+    "images compared": (lambda x: torch.einsum("anc,bnd->abcd", x, x), "the images of a batch meet one another"),
+    "numbers for each token": (lambda x: x + torch.rand_like(x) * 0, "rand_like draws a number for each"),
+    "product": (lambda x: (x > 0).prod(1), "prod mixes the original tokens"),
+    "a norm of matrices": (lambda x: torch.linalg.norm(x, 1, (1, 2)), "a norm of matrices over the tokens"),
     "token mixing": (lambda x: F.linear(x.mT, torch.ones(N, N)), "a linear layer over the tokens mixes"),
     "convolution": (lambda x: F.conv2d(image(x), torch.ones(4, C, 3, 3)), "a 3×3 convolution mixes"),
     "windows": (lambda x: x.reshape(B, 4, 4, C).mean(2), "a part of the token axis"),
@@ -118,8 +145,8 @@ UNMERGED = {
     "stride": (lambda x: x[:, ::2], "mixes the original tokens|stride"),
     "group norm": (lambda x: F.group_norm(x.mT, 2), "group_norm mixes the original tokens"),
     "no rule": (lambda x: torch.fft.rfft(x).real, "fft_rfft has no rule for fused tokens"),
-    "embedding of positions": (lambda x: F.embedding(x.argmax(1), torch.ones(N, C)), "argmax has no rule"),
-    "index of the maximum": (lambda x: x.max(1).indices, "max mixes the original tokens"),
+    "embedding of positions": (lambda x: F.embedding(x.argmax(1), torch.ones(N, C)), "argmax mixes"),
+    "index of the maximum": (lambda x: x.max(1).indices, "position of the max among the original tokens is read"),
 }
 
 

@@ -72,10 +72,10 @@ def made(shape: Sequence[int], dtype: torch.dtype, seed: int = 0) -> Tensor:
     """Small numbers, the same for the same seed: whole and not negative for integers, both signs else."""
     generator = torch.Generator().manual_seed(seed)
     if dtype is torch.bool:
-        return torch.rand(*shape, generator=generator) > 0.5
+        return torch.rand(tuple(shape), generator=generator) > 0.5
     if not (dtype.is_floating_point or dtype.is_complex):
         return torch.randint(0, 4, tuple(shape), generator=generator).to(dtype)
-    return torch.randn(*shape, generator=generator, dtype=torch.complex64 if dtype.is_complex else None).to(dtype)
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.complex64 if dtype.is_complex else None).to(dtype)
 
 
 @dataclass(frozen=True)

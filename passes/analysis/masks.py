@@ -105,7 +105,7 @@ class _Finder:
         packet = getattr(node.target, "overloadpacket", None)
         rule = find_rule(node.target) if node.op == "call_function" else None
         sources = [n for n in node.all_input_nodes if self._count(n)]
-        if rule is None or packet not in _SPREADING and rule is not RULES[aten.add] or not sources:
+        if rule is None or packet not in _SPREADING and rule is not RULES[aten.add.Tensor] or not sources:
             return Mask.BIAS if self._learned(node) else Mask.PAIRS
         kinds = [self.kind(n) for n in sources]
         singles = [n for n in sources if self._count(n) == 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +41,12 @@ class FusedCall:
         self.packet = node.target.overloadpacket
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the (first) result."""
+        value = self.node.meta["val"]
+        return (value[0] if isinstance(value, (tuple, list)) else value).dtype
+
+    @property
     def tokens(self) -> Tokens:
         return self.stream.tokens
 
@@ -55,7 +62,11 @@ class FusedCall:
         return next(name for name, value in self.args.items() if value is first)
 
     def lifted(self, node: fx.Node) -> Value:
-        return self.rewriter.lift(node, self.env[node], self.stream, self.generation, self._like)
+        """The value of a node in the generation of this call."""
+        value = self.rewriter.lift(node, self.env[node], self.stream, self.generation, self._like)
+        if len(value.dims) != len(self.env[node].dims) and not self.rule.broadcasts:
+            raise Declined("a value without the batch axis meets fused tokens in another layout")
+        return value
 
     def value(self, name: str) -> Value:
         """A tensor argument in the generation of this call."""
@@ -78,36 +89,48 @@ class FusedCall:
 
     def place(self, name: str, dim: int) -> Place:
         """The place of the token axis at one dimension of an argument, where it is whole."""
-        found = [p for p in self.places_of(self.args[name]) if dim in (p.dim, *p.rest)]
+        return self.place_in(self.value(name), dim)
+
+    def place_in(self, value: Value, dim: int) -> Place:
+        """The place of the token axis at one dimension of a value, where it is whole."""
+        found = [p for p in self.stream.places(value.dims) if dim in (p.dim, *p.rest)]
         if not found:
             raise Declined("the token axis meets another axis")
         if found[0].rest:
             raise Declined("rows and columns of the token grid are told apart")
         return found[0]
 
-    def only_place(self, name: str) -> Place:
-        found = self.places_of(self.args[name])
+    def only_place(self, value: Value) -> Place:
+        found = self.stream.places(value.dims)
         if len(found) != 1:
             raise Declined("the token axis occurs twice in one operand")
         return found[0]
 
-    def log_sizes(self, place: Place) -> Tensor | None:
-        """[B, M] log sizes of the tokens at a place; None where sizes count for nothing."""
+    def log_sizes(self, place: Place, dtype: torch.dtype = torch.float32) -> Tensor | None:
+        """[B, M] log sizes of the tokens at a place, in ``dtype`` or wider; None where sizes count for nothing."""
         if not self.rewriter.plan.method.counts_sizes:
             return None
-        return self.stream.log_size(self.generation, place.lead, place.tail)
+        log_size = self.stream.log_size(self.generation, place.lead, place.tail)
+        wide = torch.promote_types(dtype, log_size.dtype)
+        if wide == log_size.dtype:
+            return log_size
+        return self.stream.fusion(self.generation, place.lead, place.tail).size.to(wide).log()
 
-    def log_sizes_like(self, name: str, place: Place) -> Tensor | None:
-        log_size = self.log_sizes(place)
-        return None if log_size is None else self.stream.spread(log_size, self.value(name), place)
+    def sizes(self, value: Value, place: Place) -> Tensor:
+        """The sizes of the tokens at a place of a value, as a factor for it."""
+        return self.stream.spread(self.stream.fusion(self.generation, place.lead, place.tail).size, value, place)
 
-    def sizes_of(self, node: fx.Node, place: Place) -> Tensor:
-        """The sizes of the tokens at a place of an operand, as a factor for it."""
-        size = self.stream.fusion(self.generation, place.lead, place.tail).size
-        return self.stream.spread(size, self.lifted(node), place)
+    def weighted(self, value: Value, place: Place) -> Value:
+        """A value times the sizes of its tokens, in its dtype: rounded once, and exact for whole numbers."""
+        x, size = value.tensor, self.sizes(value, place)
+        size = size if x.is_floating_point() or x.is_complex() else self.whole(size)
+        return replace(value, tensor=(x * size).to(x.dtype))
 
-    def sizes_like(self, name: str, place: Place) -> Tensor:
-        return self.sizes_of(self.args[name], place)
+    def whole(self, size: Tensor) -> Tensor:
+        """Sizes as whole numbers."""
+        if self.rewriter.plan.relaxed:
+            raise Declined("in training tokens count by fractions, and whole numbers have none")
+        return size.to(torch.int64)
 
     @property
     def conserves(self) -> bool:
@@ -170,9 +193,7 @@ class FusedCall:
         else:
             result = self.target(*args, **kwargs)
         results = result if isinstance(result, (tuple, list)) else [result]
-        for got, want in zip(results, shapes):
-            self._check(got.shape, want)
-        values = [self.result(r, mass, d) for r, d in zip(results, all_dims)]
+        values = [self.result(r, mass, index=i) for i, r in enumerate(results)]
         return values if isinstance(result, (tuple, list)) else values[0]
 
     def _mass(self, out: list[Dims]) -> int | None:
@@ -180,6 +201,8 @@ class FusedCall:
         values = [v for v in (self.env[n] for n in self.node.all_input_nodes) if isinstance(v, Value)]
         held = [v for v in values if v.mass is not None]
         if len(held) != 1 or values[0] is not held[0] or len(out) != 1 or self.packet not in MASS_KEEPING:
+            return None
+        if not self.node.meta["val"].is_floating_point():
             return None
         (value,) = held
         last = value.mass == len(value.dims) - 1 and out[0][-1:] == value.dims[-1:]
@@ -207,16 +230,29 @@ class FusedCall:
         target = [-1 if d in unknown else s for d, s in enumerate(shape)]
         return torch.ops.aten.reshape(x, target)
 
-    def _check(self, got: Sequence[Any], want: Sequence[Any]) -> None:
-        agree = len(got) == len(want) and all(
-            not (isinstance(g, int) and isinstance(w, int)) or g == w for g, w in zip(got, want)
+    def _check(self, got: Tensor, dims: Dims, index: int) -> None:
+        """Raise ``Declined`` where a result is not what the original program makes, its token axes shrunk."""
+        dense = self.node.meta["val"]
+        dense = dense[index] if isinstance(dense, (tuple, list)) else dense
+        want = self.expected_shape(dims, dense.shape)
+        if want is None:
+            raise Declined(regrouped(self.node, dense.shape))
+        agree = got.dtype == dense.dtype and len(got.shape) == len(want) and all(
+            not (isinstance(g, int) and isinstance(w, int)) or g == w for g, w in zip(got.shape, want)
         )
         if not agree:
-            raise Declined(f"{name_of(self.node)} gives {tuple(got)} on fused tokens where {tuple(want)} is due")
+            raise Declined(f"{name_of(self.node)} gives {got.dtype} {tuple(got.shape)} on fused tokens "
+                           f"where {dense.dtype} {tuple(want)} is due")
 
-    def result(self, tensor: Tensor, mass: int | None = None, dims: Dims | None = None) -> Value:
-        """A value of this call's generation, where its axes hold the tokens; else an ordinary one."""
-        dims = self.out_dims()[0] if dims is None else dims
+    def result(self, tensor: Tensor, mass: int | None = None, index: int = 0) -> Value:
+        """A value of this call's generation, where its axes hold the tokens; else an ordinary one.
+
+        ``index``: which of several results it is.
+        """
+        dims = self.out_dims()[index]
+        if len(self.stream.batch_dims(dims)) > 1:
+            raise Declined(f"{name_of(self.node)} lets the images of a batch meet one another")
+        self._check(tensor, dims, index)
         if not mentions(dims, self.tokens):
             return Value(tensor, dims)
         if not has_batch(dims, self.tokens):

@@ -19,7 +19,7 @@ from mctf_compile.kernels.library import shapes_alone
 from mctf_compile.methods import Site
 from mctf_compile.passes.analysis.reasons import name_of
 from mctf_compile.passes.analysis.token_axes import Axes
-from mctf_compile.passes.axes import Dims, has_batch, mentions
+from mctf_compile.passes.axes import Dims, atoms, has_batch, mentions
 from mctf_compile.passes.pipeline import State, graph_pass
 from mctf_compile.passes.planning.counts import Counts
 from mctf_compile.passes.planning.macs import count_macs
@@ -247,7 +247,10 @@ class Rewriter:
         if rule is None:
             raise Declined(f"{name_of(node)} has no rule for fused tokens")
         call = FusedCall(self, rule, node, stream, generation, env)
-        if not mentions(self.axes.mixed_by(node), stream.tokens):
+        mixed = self.axes.mixed_by(node)
+        if not mentions(mixed, stream.tokens):
+            if set(atoms(stream.tokens.batch)) & {axis for dim in mixed for axis in atoms(dim)}:
+                raise Declined(f"{name_of(node)} mixes the images of a batch")
             return call.emit()
         if rule.fused is None:
             raise Declined(f"{name_of(node)} mixes the original tokens")

@@ -233,8 +233,8 @@ class Stream:
             return value
         place = next(p for p in self.places(value.dims) if p.dim == value.mass)
         size = self.fusion(value.generation, place.lead, place.tail).size
-        divisor = self.spread(size, value, place).to(value.tensor.dtype)
-        return Value(value.tensor / divisor, value.dims, self, value.generation)
+        tensor = (value.tensor / self.spread(size, value, place)).to(value.tensor.dtype)
+        return Value(tensor, value.dims, self, value.generation)
 
     def extensive(self, value: Value, dim: int) -> Value:
         """Turn weights of one copy of each token at ``dim`` into those of all its copies together."""
@@ -242,13 +242,20 @@ class Stream:
             return replace(value, mass=dim)
         place = next(p for p in self.places(value.dims) if p.dim == dim)
         size = self.fusion(value.generation, place.lead, place.tail).size
-        return replace(value, tensor=value.tensor * self.spread(size, value, place).to(value.tensor.dtype), mass=dim)
+        tensor = (value.tensor * self.spread(size, value, place)).to(value.tensor.dtype)
+        return replace(value, tensor=tensor, mass=dim)
 
     def places(self, dims: Dims) -> list[Place]:
         found = places(dims, self.tokens)
         if found is None:
             raise Declined("the token axis stands in a form that cannot be fused")
         return found
+
+    def batch_dims(self, dims: Dims) -> list[int]:
+        """The dimensions that hold the images, alone or with other axes."""
+        width = len(self.tokens.batch)
+        inside = [any(dim[i : i + width] == self.tokens.batch for i in range(len(dim))) for dim in dims]
+        return [d for d, holds in enumerate(inside) if holds and width]
 
     def batch_dim(self, dims: Dims) -> int | None:
         """The dimension that holds the images, where it holds nothing else."""

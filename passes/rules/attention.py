@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from mctf_compile.passes.rewriting.fused_call import FusedCall
     from mctf_compile.passes.rewriting.stream import Value
 
-aten = torch.ops.aten
-
 
 def scale_of(call: Call) -> float:
     """The factor on the logits: the argument, or D ** -0.5."""
@@ -120,7 +118,10 @@ def sized_attention(call: FusedCall) -> Value:
     return call.result(given.layout.join(out, call.value("query").tensor))
 
 
-@rule(aten.scaled_dot_product_attention, fused=sized_attention)
+@rule(
+    "scaled_dot_product_attention", reads="query key value attn_mask dropout_p is_causal scale enable_gqa",
+    fused=sized_attention, broadcasts=True,
+)
 def attention(call: Call) -> Flow:
     q, k, v = (call.dims(name) for name in ("query", "key", "value"))
     align = call.table.align

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
-from torch._ops import OpOverload, OpOverloadPacket
+from torch._ops import OpOverload
 
 from mctf_compile.passes.axes import AxisTable, Dim, Dims
 
 if TYPE_CHECKING:
     from mctf_compile.passes.rewriting.fused_call import FusedCall
-    from mctf_compile.passes.rewriting.stream import Value
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,11 @@ class Call:
         value = self.node.meta["val"]
         return (value[0] if isinstance(value, (tuple, list)) else value).shape
 
+    @property
+    def results(self) -> int:
+        """How many tensors the operator returns."""
+        return len(self.node.target._schema.returns)
+
     def tensors(self) -> list[fx.Node]:
         return [n for n in self.node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
 
@@ -69,44 +73,66 @@ class Rule:
 
     ``axes`` says where axes go. ``fused`` runs the operator where it mixes fused tokens (weighted by
     their sizes); without it the tokens are unmerged first. ``resized`` names the arguments that hold
-    sizes of the result, which shrink with the tokens.
+    sizes of the result, which shrink with the tokens. ``ignores`` names those that lend only their dtype or
+    shape, never their tokens. ``broadcasts``: operands of fewer dimensions are aligned from the right.
     """
 
     axes: Callable[[Call], Flow]
-    fused: Callable[[FusedCall], Value] | None = None
+    fused: Callable[[FusedCall], Any] | None = None
     resized: str | None = None
-    # Arguments that lend only their dtype or shape, never their tokens.
     ignores: tuple[str, ...] = ()
+    broadcasts: bool = False
 
 
-RULES: dict[OpOverloadPacket, Rule] = {}
+RULES: dict[OpOverload, Rule] = {}
 
 
 def rule(
-    *packets: OpOverloadPacket,
-    fused: Callable[[FusedCall], Value] | None = None,
-    resized: str | None = None,
-    ignores: tuple[str, ...] = (),
+    *names: str, reads: str, fused: Callable[[FusedCall], Any] | None = None, resized: str | None = None,
+    ignores: tuple[str, ...] = (), broadcasts: bool = False,
 ) -> Callable[[Callable[[Call], Flow]], Callable[[Call], Flow]]:
-    """Enter the decorated axes function in ``RULES`` for the operators given."""
+    """Enter the decorated axes function in ``RULES`` for overloads of ATen operators.
+
+    Args:
+        names: the overloads, as in ``"sum"`` (the default one) and ``"sum.dim_IntList"``.
+        reads: the arguments that the rule knows, separated by spaces. An overload that has another one, in a later
+            release of PyTorch, gets no rule; nor does one that is not there.
+        fused, resized, ignores, broadcasts: see ``Rule``.
+    """
 
     def register(axes: Callable[[Call], Flow]) -> Callable[[Call], Flow]:
-        for packet in packets:
-            RULES[packet] = Rule(axes, fused, resized, ignores)
+        for overload in filter(None, map(overload_of, names)):
+            if {argument.name for argument in overload._schema.arguments} <= set(reads.split()):
+                RULES[overload] = Rule(axes, fused, resized, ignores, broadcasts)
         return axes
 
     return register
 
 
+def overload_of(name: str) -> OpOverload | None:
+    """``"sum.dim_IntList"`` or ``"sum"`` of ATen, where there is one."""
+    name, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.aten, name, None), overload or "default", None)
+
+
 def find_rule(target: Any) -> Rule | None:
     """The rule of an operator: its own, else that of the pointwise family, else None (default-deny)."""
-    if not isinstance(target, OpOverload) or target._schema.is_mutable:
+    if not isinstance(target, OpOverload):
         return None
-    if target.overloadpacket in RULES:
-        return RULES[target.overloadpacket]
-    if torch.Tag.pointwise in target.tags:
-        return RULES[torch.ops.aten.add]
-    return None
+    if target in RULES:
+        return RULES[target]
+    return RULES[torch.ops.aten.add.Tensor] if _is_pointwise(target) else None
+
+
+def _is_pointwise(target: OpOverload) -> bool:
+    """Whether an operator makes one tensor of others position by position, the same one at every call.
+
+    PyTorch's tag says the first, also of comparisons of whole tensors (``equal``) and of results in several parts.
+    """
+    schema = target._schema
+    several = len(schema.returns) != 1 or str(schema.returns[0].type) != "Tensor"
+    random = torch.Tag.nondeterministic_seeded in target.tags
+    return torch.Tag.pointwise in target.tags and not (several or random or schema.is_mutable)
 
 
 def sources(node: fx.Node) -> list[fx.Node]:

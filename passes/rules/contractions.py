@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
-
-import torch
 
 from mctf_compile.errors import Declined
 from mctf_compile.passes.axes import Dim, Dims
@@ -16,8 +13,6 @@ from mctf_compile.passes.rules.base import Call, Flow, rule
 if TYPE_CHECKING:
     from mctf_compile.passes.rewriting.fused_call import FusedCall
     from mctf_compile.passes.rewriting.stream import Value
-
-aten = torch.ops.aten
 
 
 def operands(names: Iterable[str]) -> tuple[str, str]:
@@ -33,20 +28,23 @@ def contracted(call: FusedCall) -> Value:
     """Σ_t s_t x_t y_t. Attention weights hold the sizes already: they are the mass of all copies."""
     left, right = operands(call.args)
     x, y = call.value(left), call.value(right)
-    inner_x, inner_y = len(call.dims(left)) - 1, max(len(call.dims(right)) - 2, 0)
-    place_x, place_y = call.place(left, inner_x), call.place(right, inner_y)
+    if any(len(call.dims(name)) == 1 < len(v.dims) for name, v in ((left, x), (right, y))):
+        raise Declined("a product with a vector over the tokens has an entry for each of the original ones")
+    inner_x, inner_y = len(x.dims) - 1, max(len(y.dims) - 2, 0)
+    place_x, place_y = call.place_in(x, inner_x), call.place_in(y, inner_y)
     if place_x.before or place_x.after or (place_x.lead, place_x.tail) != (place_y.lead, place_y.tail):
         raise Declined("a matrix product contracts the token axis together with other axes")
     if not (x.mass == inner_x and y.mass is None or y.mass == inner_y and x.mass is None):
         x, y = call.intensive(left), call.intensive(right)
-        y = replace(y, tensor=y.tensor * call.sizes_like(right, place_y).to(y.tensor.dtype))
+        y = call.weighted(y, place_y)
     if "self" in (left, right):
         return call.result(call.target(x.tensor, y.tensor))
     factors = {name: call.args[name] for name in ("beta", "alpha")}
     return call.result(call.target(call.intensive("self").tensor, x.tensor, y.tensor, **factors))
 
 
-@rule(aten.matmul, aten.bmm, aten.mm, aten.mv, aten.baddbmm, aten.addmm, fused=contracted)
+@rule("matmul", reads="self other", fused=contracted, broadcasts=True)
+@rule("bmm", "mm", "mv", "baddbmm", "addmm", reads="self mat1 mat2 vec batch1 batch2 beta alpha", fused=contracted)
 def matmul(call: Call) -> Flow:
     left, right = (call.dims(name) for name in operands(call.args))
     x = left if len(left) > 1 else ((), *left)
@@ -68,28 +66,27 @@ def matmul(call: Call) -> Flow:
 def contracted_einsum(call: FusedCall) -> Value:
     """An einsum that contracts the token axis of two operands, by the same rule as a matrix product."""
     nodes = list(call.args["tensors"])
-    terms, out = letters(call.args["equation"], [len(call.rewriter.axes.of(node)) for node in nodes])
     values = [call.lifted(node) for node in nodes]
+    terms, out = letters(call.args["equation"], [len(value.dims) for value in values])
     inner = set()
-    for term, node in zip(terms, nodes):
-        for place in call.places_of(node):
+    for term, value in zip(terms, values):
+        for place in call.stream.places(value.dims):
             if place.before or place.after or place.rest:
                 raise Declined("an einsum meets the token axis inside a product of axes")
             if term[place.dim] not in out:
                 inner.add(term[place.dim])
     if len(values) != 2 or len(inner) != 1:
         raise Declined("an einsum contracts token axes in a way that is not a matrix product")
+    images = {term[d] for term, value in zip(terms, values) for d in call.stream.batch_dims(value.dims)}
+    if len(images) > 1:
+        raise Declined("an einsum lets the images of a batch meet one another")
     (letter,) = inner
     mass = [v.mass is not None and term[v.mass] == letter for v, term in zip(values, terms)]
     if any(v.mass is not None and not m for v, m in zip(values, mass)) or all(mass):
         raise Declined("an einsum meets attention weights along another axis than theirs")
     tensors = [value.tensor for value in values]
     if not any(mass):
-        d = terms[1].index(letter)
-        place = next((p for p in call.places_of(nodes[1]) if p.dim == d), None)
-        if place is None:
-            raise Declined("an einsum contracts the token axis with another axis")
-        tensors[1] = tensors[1] * call.sizes_of(nodes[1], place).to(tensors[1].dtype)
+        tensors[1] = call.weighted(values[1], call.place_in(values[1], terms[1].index(letter))).tensor
     return call.result(call.target(call.args["equation"], tensors))
 
 
@@ -109,7 +106,7 @@ def letters(equation: str, ranks: Sequence[int] = ()) -> tuple[list[str], str]:
     return terms, right
 
 
-@rule(aten.einsum, fused=contracted_einsum)
+@rule("einsum", reads="equation tensors path", fused=contracted_einsum)
 def einsum(call: Call) -> Flow:
     nodes = list(call.args["tensors"])
     terms, out = letters(call.args["equation"], [len(call.dims_of(node)) for node in nodes])

@@ -4,11 +4,12 @@ import torch
 
 from mctf_compile.passes.axes import FEATURES
 from mctf_compile.passes.rules.base import Call, Flow, rule, wrap
+from mctf_compile.passes.rules.pointwise import broadcast
 
 aten = torch.ops.aten
 
 
-@rule(aten.linear)
+@rule("linear", reads="input weight bias")
 def linear(call: Call) -> Flow:
     dims, weight = call.dims("input"), call.dims("weight")
     call.table.unify(dims[-1], weight[-1])
@@ -17,43 +18,72 @@ def linear(call: Call) -> Flow:
     return Flow((*dims[:-1], *features), (dims[-1],))
 
 
-@rule(aten.layer_norm, aten.rms_norm)
+@rule("layer_norm", "rms_norm", reads="input normalized_shape weight bias eps cudnn_enable")
 def channel_norm(call: Call) -> Flow:
     dims = call.dims("input")
     return Flow(dims, dims[len(dims) - len(call.args["normalized_shape"]) :])
 
 
-@rule(aten.batch_norm)
+@rule(
+    "batch_norm", reads="input weight bias running_mean running_var training momentum eps cudnn_enabled",
+)
 def batch_norm(call: Call) -> Flow:
     """A scale and shift per channel; in training the statistics are those of all other positions."""
     dims = call.dims("input")
-    return Flow(dims, (dims[0], *dims[2:]) if call.args["training"] else ())
+    return Flow(dims, dims if call.args["training"] else dims[1:2])
 
 
-@rule(aten.group_norm, aten.instance_norm)
+@rule(
+    "group_norm", "instance_norm",
+    reads="input num_groups weight bias running_mean running_var use_input_stats momentum eps cudnn_enabled",
+)
 def image_norm(call: Call) -> Flow:
     dims = call.dims("input")
     return Flow(dims, dims[1:])
 
 
-@rule(aten.glu)
+@rule("prelu", reads="self weight")
+def prelu(call: Call) -> Flow:
+    """A slope for each position of the second dimension, or one for all."""
+    dims = call.dims("self")
+    return Flow(dims, dims[1:2] if call.args["weight"].meta["val"].numel() > 1 else ())
+
+
+@rule("glu", reads="self dim")
 def glu(call: Call) -> Flow:
     dims = call.dims("self")
     d = wrap(call.args["dim"], len(dims))
     return Flow((*dims[:d], call.table.fresh(call.shape[d], FEATURES), *dims[d + 1 :]), (dims[d],))
 
 
-@rule(aten.conv1d, aten.conv2d, aten.conv3d)
+@rule(
+    "conv1d", "conv1d.padding", "conv2d", "conv2d.padding", "conv3d", "conv3d.padding",
+    reads="input weight bias stride padding dilation groups",
+)
 def convolution(call: Call) -> Flow:
     """A kernel of one position with stride 1 is a linear layer; any other mixes positions too."""
-    dims, weight = call.dims("input"), call.args["weight"].meta["val"].shape
-    features = call.table.fresh(call.shape[1], FEATURES)
-    same = list(call.shape[2:]) == list(call.args["input"].meta["val"].shape[2:])
-    if all(size == 1 for size in weight[2:]) and same:
-        return Flow((dims[0], features, *dims[2:]), (dims[1],))
-    return Flow((dims[0], features, *call.table.fresh_dims(call.shape[2:], "x")), dims[1:])
+    dims, kernel = call.dims("input"), call.args["weight"].meta["val"].shape[2:]
+    # Images may be given one at a time, without a dimension that numbers them.
+    c = len(dims) - len(kernel) - 1
+    features = call.table.fresh(call.shape[c], FEATURES)
+    padding = call.args["padding"]
+    in_place = isinstance(padding, str) or not any(padding)
+    if in_place and all(size == 1 for size in (*kernel, *call.args["stride"])):
+        return Flow((*dims[:c], features, *dims[c + 1 :]), (dims[c],))
+    return Flow((*dims[:c], features, *call.table.fresh_dims(call.shape[c + 1 :], "x")), dims[c:])
 
 
-@rule(aten.embedding)
+@rule("cosine_similarity", "pairwise_distance", reads="x1 x2 dim eps p keepdim", broadcasts=True)
+def compared(call: Call) -> Flow:
+    """One number for two vectors: of the last dimension, or of the one that is named."""
+    rank = max(len(call.dims(name)) for name in ("x1", "x2"))
+    met = broadcast(call, rank)
+    d = wrap(call.args.get("dim", -1), rank)
+    keep = call.args.get("keepdim", False)
+    out = tuple(() if i == d else dim for i, dim in enumerate(met.out) if keep or i != d)
+    return Flow(out, (*met.mixed, met.out[d]))
+
+
+@rule("embedding", reads="weight indices padding_idx scale_grad_by_freq sparse")
 def embedding(call: Call) -> Flow:
     return Flow((*call.dims("indices"), call.table.fresh(call.shape[-1], FEATURES)))

@@ -18,19 +18,22 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 
-@rule(aten.reshape, aten.view, aten._unsafe_view, aten.reshape_as, aten.view_as, resized="shape", ignores=("other",))
+@rule(
+    "reshape", "view", "_unsafe_view", "reshape_as", "view_as", reads="self shape size other", resized="shape",
+    ignores=("other",),
+)
 def reshape(call: Call) -> Flow:
     source = call.dims_of(call.tensors()[0])
     out, cut = call.table.reshape(source, [size_of(s) for s in call.shape])
     return Flow(out, cut)
 
 
-@rule(aten.flatten, aten.unflatten, resized="reshape")
+@rule("flatten.using_ints", "unflatten.int", reads="self start_dim end_dim dim sizes", resized="shape")
 def regroup(call: Call) -> Flow:
     return reshape(call)
 
 
-@rule(aten.transpose, aten.swapaxes, aten.swapdims)
+@rule("transpose.int", "swapaxes", "swapdims", reads="self dim0 dim1 axis0 axis1")
 def transpose(call: Call) -> Flow:
     dims = list(call.dims("self"))
     names = ("dim0", "dim1") if "dim0" in call.args else ("axis0", "axis1")
@@ -39,21 +42,23 @@ def transpose(call: Call) -> Flow:
     return Flow(tuple(dims))
 
 
-@rule(aten.t, aten.mT, aten.numpy_T, aten.adjoint)
+@rule("t", "mT", "numpy_T", "adjoint", reads="self")
 def transpose_last(call: Call) -> Flow:
     dims = call.dims("self")
-    if call.node.target.overloadpacket is aten.numpy_T:
+    if call.node.target is aten.numpy_T.default:
         return Flow(dims[::-1])
     return Flow(dims[:-2] + dims[:-3:-1])
 
 
-@rule(aten.permute)
+@rule("permute", reads="self dims")
 def permute(call: Call) -> Flow:
     dims = call.dims("self")
     return Flow(tuple(dims[d] for d in call.args["dims"]))
 
 
-@rule(aten.movedim, aten.moveaxis)
+@rule(
+    "movedim.int", "movedim.intlist", "moveaxis.int", "moveaxis.intlist", reads="self source destination",
+)
 def movedim(call: Call) -> Flow:
     dims = call.dims("self")
     listed = lambda v: [wrap(d, len(dims)) for d in (v if isinstance(v, (list, tuple)) else [v])]  # noqa: E731
@@ -64,7 +69,7 @@ def movedim(call: Call) -> Flow:
     return Flow(tuple(dims[d] for d in order))
 
 
-@rule(aten.squeeze)
+@rule("squeeze", "squeeze.dim", "squeeze.dims", reads="self dim")
 def squeeze(call: Call) -> Flow:
     value = call.node.args[0].meta["val"]
     dims = call.dims("self")
@@ -74,14 +79,14 @@ def squeeze(call: Call) -> Flow:
     return Flow(tuple(dim for d, dim in enumerate(dims) if d not in gone or value.shape[d] != 1))
 
 
-@rule(aten.unsqueeze)
+@rule("unsqueeze", reads="self dim")
 def unsqueeze(call: Call) -> Flow:
     dims = call.dims("self")
     d = wrap(call.args["dim"], len(dims) + 1)
     return Flow((*dims[:d], (), *dims[d:]))
 
 
-@rule(aten.expand, aten.expand_as, resized="size", ignores=("other",))
+@rule("expand", "expand_as", reads="self size implicit other", resized="size", ignores=("other",))
 def expand(call: Call) -> Flow:
     """An expanded dimension repeats one position: a new axis, identified with what it later meets."""
     source = call.dims_of(call.tensors()[0])
@@ -89,7 +94,7 @@ def expand(call: Call) -> Flow:
     return Flow(tuple(dim or call.table.fresh(size) for dim, size in zip(source, call.shape)))
 
 
-@rule(aten.repeat, aten.tile)
+@rule("repeat", "tile", reads="self repeats dims")
 def repeat(call: Call) -> Flow:
     """Tiling puts an axis of its own outside what it repeats."""
     source = call.dims("self")
@@ -100,27 +105,27 @@ def repeat(call: Call) -> Flow:
     return Flow(tuple(tiled), tuple(dim for dim, time in zip(source, times) if time != 1))
 
 
-@rule(aten.repeat_interleave)
+@rule("repeat_interleave.self_int", reads="self repeats dim output_size")
 def repeat_interleave(call: Call) -> Flow:
-    dims, times, d = call.dims_of(call.tensors()[0]), call.args.get("repeats"), call.args.get("dim")
-    if d is None or not isinstance(times, int):
+    dims, times, d = call.dims("self"), call.args["repeats"], call.args["dim"]
+    if d is None:
         return Flow(call.table.fresh_dims(call.shape), dims)
     d = wrap(d, len(dims))
     return Flow((*dims[:d], dims[d] + call.table.fresh(times, "r"), *dims[d + 1 :]), (dims[d],))
 
 
-@rule(aten.view_as_complex)
+@rule("view_as_complex", reads="self")
 def as_complex(call: Call) -> Flow:
     dims = call.dims("self")
     return Flow(dims[:-1], dims[-1:])
 
 
-@rule(aten.view_as_real)
+@rule("view_as_real", reads="self")
 def as_real(call: Call) -> Flow:
     return Flow((*call.dims("self"), call.table.fresh(2)))
 
 
-@rule(aten.constant_pad_nd, aten.pad)
+@rule("constant_pad_nd", "pad", reads="self pad mode value")
 def pad(call: Call) -> Flow:
     """Padded dimensions are new axes; the others stay."""
     dims = call.dims("self")
@@ -139,7 +144,7 @@ def select_prefix(call: FusedCall) -> Value:
     return call.emit()
 
 
-@rule(aten.select, fused=select_prefix)
+@rule("select.int", reads="self dim index", fused=select_prefix)
 def select(call: Call) -> Flow:
     dims = call.dims("self")
     d = wrap(call.args["dim"], len(dims))
@@ -163,14 +168,14 @@ def split_parts(call: FusedCall) -> list[Value]:
     sizes = [value.shape[d] for value in call.node.meta["val"]]
     edges = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
     pieces = [part(call, start, stop) for start, stop in zip(edges, edges[1:])]
-    return [call.result(piece, dims=dims) for piece, dims in zip(pieces, call.out_dims())]
+    return [call.result(piece, index=i) for i, piece in enumerate(pieces)]
 
 
 def part(call: FusedCall, start: int, stop: int) -> Tensor:
     """Positions start:stop of the original token axis, where they hold all of the body or nothing of it."""
     dim = call.wrapped("dim")
     place = call.place("self", dim)
-    x = call.value("self").tensor
+    x = call.intensive("self").tensor
     if place.before or place.after:
         raise Declined("the token axis is sliced together with other axes")
     body_end = place.lead + call.tokens.size
@@ -191,20 +196,20 @@ def bounds(call: Call) -> tuple[int, int]:
     size = call.args["self"].meta["val"].shape[d]
     start, stop = call.args.get("start"), call.args.get("end")
     start = 0 if start is None else start
+    if "length" in call.args:
+        start = start + size if isinstance(start, int) and start < 0 else start
+        stop = start + call.args["length"]
     stop = size if stop is None else stop
     if not all(isinstance(v, int) for v in (start, stop, size)):
         return (start, size if stop == 2**63 - 1 else stop)
     return tuple(min(max(v + size if v < 0 else v, 0), size) for v in (start, stop))
 
 
-@rule(aten.slice, aten.narrow, fused=slice_parts)
+@rule("slice.Tensor", "narrow", reads="self dim start end step length", fused=slice_parts)
 def slice_(call: Call) -> Flow:
     dims = call.dims("self")
     d = wrap(call.args["dim"], len(dims))
-    if call.node.target.overloadpacket is aten.narrow:
-        start, stop = call.args["start"], call.args["start"] + call.args["length"]
-    else:
-        start, stop = bounds(call)
+    start, stop = bounds(call)
     if call.args.get("step", 1) != 1 or not all(isinstance(v, int) for v in (start, stop)):
         whole = start == 0 and size_of(call.shape[d]) == product(dims[d])
         new = dims[d] if whole else call.table.fresh(call.shape[d])
@@ -213,12 +218,15 @@ def slice_(call: Call) -> Flow:
     held = call.table.slice(dims[d], start, stop)
     whole = held is not None and held == call.table.canonical(dims[d])
     held = call.table.fresh(call.shape[d]) if held is None else held
-    return Flow((*dims[:d], held, *dims[d + 1 :]), () if whole else (dims[d],))
+    # The length that narrow is given is not cut to that of fused tokens.
+    untouched = whole and "length" not in call.args
+    return Flow((*dims[:d], held, *dims[d + 1 :]), () if untouched else (dims[d],))
 
 
 @rule(
-    aten.split, aten.split_with_sizes, aten.chunk, aten.tensor_split, aten.unsafe_split, aten.unsafe_chunk,
-    fused=split_parts,
+    "split.Tensor", "split.sizes", "split", "split_with_sizes", "chunk", "tensor_split.sections",
+    "tensor_split.indices", "unsafe_split.Tensor", "unsafe_split_with_sizes", "unsafe_chunk",
+    reads="self split_size split_sizes chunks sections indices dim", fused=split_parts,
 )
 def split(call: Call) -> Flow:
     dims = call.dims("self")
@@ -236,7 +244,7 @@ def split(call: Call) -> Flow:
     return Flow(out, (dims[d],))
 
 
-@rule(aten.unbind)
+@rule("unbind.int", reads="self dim")
 def unbind(call: Call) -> Flow:
     dims = call.dims("self")
     d = wrap(call.args["dim"], len(dims))
@@ -248,7 +256,7 @@ def cat_parts(call: FusedCall) -> Value:
     return call.emit()
 
 
-@rule(aten.cat, aten.concat, fused=cat_parts)
+@rule("cat", "concat", "concatenate", reads="tensors dim", fused=cat_parts)
 def cat(call: Call) -> Flow:
     nodes = list(call.args["tensors"])
     all_dims = [call.dims_of(n) for n in nodes]
@@ -265,7 +273,7 @@ def cat(call: Call) -> Flow:
     return Flow(tuple(out), mixed)
 
 
-@rule(aten.stack)
+@rule("stack", reads="tensors dim")
 def stack(call: Call) -> Flow:
     first, *others = [call.dims_of(n) for n in call.args["tensors"]]
     d = wrap(call.args["dim"], len(call.shape))

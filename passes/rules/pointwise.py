@@ -1,17 +1,23 @@
 """Operators that work position by position: arithmetic, activations, casts, dropout."""
 
-import torch
+from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from mctf_compile.errors import Declined
 from mctf_compile.passes.axes import Dim
 from mctf_compile.passes.rules.base import Call, Flow, rule
 
-aten = torch.ops.aten
+if TYPE_CHECKING:
+    from mctf_compile.passes.rewriting.fused_call import FusedCall
+    from mctf_compile.passes.rewriting.stream import Value
+
+# How a new tensor is made: none of it is read by position.
+MAKING = "dtype layout device pin_memory memory_format non_blocking copy"
 
 
-@rule(aten.add, aten.hardswish, aten.hardsigmoid, aten.hardtanh, aten.prelu, aten.masked_fill, aten.where)
-def pointwise(call: Call) -> Flow:
-    """Operands broadcast from the right; aligned dimensions are one axis."""
-    rank = len(call.shape)
+def broadcast(call: Call, rank: int) -> Flow:
+    """The tensors of a call brought to ``rank`` dimensions from the right; dimensions that are aligned are one axis."""
     out: list[Dim] = [()] * rank
     mixed: tuple[Dim, ...] = ()
     for node in call.tensors():
@@ -22,17 +28,56 @@ def pointwise(call: Call) -> Flow:
 
 
 @rule(
-    aten.dropout, aten.feature_dropout, aten.contiguous, aten.clone, aten.alias, aten.detach, aten.to,
-    aten._to_copy, aten.type_as, aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like, aten.rand_like,
-    aten.randn_like, aten.bernoulli, aten.lift_fresh_copy, aten.resolve_conj, aten.alpha_dropout,
-    ignores=("other",),
+    "add.Tensor", "add.Scalar", "hardswish", "hardsigmoid", "hardtanh", "masked_fill.Scalar", "masked_fill.Tensor",
+    "where.self", "where.ScalarOther", "where.ScalarSelf", "where.Scalar", "max.other", "min.other",
+    # PyTorch tags those above not, and none that goes by two names but by the first.
+    "__and__.Tensor", "__and__.Scalar", "__or__.Tensor", "__or__.Scalar", "absolute", "arccos", "arccosh", "arcsin",
+    "arcsinh", "arctan", "arctan2", "arctanh", "complex", "conj", "_conj", "divide.Scalar", "divide.Scalar_mode",
+    "divide.Tensor", "divide.Tensor_mode", "fix", "floor_divide", "floor_divide.Scalar", "greater.Scalar",
+    "greater.Tensor", "greater_equal.Scalar", "greater_equal.Tensor", "imag", "isclose", "isreal", "less.Scalar",
+    "less.Tensor", "less_equal.Scalar", "less_equal.Tensor", "log_sigmoid", "multiply.Scalar", "multiply.Tensor",
+    "negative", "not_equal.Scalar", "not_equal.Tensor", "polar", "real", "resolve_conj", "resolve_neg",
+    "rsub.Tensor", "special_expit", "subtract.Scalar", "subtract.Tensor", "true_divide.Scalar",
+    reads="self other alpha min_val max_val mask value condition real imag abs angle rounding_mode rtol atol equal_nan",
+    broadcasts=True,
+)
+def pointwise(call: Call) -> Flow:
+    """Each position of the result is made of the operands' at that position."""
+    return broadcast(call, len(call.shape))
+
+
+@rule(
+    "dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "rrelu", "contiguous", "clone", "alias",
+    "detach", "to.device", "to.dtype", "to.other", "to.dtype_layout", "_to_copy", "type_as", "zeros_like", "ones_like",
+    "full_like", "empty_like", "lift_fresh_copy",
+    reads=f"self input other p train lower upper training generator fill_value {MAKING}", ignores=("other",),
 )
 def same_layout(call: Call) -> Flow:
     """The result has the axes of the first tensor, and nothing else is read by position."""
     return Flow(call.dims_of(call.tensors()[0]))
 
 
-@rule(aten.new_empty, aten.new_zeros, aten.new_ones, aten.new_full, ignores=("self",))
+@rule("frexp.Tensor", reads="self")
+def two_parts(call: Call) -> Flow:
+    dims = call.dims("self")
+    return Flow([dims, dims])
+
+
+def drawn_for_each(call: FusedCall) -> Value:
+    """In training all tokens stay; copies that were fused would share one number."""
+    if not call.rewriter.plan.relaxed:
+        raise Declined(f"{call.packet.__name__} draws a number for each of the original tokens")
+    return call.emit()
+
+
+@rule("rand_like", "randn_like", "bernoulli", "bernoulli.p", reads=f"self p generator {MAKING}", fused=drawn_for_each)
+def drawn(call: Call) -> Flow:
+    """Numbers that programs compare and sort: unlike those of dropout, not to be shared by copies."""
+    dims = call.dims("self")
+    return Flow(dims, dims)
+
+
+@rule("new_empty", "new_zeros", "new_ones", "new_full", reads=f"self size fill_value {MAKING}", ignores=("self",))
 def new(call: Call) -> Flow:
     """A new tensor takes dtype and device from its operand and nothing else."""
     return Flow(call.table.fresh_dims(call.shape))

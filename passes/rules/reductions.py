@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,9 +13,9 @@ from torch import Tensor
 from mctf_compile.errors import Declined, PassError
 from mctf_compile.passes.axes import Dims
 from mctf_compile.passes.rules.base import Call, Flow, rule, wrap
-from mctf_compile.passes.rules.pointwise import pointwise
 
 if TYPE_CHECKING:
+    from mctf_compile.passes.axes import Place
     from mctf_compile.passes.rewriting.fused_call import FusedCall
     from mctf_compile.passes.rewriting.stream import Value
 
@@ -31,18 +33,20 @@ def reduced(call: Call) -> tuple[set[int], Dims]:
 
 
 def flow(call: Call) -> Flow:
+    """The dims of each result of a reduction: all alike."""
     gone, dims = reduced(call)
     keep = call.args.get("keepdim", False)
     out = tuple(() if d in gone else dim for d, dim in enumerate(dims) if keep or d not in gone)
-    return Flow(out, tuple(dims[d] for d in gone))
+    return Flow(out if call.results == 1 else [out] * call.results, tuple(dims[d] for d in gone))
 
 
 @dataclass(frozen=True)
 class Sized:
     """What is reduced over fused tokens: ``x``, its sizes as a factor, the dimensions that go, and their count.
 
-    ``count`` is the number of original positions, which fusing does not change; where tokens were dropped,
-    it is the sum of the sizes that are left, of each image.
+    Numbers with a fraction are in the dtype of the sizes or a wider one, and so rounded to a narrow dtype once; all
+    others are int64, and so are their sizes. ``count`` is the number of original positions, which fusing does not
+    change; where tokens were dropped, it is the sum of the sizes that are left, of each image.
     """
 
     x: Tensor
@@ -55,165 +59,281 @@ class Sized:
     def of(cls, call: FusedCall, dims: set[int] | None = None) -> Sized:
         """The operand of a reduction over all of the one token axis, and maybe over other dimensions."""
         gone = reduced(call.call)[0] if dims is None else dims
-        place = call.only_place(call.operand)
+        value = call.intensive(call.operand)
+        place = call.only_place(value)
         if not gone.issuperset((place.dim, *place.rest)) or place.before or place.after:
             raise Declined("a reduction runs over a part of the token axis, or of a product with it")
-        x = call.intensive(call.operand).tensor
-        size, dims = call.sizes_like(call.operand, place), sorted(gone)
+        x, size, dims = value.tensor, call.sizes(value, place), sorted(gone)
+        x = x.to(call.args.get("dtype") or x.dtype)
         count = call.dense_count(call.operand, gone)
         if not call.conserves:
             count = size.expand([n if d in gone else m for d, (n, m) in enumerate(zip(x.shape, size.shape))])
-            count = count.sum(dims, keepdim=True).to(x.dtype)
+            count = count.sum(dims, keepdim=True)
+        if has_fraction(x):
+            wide = torch.promote_types(x.dtype, size.dtype)
+            x, size = x.to(wide), size.to(wide.to_real())
+        else:
+            x, size = x.to(torch.int64), call.whole(size)
         return cls(x, size, dims, count, call.args.get("keepdim", False))
+
+    def total(self, x: Tensor) -> Tensor:
+        """Σ s x, with dimensions of 1 left."""
+        return (x * self.size).sum(self.dims, True)
 
     def without(self, x: Tensor) -> Tensor:
         """``x``, reduced with dimensions of 1 left, as the operator's arguments ask for it."""
         return x if self.keep else x.squeeze(self.dims)
 
 
+def has_fraction(x: Tensor) -> bool:
+    return x.is_floating_point() or x.is_complex()
+
+
+def real(given: Sized) -> Sized:
+    """``given`` where it holds real numbers with a fraction."""
+    if not given.x.is_floating_point():
+        raise Declined(f"values of dtype {given.x.dtype} are reduced over fused tokens as real numbers")
+    return given
+
+
 def weighted_sum(call: FusedCall) -> Value:
-    """Σ s x, and for a mean Σ s x / n (the number n of tokens does not change)."""
+    """Σ s x; for a mean Σ s x / n (the number n of tokens does not change), for a count x is 1 or 0."""
     given = Sized.of(call)
-    total = (given.x * given.size.to(given.x.dtype)).sum(given.dims, True, dtype=call.args.get("dtype"))
-    return call.result(given.without(total if call.packet is aten.sum else total / given.count))
+    total = given.total(given.x)
+    if call.packet is aten.mean:
+        total = total / given.count
+    return call.result(given.without(total).to(call.dtype))
 
 
-@rule(aten.mean, aten.sum, fused=weighted_sum)
+@rule("mean", "mean.dim", "sum", "sum.dim_IntList", reads="self dim keepdim dtype", fused=weighted_sum)
 def total(call: Call) -> Flow:
     return flow(call)
 
 
-@rule(aten.amax, aten.amin, aten.any, aten.all, fused=lambda call: call.emit())
+def weighted_count(call: FusedCall) -> Value:
+    """Σ s over the positions that are not 0."""
+    given = Sized.of(call)
+    return call.result(given.without(((given.x != 0) * call.whole(given.size)).sum(given.dims, True)))
+
+
+@rule("count_nonzero", "count_nonzero.dim_IntList", reads="self dim", fused=weighted_count)
+def count(call: Call) -> Flow:
+    return flow(call)
+
+
+def weighted_sum_of_numbers(call: FusedCall) -> Value:
+    """Σ s x over what is a number, and for a mean divided by Σ s over the same."""
+    given = Sized.of(call)
+    number = ~given.x.isnan()
+    total = given.total(torch.where(number, given.x, 0))
+    if call.packet is aten.nanmean:
+        total = total / given.total(number.to(given.size.dtype))
+    return call.result(given.without(total).to(call.dtype))
+
+
+@rule("nansum", "nanmean", reads="self dim keepdim dtype", fused=weighted_sum_of_numbers)
+def total_of_numbers(call: Call) -> Flow:
+    return flow(call)
+
+
+@rule(
+    "amax", "amin", "any", "any.dim", "any.dims", "all", "all.dim", "all.dims", "max", "min", "aminmax",
+    reads="self dim keepdim", fused=lambda call: call.emit(),
+)
 def extreme(call: Call) -> Flow:
     """A maximum over copies is the maximum over tokens."""
     return flow(call)
 
 
 def weighted_norm(call: FusedCall) -> Value:
-    """(Σ s |x|^p)^(1/p); the maximum for p = ∞."""
+    """(Σ s |x|^p)^(1/p); the maximum for p = ∞, the number of those that are not 0 for p = 0."""
     order = call.args.get("ord", call.args.get("p"))
     order = 2.0 if order is None else float(order)
     given = Sized.of(call)
-    x = given.x
-    if abs(order) != float("inf"):
-        if order <= 0:
-            raise Declined(f"a norm of order {order} over fused tokens")
-        x = x * (given.size ** (1 / order)).to(x.dtype)
-    return call.result(aten.linalg_vector_norm(x, order, given.dims, given.keep, dtype=call.args.get("dtype")))
+    if not has_fraction(given.x):
+        raise Declined(f"a norm of values of dtype {given.x.dtype} over fused tokens")
+    x = given.x.abs()
+    if order == 0:
+        result = given.without(given.total((x != 0).to(given.size.dtype)))
+    else:
+        x = x if abs(order) == inf else x * given.size ** (1 / order)
+        result = aten.linalg_vector_norm(x, order, given.dims, given.keep)
+    return call.result(result.to(call.dtype))
 
 
-@rule(aten.linalg_vector_norm, aten.norm, fused=weighted_norm)
+@rule(
+    "linalg_vector_norm", "norm.Scalar", "norm.ScalarOpt_dim", "norm.ScalarOpt_dim_dtype", "norm.ScalarOpt_dtype",
+    reads="self ord p dim keepdim dtype", fused=weighted_norm,
+)
 def norm(call: Call) -> Flow:
     return flow(call)
 
 
-def weighted_variance(call: FusedCall) -> Value:
-    """Σ s (x - mean)² / (n - correction), and its root for a standard deviation."""
-    given = Sized.of(call)
-    x, size = given.x, given.size.to(given.x.dtype)
-    mean = (x * size).sum(given.dims, keepdim=True) / given.count
+def weighted_norm_of_vectors(call: FusedCall) -> Value:
+    """Of a matrix there are norms that are none of its entries alone."""
+    gone, dims = reduced(call.call)
+    if call.args["ord"] is not None and (len(gone) > 1 or len(dims) > 1 and call.args["dim"] is None):
+        raise Declined("a norm of matrices over the tokens")
+    return weighted_norm(call)
+
+
+@rule("linalg_norm", reads="self ord dim keepdim dtype", fused=weighted_norm_of_vectors)
+def norm_of_vectors_or_matrices(call: Call) -> Flow:
+    return flow(call)
+
+
+def variance_and_mean(call: FusedCall) -> tuple[Tensor, Tensor]:
+    """Σ s (x - mean)² / (n - correction), and the mean; for a standard deviation its root."""
+    given = real(Sized.of(call))
+    mean = given.total(given.x) / given.count
     correction = call.args.get("correction", call.args.get("unbiased", True))
     # A default of None is Bessel's correction.
-    correction = 1.0 if correction is None else float(correction)
-    variance = ((x - mean) ** 2 * size).sum(given.dims, True) / (given.count - correction)
-    variance = given.without(variance)
-    return call.result(variance.sqrt() if call.packet is aten.std else variance)
+    freedom = given.count - (1.0 if correction is None else float(correction))
+    if isinstance(freedom, Tensor):
+        freedom = freedom.clamp(min=0)
+    elif isinstance(freedom, float):
+        freedom = max(freedom, 0.0)
+    variance = given.total((given.x - mean) ** 2) / freedom
+    if call.packet in (aten.std, aten.std_mean):
+        variance = variance.sqrt()
+    return given.without(variance).to(call.dtype), given.without(mean).to(call.dtype)
 
 
-@rule(aten.var, aten.std, fused=weighted_variance)
+DEVIATION = "self dim unbiased correction keepdim"
+
+
+@rule(
+    "var", "var.dim", "var.correction", "std", "std.dim", "std.correction", reads=DEVIATION,
+    fused=lambda call: call.result(variance_and_mean(call)[0]),
+)
 def variance(call: Call) -> Flow:
+    return flow(call)
+
+
+@rule(
+    "var_mean", "var_mean.dim", "var_mean.correction", "std_mean", "std_mean.dim", "std_mean.correction",
+    reads=DEVIATION, fused=lambda call: [call.result(x, index=i) for i, x in enumerate(variance_and_mean(call))],
+)
+def variance_beside_mean(call: Call) -> Flow:
     return flow(call)
 
 
 def weighted_logsumexp(call: FusedCall) -> Value:
     """log Σ s exp(x)."""
     given = Sized.of(call)
-    return call.result((given.x + given.size.log().to(given.x.dtype)).logsumexp(given.dims, given.keep))
+    if given.x.is_complex():
+        raise Declined("a logarithm of a sum of complex exponentials over fused tokens")
+    logits = given.x + given.size.log()
+    return call.result(logits.logsumexp(given.dims, given.keep).to(call.dtype))
 
 
-@rule(aten.logsumexp, fused=weighted_logsumexp)
+@rule("logsumexp", "special_logsumexp", reads="self dim keepdim", fused=weighted_logsumexp)
 def logsumexp(call: Call) -> Flow:
     return flow(call)
 
 
-@rule(aten.prod)
-def product(call: Call) -> Flow:
+def extreme_alone(call: FusedCall) -> list[Value | None]:
+    """The values, where nothing reads their positions: those have no form on fused tokens."""
+    if any(user.target is not operator.getitem or user.args[1] != 0 for user in call.node.users):
+        raise Declined(f"the position of the {call.packet.__name__} among the original tokens is read")
+    extreme = aten.amax if call.packet is aten.max else aten.amin
+    values = extreme(call.intensive("self").tensor, [call.args["dim"]], call.args["keepdim"])
+    return [call.result(values), None]
+
+
+@rule("max.dim", "min.dim", reads="self dim keepdim", fused=extreme_alone)
+def extreme_with_index(call: Call) -> Flow:
     return flow(call)
 
 
-@rule(aten.max, aten.min)
-def extreme_with_index(call: Call) -> Flow:
-    """Over a dimension: values and positions; positions have no form on fused tokens."""
-    if "other" in call.args:
-        return pointwise(call)
-    if "dim" not in call.args:
-        return flow(call)
-    one = flow(call)
-    return Flow([one.out, one.out], one.mixed)
+@rule(
+    "prod", "prod.dim_int", "argmax", "argmin", "median", "median.dim", "nanmedian", "nanmedian.dim", "mode",
+    "kthvalue", reads="self dim keepdim dtype k",
+)
+def by_order(call: Call) -> Flow:
+    """What has no form that sizes weight: over tokens they are unmerged."""
+    return flow(call)
+
+
+@rule("topk", reads="self k dim largest sorted")
+def topk(call: Call) -> Flow:
+    dims = call.dims("self")
+    d = wrap(call.args["dim"], len(dims)) if dims else 0
+    out = (*dims[:d], call.table.fresh(call.args["k"]), *dims[d + 1 :]) if dims else ()
+    return Flow([out, out], dims[d : d + 1])
+
+
+@rule(
+    "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "sort", "sort.stable", "argsort", "argsort.stable", "flip",
+    "roll", reads="self dim dims shifts dtype stable descending",
+)
+def along_one(call: Call) -> Flow:
+    """The layout stays, positions along the dimension meet; over tokens: unmerged."""
+    dims = call.dims("self")
+    chosen = call.args.get("dim", call.args.get("dims"))
+    chosen = [chosen] if isinstance(chosen, int) else chosen
+    mixed = tuple(dims[wrap(d, len(dims))] for d in chosen) if chosen and dims else dims
+    return Flow(dims if call.results == 1 else [dims] * call.results, mixed)
 
 
 def pooled_to_one(call: FusedCall) -> Value:
     """Adaptive average pooling to a single position: a mean over the grid."""
-    if any(call.out_dims()[0][2:]):
+    dims = call.dims("self")
+    pooled = set(range(len(dims) - len(call.args["output_size"]), len(dims)))
+    if any(call.out_dims()[0][d] for d in pooled):
         raise Declined("the grid of tokens is pooled to a smaller one")
-    given = Sized.of(call, set(range(2, len(call.dims("self")))))
-    weighted = given.x * given.size.to(given.x.dtype)
-    return call.result(weighted.sum(given.dims, keepdim=True) / given.count)
+    given = Sized.of(call, pooled)
+    return call.result((given.total(given.x) / given.count).to(call.dtype))
 
 
-@rule(aten.adaptive_avg_pool1d, aten.adaptive_avg_pool2d, aten.adaptive_avg_pool3d, fused=pooled_to_one)
+@rule(
+    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", reads="self output_size",
+    fused=pooled_to_one,
+)
 def adaptive_pool(call: Call) -> Flow:
     dims = call.dims("self")
     rank = len(call.args["output_size"])
     return Flow((*dims[:-rank], *call.table.fresh_dims(call.shape[-rank:], "x")), dims[-rank:])
 
 
-def weighted_softmax(call: FusedCall) -> Value:
-    """softmax(l + log s): the weight of a token is that of all its copies together."""
-    dim = call.wrapped("dim")
-    logits = call.intensive("self")
-    place = call.place("self", dim)
+def logits_of(call: FusedCall) -> tuple[Tensor, int, Place]:
+    """The operand of a softmax in the dtype that is asked for, its dimension, and the place of the tokens there."""
+    logits, dim = call.intensive("self"), call.wrapped("dim")
+    place = call.place_in(logits, dim)
     if place.before or place.after:
         raise Declined("a softmax meets the token axis inside a product of axes")
+    return logits.tensor.to(call.args["dtype"] or logits.tensor.dtype), dim, place
+
+
+def weighted_softmax(call: FusedCall) -> Value:
+    """softmax(l + log s): the weight of a token is that of all its copies together.
+
+    The sum is not rounded to a narrow dtype of the logits before it is exponentiated.
+    """
+    logits, dim, place = logits_of(call)
     if call.stream.fusion(call.generation, place.lead, place.tail).whole_to_itself:
         raise PassError("attention that is spelled out cannot be trained with dropped tokens; use "
                         "scaled_dot_product_attention (in timm: timm.layers.set_fused_attn(True))")
-    tensor = logits.tensor
-    bias = call.log_sizes_like("self", place)
-    if bias is not None:
-        dtype = tensor.dtype
-        tensor = (tensor.to(bias.dtype) + bias).to(dtype)
-    return call.result(call.target(tensor, call.args["dim"], call.args.get("dtype")), mass=dim)
+    log_size = call.log_sizes(place, logits.dtype)
+    if log_size is not None:
+        logits = logits + call.stream.spread(log_size, call.value("self"), place)
+    return call.result(aten.softmax(logits, dim).to(call.dtype), mass=dim)
 
 
-@rule(aten.softmax, fused=weighted_softmax)
+@rule("softmax.int", "special_softmax", reads="self dim dtype", fused=weighted_softmax)
 def softmax(call: Call) -> Flow:
     dims = call.dims("self")
-    return Flow(dims, (dims[wrap(call.args["dim"], len(dims))],))
+    return Flow(dims, (dims[wrap(call.args["dim"], len(dims))],) if dims else ())
 
 
 def weighted_log_softmax(call: FusedCall) -> Value:
     """x - log Σ s exp(x): the logarithm of the weight of one copy."""
-    dim = call.wrapped("dim")
-    logits = call.intensive("self").tensor
-    place = call.place("self", dim)
-    if place.before or place.after:
-        raise Declined("a softmax meets the token axis inside a product of axes")
-    logits = logits.to(call.args.get("dtype") or logits.dtype)
-    sized = logits + call.sizes_like("self", place).log().to(logits.dtype)
-    return call.result(logits - sized.logsumexp(dim, keepdim=True))
+    logits, dim, place = logits_of(call)
+    size = call.sizes(call.value("self"), place)
+    logits = logits.to(torch.promote_types(logits.dtype, size.dtype))
+    return call.result((logits - (logits + size.to(logits.dtype).log()).logsumexp(dim, keepdim=True)).to(call.dtype))
 
 
-@rule(aten.log_softmax, fused=weighted_log_softmax)
+@rule("log_softmax.int", "special_log_softmax", reads="self dim dtype", fused=weighted_log_softmax)
 def log_softmax(call: Call) -> Flow:
     return softmax(call)
-
-
-@rule(aten.cumsum, aten.sort, aten.argsort, aten.flip, aten.roll)
-def along_one(call: Call) -> Flow:
-    """The layout stays, positions along the dimension meet; over tokens: unmerged."""
-    dims = call.dims("self")
-    chosen = call.args.get("dim", call.args.get("dims"))
-    chosen = [chosen] if isinstance(chosen, int) else chosen
-    mixed = tuple(dims[wrap(d, len(dims))] for d in chosen) if chosen else dims
-    return Flow([dims, dims] if call.node.target.overloadpacket is aten.sort else dims, mixed)
