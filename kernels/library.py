@@ -1,7 +1,7 @@
 """The operator namespace ``torch.ops.mctf`` and the ways to put an operator in it."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -9,11 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
+from torch.overrides import TorchFunctionMode
 
 LIBRARY = torch.library.Library("mctf", "DEF")
 
-# Whether composite operators answer with empty results of the right shape: see ``shapes_alone``.
-_shapes_alone = False
+# Operators of the same names and arguments whose results are empty, and what each of them stands for.
+_SHAPES = torch.library.Library("mctf_shapes", "DEF")
+_stand_ins: dict[Callable, OpOverload] = {}
+_originals: dict[OpOverload, OpOverload] = {}
 
 
 def composite(schema: str, shapes: Callable | None = None) -> Callable[[Callable], Callable]:
@@ -23,16 +27,14 @@ def composite(schema: str, shapes: Callable | None = None) -> Callable[[Callable
     opens up into ATen under AOTAutograd, so that Inductor fuses its parts with their neighbours. Its
     autograd and its fake kernel are those of the ATen operators that it calls.
 
-    ``shapes``: from the same arguments, empty tensors of the shapes and dtypes of the results, under autocast too. A
-    rewrite is traced with those, in a tenth of the time.
+    ``shapes``: what programs are traced with, in a tenth of the time: see ``stand_in``.
     """
 
     def register(function: Callable) -> Callable:
-        def run(*args: Any) -> Any:
-            return shapes(*args) if _shapes_alone else function(*args)
-
         name = LIBRARY.define(schema)
-        LIBRARY.impl(name, run if shapes else function, "CompositeImplicitAutograd")
+        LIBRARY.impl(name, function, "CompositeImplicitAutograd")
+        if shapes is not None:
+            stand_in(getattr(torch.ops.mctf, name).default)(shapes)
         return function
 
     return register
@@ -41,7 +43,7 @@ def composite(schema: str, shapes: Callable | None = None) -> Callable[[Callable
 def opaque(schema: str, shapes: Callable) -> Callable[[Callable], Callable]:
     """Register the decorated function as an operator that stays one call whatever compiles the graph.
 
-    It has no gradient. ``shapes``: as for ``composite``.
+    It has no gradient. ``shapes``: from the same arguments, empty tensors of the shapes and dtypes of the results.
     """
 
     def register(function: Callable) -> Callable:
@@ -67,22 +69,43 @@ def declare(schema: str) -> Callable[[Callable], Callable]:
     return register
 
 
+def stand_in(operator: OpOverload, *functions: Callable) -> Callable[[Callable], Callable]:
+    """Within ``ShapesAlone`` the decorated function answers for ``operator``, and for ``functions`` that call it.
+
+    It gives, from the same arguments, empty tensors of the shapes and dtypes of the results, under autocast too.
+    """
+
+    def register(shapes: Callable) -> Callable:
+        name = _SHAPES.define(str(operator._schema).partition("::")[2])
+        _SHAPES.impl(name, shapes, "CompositeImplicitAutograd")
+        standing = getattr(torch.ops.mctf_shapes, name).default
+        _stand_ins.update(dict.fromkeys((operator, operator.overloadpacket, *functions), standing))
+        _originals[standing] = operator
+        return shapes
+
+    return register
+
+
+class ShapesAlone(TorchFunctionMode):
+    """Within it operators that have a stand-in compute no results, only their shapes and dtypes: in this thread alone.
+
+    What is traced then calls the stand-ins: ``original`` says for which operators.
+    """
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        return _stand_ins.get(func, func)(*args, **(kwargs or {}))
+
+
+def original(target: Any) -> OpOverload | None:
+    """The operator that ``target`` stands for, where it is a stand-in."""
+    return _originals.get(target)
+
+
 @cache
 def sources_digest() -> str:
     """A digest of the operators' sources: what was compiled of others is not of use."""
     files = sorted(path for path in Path(__file__).parent.rglob("*") if path.suffix in (".py", ".cpp", ".h"))
     return sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
-
-
-@contextmanager
-def shapes_alone() -> Iterator[None]:
-    """Within it composite operators compute no results, only their shapes and dtypes."""
-    global _shapes_alone
-    before, _shapes_alone = _shapes_alone, True
-    try:
-        yield
-    finally:
-        _shapes_alone = before
 
 
 def resized(x: Tensor, dim: int, size: int) -> Tensor:

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.overrides import TorchFunctionMode
 
-from mctf_compile.kernels.library import autocast_dtype, composite
+from mctf_compile.kernels.library import ShapesAlone, autocast_dtype, original, stand_in
 
 aten = torch.ops.aten
 
@@ -22,7 +21,7 @@ def trace(function: Callable[..., Any], inputs: Sequence[Any]) -> fx.GraphModule
     """``make_fx`` before dispatch under the inputs' fake mode, with the users' stack traces kept."""
 
     def run(*inputs: Any) -> Any:
-        with _Linear():
+        with ShapesAlone():
             return function(*inputs)
 
     # Without the mode, tensors that the program makes itself (arange, zeros) would be real ones.
@@ -34,28 +33,18 @@ def trace(function: Callable[..., Any], inputs: Sequence[Any]) -> fx.GraphModule
             stack.enter_context(mock.patch.object(mode, "allow_non_fake_inputs", True))
             stack.enter_context(mode)
         gm = make_fx(run, pre_dispatch=True)(*inputs)
-    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.mctf.linear.default):
-        node.target = node.meta["original_aten"] = aten.linear.default
-        # Of operators that are not ATen's alone.
-        node.meta.pop("eager_input_vals", None)
+    for node in gm.graph.nodes:
+        operator = original(node.target)
+        if operator is not None:
+            node.target = node.meta["original_aten"] = operator
+            # Of operators that are not ATen's alone.
+            node.meta.pop("eager_input_vals", None)
     gm.recompile()
     return gm
 
 
-class _Linear(TorchFunctionMode):
-    """While a program is traced, ``mctf.linear`` in the place of each ``linear``.
-
-    Fake tensors find the shape of a linear from three operators that it consists of, in 5 ms; there are many.
-    """
-
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func in (aten.linear, aten.linear.default, torch.nn.functional.linear):
-            func = torch.ops.mctf.linear.default
-        return func(*args, **(kwargs or {}))
-
-
-@composite("linear(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor")
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """An empty result of ``linear``."""
+# Fake tensors find the shape of a linear from three operators that it consists of, in 5 ms; there are many.
+@stand_in(aten.linear.default, torch.nn.functional.linear)
+def _linear_shapes(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     torch._check(input.shape[-1] == weight.shape[-1], lambda: f"linear of {input.shape} with {weight.shape}")
     return input.new_empty((*input.shape[:-1], *weight.shape[:-1]), dtype=autocast_dtype(input))

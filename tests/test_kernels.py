@@ -15,7 +15,7 @@ from torch import Tensor
 import mctf_compile  # noqa: F401  registers torch.ops.mctf
 from mctf_compile.kernels.ahead import reference as ahead_reference
 from mctf_compile.kernels.attention import reference as attention_reference
-from mctf_compile.kernels.library import shapes_alone
+from mctf_compile.kernels.library import ShapesAlone
 from mctf_compile.kernels.matching import reference as matching_reference
 from mctf_compile.kernels.pooling import reference as pooling_reference
 from mctf_compile.kernels.selection import reference as selection_reference
@@ -717,7 +717,7 @@ def test_shapes_alone_are_those_of_the_results(dtype: torch.dtype, autocast: boo
     calls = calls_of_shaped_operators(dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         for name, call in calls.items():
-            with shapes_alone():
+            with ShapesAlone():
                 promised = call()
             pairs = zip(*((x,) if isinstance(x, Tensor) else x for x in (promised, call())), strict=True)
             for expected, actual in pairs:
