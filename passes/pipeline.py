@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +68,8 @@ class State:
     remarks: list[str] = field(default_factory=list)
     unmerges: list[Unmerge] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    # Where the graph is written after each pass, if it is.
+    dumps: Path | None = None
 
     @property
     def unsolved(self) -> Target | None:
@@ -99,7 +103,7 @@ def graph_pass(name: str, *, requires: tuple[str, ...], ensures: tuple[str, ...]
 def run_passes(passes: Sequence[Pass], state: State) -> State:
     """Run ``passes`` in order; stops early once a plan fuses nothing.
 
-    With ``MCTF_DEBUG=dir`` the graph after each pass goes to ``dir/NN-name.txt``.
+    With ``MCTF_DEBUG=dir`` the graph after each pass goes to ``dir/graph_N/NN-name.txt``, both numbered from 0.
     Raises ``PassError`` that names the passes already run; ``ConfigError`` and ``UnsupportedGraph`` as they are.
     """
     done: list[str] = []
@@ -109,7 +113,7 @@ def run_passes(passes: Sequence[Pass], state: State) -> State:
         step = passes[number]
         back = _run_one(step, state, done)
         done.append(step.name)
-        _dump(number, step.name, state)
+        _dump(step.name, state)
         if state.plan is not None and not state.plan.fusing:
             break
         number = number + 1 if back is None else names.index(back)
@@ -135,16 +139,26 @@ def _run_one(step: Pass, state: State, done: list[str]) -> str | None:
     return back
 
 
-def _dump(number: int, name: str, state: State) -> None:
+def _dump(name: str, state: State) -> None:
+    """Write the graph after a pass, where ``MCTF_DEBUG`` names a folder."""
     folder = os.environ.get("MCTF_DEBUG")
     if not folder:
         return
+    state.dumps = state.dumps or _numbered(Path(folder))
     lines = [f"# {state.config}", *(f"# block {b.index}: {b.tokens_in} -> {b.tokens_out} {b.reason or ''}"
              for b in (state.plan.blocks if state.plan else []))]
     for node in state.current.graph.nodes:
         dims = state.axes.dims.get(node) if state.axes and state.result is None else None
         shown = f"  # {state.axes.of(node)}" if isinstance(dims, tuple) else ""
         lines.append(f"{node.format_node()}{shown}" if node.op != "output" else f"return {node.args[0]}")
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    (path / f"{number:02}-{name}.txt").write_text("\n".join(lines) + "\n")
+    number = len(list(state.dumps.iterdir()))
+    (state.dumps / f"{number:02}-{name}.txt").write_text("\n".join(lines) + "\n")
+
+
+def _numbered(folder: Path) -> Path:
+    """A new folder in ``folder`` for one graph: that of the first number that no graph has, in any process."""
+    for number in count():
+        path = folder / f"graph_{number}"
+        with suppress(FileExistsError):
+            path.mkdir(parents=True)
+            return path

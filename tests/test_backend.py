@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 
 import mctf_compile
 from mctf_compile import ConfigError, FusionConfig, NothingFusedError
+from mctf_compile.passes import PIPELINE
 
 
 @pytest.fixture(autouse=True)
@@ -243,14 +244,17 @@ def test_a_graph_break_makes_two_sound_graphs():
     assert [t.shape for t in fused] == [t.shape for t in dense]
 
 
-def test_dumps_every_pass(tmp_path, monkeypatch):
+def test_every_graph_is_dumped_after_every_pass(tmp_path, monkeypatch):
     monkeypatch.setenv("MCTF_DEBUG", str(tmp_path))
-    mctf_compile.explain(tiny(), IMAGES, r=8)
-    names = sorted(p.name for p in tmp_path.iterdir())
-    assert names == [f"{i:02}-{n}.txt" for i, n in enumerate(
-        ["normalize", "observations", "token_axes", "blocks", "plan", "projections", "rewrite", "budget", "kernels",
-         "biases", "verify"])]
-    assert "mctf.ahead" in (tmp_path / "06-rewrite.txt").read_text()
+    for method in ("mctf", "tome"):
+        mctf_compile.explain(tiny(), IMAGES, method=method, r=8)
+    folders = sorted(tmp_path.iterdir())
+    assert [folder.name for folder in folders] == ["graph_0", "graph_1"]
+    for folder in folders:
+        assert sorted(p.name for p in folder.iterdir()) == [
+            f"{i:02}-{step.name}.txt" for i, step in enumerate(PIPELINE)]
+    first, second = (next(folder.glob("*-rewrite.txt")).read_text() for folder in folders)
+    assert "mctf.ahead" in first and "mctf.ahead" not in second
 
 
 def test_explaining_what_has_no_graph_is_a_clear_error():
