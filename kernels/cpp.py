@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -23,7 +24,8 @@ def building() -> Future[str | None]:
 
     executor = ThreadPoolExecutor(1, "mctf-build")
     try:
-        return executor.submit(_build)
+        # Inductor's configuration, the compiler among it, is each thread's own.
+        return executor.submit(copy_context().run, _build)
     finally:
         executor.shutdown(wait=False)
 

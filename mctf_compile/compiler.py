@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.convert_frame import compile_lock
 
 import mctf_compile.kernels  # noqa: F401  registers torch.ops.mctf
 from mctf_compile.config import FusionConfig
@@ -45,14 +46,19 @@ def rewrite(
 def run_pipeline(
     gm: fx.GraphModule, example_inputs: Sequence[Any], config: FusionConfig, adjustable: bool = False
 ) -> tuple[State, Report]:
-    """``rewrite``, with all that the passes found. ``adjustable``: see ``State``."""
-    try:
-        found = settle_by_running(gm, example_inputs, config) if config.by_running else Findings()
-        state = State(gm, fake_inputs(gm, example_inputs), config, example_inputs, adjustable, config.by_counting,
-                      findings=found)
-        report = make_report(run_passes(PIPELINE, state))
-    except UnsupportedGraph as error:
-        report = Report([], lambda: (0, 0), reason=str(error), method=config.method.name, seconds=state.seconds)
+    """``rewrite``, with all that the passes found. ``adjustable``: see ``State``.
+
+    Graphs are traced one at a time, and while Dynamo compiles none: tracing changes modules and the metadata of nodes
+    for the whole process.
+    """
+    with compile_lock:
+        try:
+            found = settle_by_running(gm, example_inputs, config) if config.by_running else Findings()
+            state = State(gm, fake_inputs(gm, example_inputs), config, example_inputs, adjustable, config.by_counting,
+                          findings=found)
+            report = make_report(run_passes(PIPELINE, state))
+        except UnsupportedGraph as error:
+            report = Report([], lambda: (0, 0), reason=str(error), method=config.method.name, seconds=state.seconds)
     if config.lowering.strict and not report.fused:
         reasons = "\n".join(f"  block {b.index}: {b.reason}" for b in report.blocks)
         raise NothingFusedError(f"no block fuses tokens ({report.reason}).\n{reasons}".rstrip())

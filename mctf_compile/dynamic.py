@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import AbstractContextManager
+from copy import copy
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -52,6 +53,11 @@ class set_r(AbstractContextManager):  # noqa: N801  called like torch.set_grad_e
     (``with mctf_compile.set_r(compiled, 8): ...``) until its end. It writes ``r`` into the options dict that the
     model was compiled with: models compiled with the same dict have the same ``r``.
 
+    ``r`` is the model's, not a thread's. Any thread may change it while others call the model: a call reads it once,
+    as it begins, and computes throughout with what it has read, the ``r`` from before the change or that from after it.
+    Only where graph breaks cut a model does each of its graphs read it anew. A ``with`` sets back what it found: of two
+    that overlap in several threads, the one that ends last decides.
+
     Args:
         compiled: what ``torch.compile(model, backend="mctf", options={"dynamic_r": True, ...})`` returned.
         r: as the option ``r``; clamped like it.
@@ -67,14 +73,18 @@ class set_r(AbstractContextManager):  # noqa: N801  called like torch.set_grad_e
                               "returned.")
         # Where the number of blocks is known, a list of another length is refused by the next call.
         Merging(r=r, target=self.options.get("target") if r == AUTO else None)
-        self.before = {"r": self.options["r"]} if "r" in self.options else {}
-        self.options["r"] = r
+        self.before = self.options.get("r")
+        # A list that the caller changes later changes no call.
+        self.options["r"] = copy(r)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.options.pop("r", None)
-        self.options.update(self.before)
+        # In one step: other threads read it meanwhile.
+        if self.before is None:
+            self.options.pop("r", None)
+        else:
+            self.options["r"] = self.before
 
 
 def _options(compiled: Any) -> MutableMapping[str, Any] | None:

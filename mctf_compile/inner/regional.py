@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import SymInt, Tensor, fx, nn
+from torch._dynamo.convert_frame import compile_lock
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental import _config as config
@@ -88,7 +88,6 @@ class CompiledRegion:
         # By what is known of a site's operands beside their sizes.
         self._versions: dict[tuple, list[_Version]] = {}
         self._known: dict[tuple, Callable[[list[Any]], Any]] = {}
-        self._lock = threading.Lock()
 
     def run(self, site: int, operands: list[Any]) -> Any:
         """The results at one of the sites; ``operands``, the numbers first, may be empty then."""
@@ -96,7 +95,7 @@ class CompiledRegion:
         key = (site, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *operands[:count])
         run = self._known.get(key)
         if run is None:
-            with self._lock:
+            with compile_lock:
                 run = self._known[key] = self._version(operands[:count], operands[count:])
         return run(operands)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import count
 from typing import Any
 
@@ -85,15 +85,14 @@ def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:
 class _Opener(fx.Interpreter):
     """Runs a graph, with opaque operators replaced by what they compute.
 
-    ``region`` numbers the activation checkpoint that the graph is the body of. What it runs is marked for
-    AOTAutograd, which recomputes it in the backward pass.
+    ``region`` numbers the activation checkpoint that the graph is the body of, and ``numbers`` those within it. What it
+    runs is marked for AOTAutograd, which recomputes it in the backward pass.
     """
 
-    _regions = count(1)
-
-    def __init__(self, gm: fx.GraphModule, region: int | None = None) -> None:
+    def __init__(self, gm: fx.GraphModule, region: int | None = None, numbers: Iterator[int] | None = None) -> None:
         super().__init__(gm)
         self.region = region
+        self.numbers = numbers or count(1)
 
     def run_node(self, n: fx.Node) -> Any:
         if self.region is not None:
@@ -110,7 +109,7 @@ class _Opener(fx.Interpreter):
             body, *operands = args
             if "_checkpoint_context_fn" in body.meta:
                 raise UnsupportedGraph("an activation checkpoint has a policy of its own (context_fn)")
-            return _Opener(body, next(self._regions)).run(*operands)
+            return _Opener(body, next(self.numbers), self.numbers).run(*operands)
         return super().call_function(target, args, kwargs)
 
 

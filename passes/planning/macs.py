@@ -8,6 +8,7 @@ from typing import Any
 import sympy
 import torch
 from torch import SymInt, fx
+from torch._dynamo.convert_frame import compile_lock
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
@@ -29,7 +30,8 @@ def count_macs(gm: fx.GraphModule) -> int:
     Counts matrix products, convolutions and attention, as papers do; pointwise work is left out, and so is what
     no output depends on.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    # The counter hooks the modules of the whole process, which Dynamo would trace in another thread.
+    with compile_lock, FakeTensorMode(allow_non_fake_inputs=True):
         inputs = [_concrete(n.meta.get("val")) for n in gm.graph.nodes if n.op == "placeholder"]
         with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter, torch.no_grad():
             _Numbers(gm).run(*inputs)
