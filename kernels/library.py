@@ -1,7 +1,7 @@
 """The operator namespace ``torch.ops.mctf`` and the ways to put an operator in it."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -120,10 +120,9 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if enabled and x.dtype is not torch.float64 else x.dtype
 
 
-def without_autocast(device: str) -> AbstractContextManager:
-    """Autocast off, on a device that has it (``meta`` has none)."""
-    available = torch.amp.is_autocast_available(device)
-    return torch.autocast(device, enabled=False) if available else nullcontext()
+def without_autocast() -> AbstractContextManager:
+    """Autocast off, on every device; a graph that is traced says nothing of it."""
+    return torch._C._DisableAutocast()
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:

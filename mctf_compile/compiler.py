@@ -16,6 +16,7 @@ from mctf_compile.errors import MctfError, NothingFusedError, UnsupportedGraph
 from mctf_compile.options.schedule import NOT_CHOSEN
 from mctf_compile.passes import PIPELINE, Findings, State, run_passes
 from mctf_compile.passes.analysis.normalize import fake_inputs
+from mctf_compile.passes.lowering.autocast import devices_of, keep_autocast_out
 from mctf_compile.passes.planning.macs import count_macs
 from mctf_compile.report import BlockReport, Report
 from mctf_compile.settle import settle_by_running
@@ -40,7 +41,10 @@ def rewrite(
         NothingFusedError: ``strict`` is set and nothing could be fused.
     """
     state, report = run_pipeline(gm, example_inputs, config or FusionConfig())
-    return (state.result if report.fused else gm), report
+    if not report.fused:
+        return gm, report
+    keep_autocast_out(state.result, devices_of(state.result.graph.nodes))
+    return state.result, report
 
 
 def run_pipeline(

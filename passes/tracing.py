@@ -46,5 +46,8 @@ def trace(function: Callable[..., Any], inputs: Sequence[Any]) -> fx.GraphModule
 # Fake tensors find the shape of a linear from three operators that it consists of, in 5 ms; there are many.
 @stand_in(aten.linear.default, torch.nn.functional.linear)
 def _linear_shapes(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """An empty result of ``linear``, which has a gradient where that has one."""
     torch._check(input.shape[-1] == weight.shape[-1], lambda: f"linear of {input.shape} with {weight.shape}")
-    return input.new_empty((*input.shape[:-1], *weight.shape[:-1]), dtype=autocast_dtype(input))
+    result = input.new_empty((*input.shape[:-1], *weight.shape[:-1]), dtype=autocast_dtype(input))
+    recorded = any(x is not None and x.requires_grad for x in (input, weight, bias))
+    return result.requires_grad_(recorded and torch.is_grad_enabled())

@@ -28,7 +28,7 @@ def importance(
         weights = torch.exp(logits - peak.clamp(min=torch.finfo(dtype).min))
         total = weights.sum(-1, keepdim=True)
         norm = (total + (total == 0)).reciprocal()
-    with without_autocast(q.device.type):
+    with without_autocast():
         received = norm.detach().flatten(1, 2).transpose(1, 2) @ weights.detach().flatten(1, 2)
     heads, queries = weights.shape[1:3]
     return received[:, 0] / (heads * queries), weights.to(q.dtype), norm

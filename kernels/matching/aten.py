@@ -20,7 +20,7 @@ def scores(
     # Both sides in one gather, even positions first: one kernel, which knows no odd and even counts.
     place = torch.arange(n - lead - tail, device=x.device)
     order = torch.where(place < split, first + 2 * place, second + 2 * (place - split))
-    with without_autocast(x.device.type):
+    with without_autocast():
         w = _products(x, a, s, order, split, tau_sim, tau_info, tau_size)
     if kind is None:
         return w

@@ -14,7 +14,7 @@ def select(score: Tensor, count: int, lead: int, tail: int) -> tuple[Tensor, Ten
 
 
 def nearest(x: Tensor, keep: Tensor, gone: Tensor, lead: int, tail: int) -> Tensor:
-    with without_autocast(x.device.type):
+    with without_autocast():
         unit = torch.nn.functional.normalize(x.to(working_dtype(x.dtype)), dim=-1, eps=1e-8)
         keep = keep[:, lead : keep.shape[1] - tail]
         of = unit.gather(1, gone[:, :, None].expand(-1, -1, x.shape[2]))

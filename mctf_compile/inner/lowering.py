@@ -11,6 +11,7 @@ from torch import fx
 from mctf_compile.config import FusionConfig
 from mctf_compile.inner.regional import RegionCompiler, compile_regions
 from mctf_compile.kernels.library import sources_digest
+from mctf_compile.passes.lowering.autocast import devices_of, keep_autocast_out
 from mctf_compile.passes.lowering.freezing import freeze
 
 Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
@@ -19,13 +20,18 @@ Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 def lower(gm: fx.GraphModule, inputs: Sequence[Any], config: FusionConfig) -> Callable[..., Any]:
     """``gm``, compiled by ``inner`` for these inputs."""
     by_region = None if _stays_whole(config, inputs) else _by_region(gm, config)
-    return by_region or inner_compiler(config)(gm, inputs)
+    return by_region or inner_compiler(config)(_under_autocast(gm), inputs)
 
 
 def lower_counted(gm: fx.GraphModule, config: FusionConfig) -> Callable[..., Any]:
     """``gm``, whose last inputs are token counts, compiled for any of them."""
     by_region = None if config.lowering.inner == "eager" else _by_region(gm, config)
-    return by_region or gm.forward
+    return by_region or _under_autocast(gm).forward
+
+
+def _under_autocast(gm: fx.GraphModule) -> fx.GraphModule:
+    keep_autocast_out(gm, devices_of(gm.graph.nodes))
+    return gm
 
 
 def _stays_whole(config: FusionConfig, inputs: Sequence[Any]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,10 @@ from torch._ops import OpOverload
 
 from mctf_compile.errors import ConfigError
 from mctf_compile.passes.lowering import cpp, triton
+from mctf_compile.passes.lowering.replacing import readers_of_map
 from mctf_compile.passes.pipeline import State, graph_pass
+
+aten = torch.ops.aten
 
 
 @graph_pass("prepare", requires=("plan",))
@@ -24,8 +28,7 @@ def prepare(state: State) -> None:
 @graph_pass("kernels", requires=("result",), ensures=("portable",))
 def run(state: State) -> None:
     state.portable = state.result
-    gradients = records_gradients(state.normal, state.inputs)
-    state.result, state.remarks = choose_kernels(state.result, state.config.lowering.kernels, gradients)
+    state.result, state.remarks = choose_kernels(state.result, state.config.lowering.kernels, state.inputs)
 
 
 FAMILIES = {"triton": triton, "cpp": cpp}
@@ -33,10 +36,18 @@ FAMILIES = {"triton": triton, "cpp": cpp}
 FIRST_CHOICE = {"cuda": "triton", "cpu": "cpp"}
 
 
-def records_gradients(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
-    """Whether gradients are recorded when a graph runs, in the present mode, on such inputs."""
-    held = (n.meta.get("val") for n in gm.graph.find_nodes(op="get_attr"))
-    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (*inputs, *held))
+def recorded(gm: fx.GraphModule, inputs: Sequence[Any]) -> set[fx.Node]:
+    """The nodes whose gradients are recorded when a graph runs, in the present mode, on such inputs."""
+    found: set[fx.Node] = set()
+    if not torch.is_grad_enabled():
+        return found
+    given = dict(zip(gm.graph.find_nodes(op="placeholder"), inputs))
+    for node in gm.graph.nodes:
+        value = operator.attrgetter(node.target)(gm) if node.op == "get_attr" else given.get(node)
+        starts = isinstance(value, Tensor) and value.requires_grad
+        if starts or node.target is not aten.detach.default and not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def prepare_kernels(wanted: str, inputs: Sequence[Any]) -> None:
@@ -51,13 +62,13 @@ def _family(wanted: str, device: torch.device) -> str:
     return FIRST_CHOICE.get(device.type, "aten") if wanted == "auto" else wanted
 
 
-def choose_kernels(gm: fx.GraphModule, wanted: str, gradients: bool) -> tuple[fx.GraphModule, list[str]]:
+def choose_kernels(gm: fx.GraphModule, wanted: str, inputs: Sequence[Any]) -> tuple[fx.GraphModule, list[str]]:
     """A rewritten graph with other kernels for its ``mctf`` operators, and remarks on what stays ATen.
 
     Args:
         gm: the graph; it is not changed.
         wanted: the option ``kernels``. ``auto`` takes Triton on CUDA and C++ on a CPU, where they can run.
-        gradients: whether they are recorded when the graph runs. The C++ kernels have none.
+        inputs: those of the graph. What records gradients on such is not for the C++ kernels, which have none.
 
     Raises ``ConfigError`` where the kernels that are asked for cannot run.
     """
@@ -76,16 +87,22 @@ def choose_kernels(gm: fx.GraphModule, wanted: str, gradients: bool) -> tuple[fx
         return gm, [f"kernels are ATen: {problem}"]
 
     gm = fx.GraphModule(gm, copy.deepcopy(gm.graph))
-    replacements = family.replacements(gradients)
-    kept = []
-    for node in [n for n in gm.graph.nodes if n.target in replacements]:
+    replacements = {gradients: family.replacements(gradients) for gradients in (False, True)}
+    kept, recording = [], recorded(gm, inputs)
+    for node in [n for n in gm.graph.nodes if n.target in replacements[True]]:
+        gradients = not recording.isdisjoint((node, *_replaced_with(node)))
         with gm.graph.inserting_before(node):
-            reason = replacements[node.target](node)
+            reason = replacements[gradients][node.target](node)
         if reason is not None:
             kept.append(f"{node.name} stays ATen: {reason}")
     gm.graph.eliminate_dead_code()
     gm.recompile()
     return gm, kept if wanted != "auto" else []
+
+
+def _replaced_with(node: fx.Node) -> list[fx.Node]:
+    """The nodes that are replaced together with one."""
+    return (readers_of_map(node) or []) if node.target is torch.ops.mctf.importance.default else []
 
 
 def _is_ours(node: fx.Node) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
+from mctf_compile.kernels.library import without_autocast
 from mctf_compile.kernels.linear.op import frozen_linear_supported
 
 aten = torch.ops.aten
@@ -23,7 +24,8 @@ def freeze(gm: fx.GraphModule) -> fx.GraphModule:
     Linear layers, where oneDNN has them, read weights that are packed once, and take the bias and the GELU that
     follow: what Inductor does of a graph that it compiles whole.
     """
-    frozen = _folded(gm)
+    with without_autocast():
+        frozen = _folded(gm)
     for node in frozen.graph.find_nodes(op="call_function", target=aten.linear.default):
         if node.args[1].op == "get_attr" and node.args[0].meta["val"].dim() > 1:
             _pack(frozen, node)
@@ -81,7 +83,6 @@ def _is_pure(node: fx.Node) -> bool:
 def _pack(gm: fx.GraphModule, linear: fx.Node) -> None:
     """Put a packed product in the place of a linear layer and of what it can do besides."""
     x, weight, bias = (*linear.args, None)[:3]
-    # That of autocast, where it is on.
     dtype = linear.meta["val"].dtype
     if not frozen_linear_supported(weight.meta["val"], dtype):
         return
@@ -93,8 +94,7 @@ def _pack(gm: fx.GraphModule, linear: fx.Node) -> None:
     if activated is not None:
         last, gelu = activated, activated.kwargs.get("approximate", "none")
     with gm.graph.inserting_before(last):
-        operands = [_in_dtype(gm, n, dtype) for n in (x, weight, bias)]
-        packed = gm.graph.call_function(torch.ops.mctf.frozen_linear.default, (*operands, gelu))
+        packed = gm.graph.call_function(torch.ops.mctf.frozen_linear.default, (x, weight, bias, gelu))
     packed.meta = dict(last.meta)
     last.replace_all_uses_with(packed)
 
@@ -111,18 +111,3 @@ def _adds_bias(added: fx.Node, product: fx.Node, dtype: torch.dtype) -> bool:
     held = value.meta["val"] if isinstance(value, fx.Node) and value.op == "get_attr" else None
     vector = isinstance(held, Tensor) and held.dim() == 1 and held.dtype is dtype
     return vector and added.args[0] is product and not added.kwargs
-
-
-def _in_dtype(gm: fx.GraphModule, node: fx.Node | None, dtype: torch.dtype) -> fx.Node | None:
-    """An operand as autocast would make it: what the graph holds, once; the rest in every call."""
-    if node is None or node.meta["val"].dtype is dtype:
-        return node
-    if node.op != "get_attr":
-        cast = gm.graph.call_function(aten.to.dtype, (node, dtype))
-    else:
-        name = f"{node.target}_{str(dtype).removeprefix('torch.')}"
-        if not hasattr(gm, name):
-            gm.register_buffer(name, getattr(gm, node.target).to(dtype))
-        cast = gm.graph.get_attr(name)
-    cast.meta = {**node.meta, "val": node.meta["val"].to(dtype)}
-    return cast

@@ -14,6 +14,7 @@ from torch import fx
 from torch._ops import HigherOrderOperator, OpOverload
 
 from mctf_compile.passes.axes import Size, hint_of, size_of
+from mctf_compile.passes.lowering.autocast import devices_of, keep_autocast_out
 from mctf_compile.passes.rewriting.rewriter import SEGMENT
 
 aten = torch.ops.aten
@@ -216,6 +217,7 @@ def _region(gm: fx.GraphModule, segments: list[_Segment]) -> tuple[Region, list[
     operands = [[*(s.numbers[i] for i in first_at), *s.inputs] for s in segments]
     results = sorted(set().union(*(s.results for s in segments)))
     body = fx.GraphModule(gm, _body(first, results, len(index), left))
+    keep_autocast_out(body, devices_of((*first.inputs, *first.nodes)))
     adjustable = any(not isinstance(e, int) for vector in index for e in vector)
     typical = [hint_of(_known(first.numbers[i])) for i in first_at]
     return Region(body, typical, shapes, results, len(segments), adjustable), operands

@@ -15,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.fx.traceback import set_current_meta
 
 from mctf_compile.errors import Declined
+from mctf_compile.kernels.library import without_autocast
 from mctf_compile.methods import Site
 from mctf_compile.passes.analysis.reasons import name_of
 from mctf_compile.passes.analysis.token_axes import Axes
@@ -99,12 +100,13 @@ def rewrite_graph(
     Source: Lee et al., CVPR 2024, section 3.
     """
     rewriter = Rewriter(gm, axes, plan)
-    if followed:
-        result = trace(rewriter.run_followed, inputs)
-    elif counts is None:
-        result = trace(rewriter.run, inputs)
-    else:
-        result = trace(partial(rewriter.run_counted, len(inputs)), [*counts.inputs, *counts.left])
+    with without_autocast():
+        if followed:
+            result = trace(rewriter.run_followed, inputs)
+        elif counts is None:
+            result = trace(rewriter.run, inputs)
+        else:
+            result = trace(partial(rewriter.run_counted, len(inputs)), [*counts.inputs, *counts.left])
     rewriter.close(result.graph)
     # What was computed of the old tokens alone and is read no more.
     result.graph.eliminate_dead_code()
