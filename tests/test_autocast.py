@@ -134,3 +134,43 @@ def test_gradients_are_those_of_the_dense_model(inner: str, name: str) -> None:
         grads.append({n: p.grad for n, p in model.named_parameters()})
     for name, dense in grads[0].items():
         torch.testing.assert_close(grads[1][name], dense, rtol=0, atol=2**-6 * dense.abs().max().item(), msg=name)
+
+
+def constant_map(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with torch.no_grad():
+        weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+    return weights @ v
+
+
+def detached_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return softmax(q, k.detach(), v)
+
+
+def enabled_within(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with torch.no_grad():
+        logits = q @ k.mT * q.shape[-1] ** -0.5
+        with torch.enable_grad():
+            return logits.softmax(-1) @ v
+
+
+CONSTANTS: dict[str, Callable[[], nn.Module]] = {
+    "map": partial(Regions, constant_map),
+    "keys": partial(Regions, detached_keys),
+    "enabled within": partial(Regions, enabled_within),
+    "block": partial(Regions, block=lambda i: torch.no_grad() if i == 1 else nullcontext()),
+    "mlp": partial(Regions, softmax, mlp=lambda i: torch.no_grad() if i == 1 else nullcontext()),
+}
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_what_has_no_gradient_in_the_model_has_none_where_it_is_computed_anew(name: str) -> None:
+    grads = []
+    for run in (lambda model: model, compiled):
+        model = CONSTANTS[name]().train()
+        run(model)(TOKENS).square().sum().backward()
+        grads.append({n: p.grad for n, p in model.named_parameters()})
+    for parameter, dense in grads[0].items():
+        got = grads[1][parameter]
+        assert (got is None) == (dense is None), parameter
+        if dense is not None:
+            torch.testing.assert_close(got, dense, rtol=1e-4, atol=1e-5 * dense.abs().max().item(), msg=parameter)

@@ -33,6 +33,8 @@ class Opener(fx.Interpreter):
         numbers: Iterator[int] | None = None,
     ) -> None:
         super().__init__(gm)
+        # Reasons go into reports as they are.
+        self.extra_traceback = False
         self.checkpoint = checkpoint
         self.numbers = numbers or count(1)
         self.gradients = torch.is_grad_enabled() if gradients is None else gradients

@@ -21,7 +21,8 @@ from mctf_compile.passes.rules import schema_arguments, sources
 from mctf_compile.passes.rules.base import wrap
 
 aten = torch.ops.aten
-COPIES = (aten.contiguous, aten.clone, aten.alias, aten.detach)
+# Not ``detach``, which is more than a layout where gradients are recorded.
+COPIES = (aten.contiguous, aten.clone, aten.alias)
 
 
 @graph_pass("projections", requires=("plan",))
