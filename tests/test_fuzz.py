@@ -25,7 +25,7 @@ def unweighted_mean(monkeypatch):
 
 
 def forgotten_log_size(monkeypatch):
-    monkeypatch.setattr(FusedCall, "log_sizes", lambda self, place: None)
+    monkeypatch.setattr(FusedCall, "log_sizes", lambda self, place, dtype=None: None)
 
 
 def wrong_composition(monkeypatch):
