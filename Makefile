@@ -4,7 +4,7 @@ PIP_FLAGS ?=
 ARGS ?=
 ready := .venv/.installed
 
-.PHONY: demo compare bench test clean
+.PHONY: demo compare bench test docs clean
 
 demo: $(ready)
 	.venv/bin/python examples/demo.py $(ARGS)
@@ -18,6 +18,9 @@ bench: $(ready)
 test: $(ready)
 	.venv/bin/python -m pytest $(ARGS)
 
+docs: .venv/.installed-docs
+	.venv/bin/python -m mkdocs build --strict $(ARGS)
+
 clean:
 	rm -rf .venv build dist *.egg-info demo-output .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -28,6 +31,10 @@ $(ready): pyproject.toml
 	@test -x .venv/bin/python || $(PYTHON) -m venv --without-pip .venv
 	@.venv/bin/python -m pip --version >/dev/null 2>&1 || { $(get_pip); }
 	.venv/bin/python -m pip install $(PIP_FLAGS) -e '.[test,demo]'
+	@touch $@
+
+.venv/.installed-docs: $(ready)
+	.venv/bin/python -m pip install $(PIP_FLAGS) -e '.[docs]'
 	@touch $@
 
 # Debian keeps ensurepip in python3-venv; where that is missing, pip comes from its own project.

@@ -37,7 +37,7 @@ def test_the_top_level_is_what_the_readme_says():
     if not tracked:
         pytest.fail("the tests run in a git checkout")
     folders = {name.split("/")[0] for name in tracked if "/" in name} - {".ci"}
-    assert folders <= {"mctf_compile", "passes", "kernels", "examples", "tests", "benchmarks"}
+    assert folders <= {"mctf_compile", "passes", "kernels", "examples", "tests", "benchmarks", "docs"}
 
 
 def test_a_wheel_works_from_another_directory(tmp_path):

@@ -72,7 +72,9 @@ def dynamicvit(
         decisions: S tensors [B, N], or one [S, B, N]: 1 where a stage keeps a patch, else 0, the earlier stages'
             decisions multiplied in. Differentiable in training (hard Gumbel-softmax).
         keep_ratios: S fractions, of all N patches, that the stages are to keep.
-        ratio_weight, kl_weight, token_weight: of the parts; the published runs have 2, 0.5 and 0.5.
+        ratio_weight: of the ratios' part; the published runs have 2.
+        kl_weight: of the divergence from the dense model; 0.5.
+        token_weight: of the tokens' part; 0.5.
         token: distance between tokens: their mean squared error, or the divergence of their softmax over C.
 
     Returns:
@@ -119,11 +121,16 @@ def idlevit(
     Args:
         logits: [B, K] classes of the student.
         labels: int64 [B], or probabilities [B, K].
-        attention_logits, masks, inter, intra: as in :func:`cut`.
+        attention_logits: as in :func:`cut`; so are the next three.
+        masks: see there.
+        inter: see there.
+        intra: see there.
         feature: [B, C] class token of the student after the final norm.
         teacher_logits: [B, K] classes of the dense model; None: no such part.
         teacher_feature: [B, C] its class token; None: no such part.
-        cut_weight, kl_weight, feature_weight: of the parts; the published runs have 20, 10 and 1000.
+        cut_weight: of the token cut; the published runs have 20.
+        kl_weight: of the divergence from the dense model; 10.
+        feature_weight: of the class token's part; 1000.
 
     Returns:
         The parts and their weighted sum.
@@ -157,7 +164,8 @@ def cut(
         attention_logits: L tensors [B, H, N, N], or one [L, B, H, N, N]: scaled logits of the layers that select,
             before any key is masked; the class token is at position 0.
         masks: L tensors [B, N, 1], or one [L, B, N, 1]: 1 for selected tokens, the class token among them, else 0.
-        inter, intra: which of the two is counted.
+        inter: whether attention between the two kinds is counted.
+        intra: whether attention within either kind is counted.
 
     Returns:
         A scalar: the sum over all L layers of the squared errors' means over tokens.
