@@ -8,10 +8,12 @@ import io
 import re
 import shlex
 import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -93,9 +95,10 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_code_of_a_page_runs_and_prints_what_it_says(page: Path) -> None:
-    blocks = blocks_of(page)
-    namespace: dict[str, Any] = {"__name__": "page"}
+def test_the_code_of_a_page_runs_and_prints_what_it_says(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks, module = blocks_of(page), ModuleType("page")
+    # Dataclasses look for the module that they are defined in.
+    monkeypatch.setitem(sys.modules, "page", module)
     torch.manual_seed(0)
     for block, after in zip(blocks, [*blocks[1:], Block("", "", 0, None)]):
         if block.language != "python" or block.why_not is not None:
@@ -104,7 +107,7 @@ def test_the_code_of_a_page_runs_and_prints_what_it_says(page: Path) -> None:
         code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")
         with contextlib.redirect_stdout(io.StringIO()) as printed, warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            exec(code, namespace)
+            exec(code, module.__dict__)
         if after.language == "text":
             assert printed.getvalue() == after.text, f"{page.name}, line {block.line}"
 
@@ -238,7 +241,7 @@ def test_figures_are_those_measured(page: str) -> None:
         if line.startswith("|"):
             cells = [cell.strip() for cell in line.split("|")]
             row_of.setdefault(cells[1], cells)
-    rows = re.findall(r"^\| `(\S+)` \|(.*)\|$", (ROOT / page).read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| `([\w-]+)` \|(.*)\|$", (ROOT / page).read_text(), re.MULTILINE)
     assert rows
     for name, written in rows:
         for cell in written.split("|"):
