@@ -97,7 +97,10 @@ def rule(
         names: the overloads, as in ``"sum"`` (the default one) and ``"sum.dim_IntList"``.
         reads: the arguments that the rule knows, separated by spaces. An overload that has another one, in a later
             release of PyTorch, gets no rule; nor does one that is not there.
-        fused, resized, ignores, broadcasts: see ``Rule``.
+        fused: see ``Rule``; so are the next three.
+        resized: see there.
+        ignores: see there.
+        broadcasts: see there.
     """
 
     def register(axes: Callable[[Call], Flow]) -> Callable[[Call], Flow]:
