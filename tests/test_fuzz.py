@@ -13,7 +13,7 @@ from mctf_compile.passes.rewriting.fused_call import FusedCall
 from mctf_compile.passes.rewriting.stream import Stream
 from mctf_compile.passes.rules import RULES
 from mctf_compile.testing import VitSpec
-from mctf_compile.testing.fuzz import Case, cases, fuzz
+from mctf_compile.testing.fuzz import SpecCase, cases, fuzz
 
 aten = torch.ops.aten
 
@@ -39,13 +39,13 @@ def wrong_composition(monkeypatch):
 @pytest.mark.parametrize("breakage", [unweighted_mean, forgotten_log_size, wrong_composition])
 def test_a_broken_rule_is_found_within_200_examples(breakage, monkeypatch):
     breakage(monkeypatch)
-    outcome = fuzz(cases(), 200, seed=0, shrink=False)
+    outcome = fuzz(cases("models"), 200, seed=0, shrink=False)
     assert outcome.failure is not None and outcome.counts["examples"] <= 200
     assert "fusing duplicates changed the output" in outcome.failure[1]
 
 
-def test_the_rules_as_they_are_pass():
-    outcome = fuzz(cases(), 25, seed=7)
+def test_models_pass():
+    outcome = fuzz(cases("models"), 25, seed=7)
     assert outcome.failure is None, outcome.failure[1] + "\n" + outcome.failure[0].program()
     assert outcome.counts["fused"] > 10 and outcome.counts["duplicates"] > 2
 
@@ -55,7 +55,7 @@ def test_the_program_of_a_failure_fails_alike(monkeypatch, tmp_path):
     unweighted_mean(monkeypatch)
     spec = VitSpec(depth=2, head="mean", prefix=1, grid=3)
     options = {"r": 3, "min_tokens": 1, "tau_info": 0, "tau_size": 0, "layers": [0]}
-    plain = st.builds(Case, st.just(spec), st.just(options), st.just(2), st.integers(0, 9))
+    plain = st.builds(SpecCase, st.just(spec), st.just(options), st.just(2), st.integers(0, 9))
     case, problem = fuzz(plain, 20, seed=0).failure
     assert "VitSpec(depth=2, grid=3, head='mean')" in case.program()
     broken = (
@@ -84,8 +84,8 @@ def test_the_command_tries_options_on_a_model(capsys):
 def test_the_command_fails_with_a_program(capsys, monkeypatch):
     forgotten_log_size(monkeypatch)
     options = {"r": 3, "min_tokens": 1, "tau_info": 0, "tau_size": 0}
-    plain = st.builds(Case, st.just(VitSpec(head="dense")), st.just(options), st.just(2), st.integers(0, 3))
-    monkeypatch.setattr("mctf_compile.testing.fuzz.cases", lambda: plain)
+    plain = st.builds(SpecCase, st.just(VitSpec(head="dense")), st.just(options), st.just(2), st.integers(0, 3))
+    monkeypatch.setattr("mctf_compile.testing.fuzz.cases", lambda what: plain)
     assert cli.main(["fuzz", "--examples", "10", "--seed", "0"]) == 1
     captured = capsys.readouterr()
     assert "assert_rewrite_sound(model, *model.example(" in captured.out

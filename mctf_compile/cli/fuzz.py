@@ -1,4 +1,4 @@
-"""``mctf fuzz``: models and options whose rewrite is unsound, if any."""
+"""``mctf fuzz``: models, programs and options whose rewrite is unsound, if any."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ from mctf_compile.cli.console import CheckFailed, CommandError, stages
 
 def add(commands: Subcommands) -> None:
     """Add the command to the parser of all."""
-    parser = commands.add_parser("fuzz", help="look for a model and options whose rewrite is unsound")
+    parser = commands.add_parser("fuzz", help="look for a model, a program or options whose rewrite is unsound")
     parser.add_argument("--model", metavar="MODEL", help="a timm model to try options on (default: generated models)")
+    parser.add_argument("--what", choices=("models", "graphs", "both"), default="both",
+                        help="what is generated: models of known parts, programs grown from the rule table, or both "
+                        "(default)")
     parser.add_argument("--examples", type=positive, default=500, metavar="N", help="how many to try (default: 500)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="makes a run repeatable (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N",
+                        help="makes a run repeatable: with one PyTorch and one Hypothesis, the same options try the "
+                        "same examples (default: 0)")
     parser.set_defaults(run=run)
 
 
@@ -24,7 +29,7 @@ def run(args: argparse.Namespace) -> None:
             from mctf_compile.testing.fuzz import cases, fuzz, model_cases
         except ImportError as error:
             raise CommandError(f"mctf fuzz needs the package {error.name}; pip install {error.name}") from error
-        strategy = cases()
+        strategy = cases(args.what)
         if args.model is not None:
             import torch
 

@@ -1,11 +1,11 @@
-"""Fuzzing of rewrites: models, inputs and options made up by Hypothesis, until one is unsound."""
+"""Fuzzing of rewrites: models, programs, inputs and options made up by Hypothesis, until one is unsound."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import hypothesis
 import torch
@@ -14,13 +14,24 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mctf_compile.errors import cause_of
+from mctf_compile.testing.graphs import graph_cases
 from mctf_compile.testing.models import TinyViT, VitSpec
-from mctf_compile.testing.soundness import check_rewrite
+from mctf_compile.testing.soundness import Soundness, check_rewrite
 from mctf_compile.testing.strategies import method_options, vit_specs
 
 
+class Case(Protocol):
+    """What the fuzzer tries."""
+
+    def check(self) -> Soundness:
+        """What its rewrite was found to do; raises what the model or the rewrite raises."""
+
+    def program(self) -> str:
+        """A program that fails as this case does."""
+
+
 @dataclass(frozen=True)
-class Case:
+class SpecCase:
     """A generated model, what it is given, and how it is fused."""
 
     spec: VitSpec
@@ -28,13 +39,13 @@ class Case:
     kinds: int
     seed: int
 
-    def make(self) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    def check(self) -> Soundness:
         torch.manual_seed(self.seed)
         model = TinyViT(self.spec).eval()
-        return model, model.example(self.kinds, self.seed)
+        with torch.no_grad():
+            return check_rewrite(model, *model.example(self.kinds, self.seed), **self.options)
 
     def program(self) -> str:
-        """A program that fails as this case does."""
         options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
         return "\n".join([
             "import torch",
@@ -56,8 +67,9 @@ class ModelCase:
     inputs: tuple[Tensor, ...]
     options: dict[str, Any]
 
-    def make(self) -> tuple[nn.Module, tuple[Tensor, ...]]:
-        return self.model, self.inputs
+    def check(self) -> Soundness:
+        with torch.no_grad():
+            return check_rewrite(self.model, *self.inputs, **self.options)
 
     def program(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
@@ -80,13 +92,21 @@ class Outcome:
     """
 
     counts: Counter = field(default_factory=Counter)
-    failure: tuple[Case | ModelCase, str] | None = None
+    failure: tuple[Case, str] | None = None
 
 
-def cases() -> st.SearchStrategy[Case]:
+def cases(what: str = "both") -> st.SearchStrategy[Case]:
+    """Cases of the strategies named: ``models``, ``graphs``, or ``both``, five programs to every model."""
+    strategies = {"models": spec_cases(), "graphs": graph_cases()}
+    if what in strategies:
+        return strategies[what]
+    return st.sampled_from(("graphs",) * 5 + ("models",)).flatmap(strategies.__getitem__)
+
+
+def spec_cases() -> st.SearchStrategy[SpecCase]:
     """Generated models; one in three can tell positions apart, which the duplicate-token theorem cannot judge."""
     return st.builds(
-        Case, st.sampled_from((False, False, True)).flatmap(vit_specs), method_options(),
+        SpecCase, st.sampled_from((False, False, True)).flatmap(vit_specs), method_options(),
         # One kind of patch alone hides how tokens are weighted, and where they went.
         st.sampled_from((1, 2, 2, 3, 3)), st.integers(0, 999),
     )
@@ -107,7 +127,7 @@ def fuzz(
     """Check up to ``examples`` cases; stops at the first unsound one and shrinks it.
 
     Args:
-        strategy: of ``Case`` or ``ModelCase``.
+        strategy: of cases.
         examples: how many to try; fewer where the strategy has no more.
         seed: makes the run repeatable.
         progress: called with the number of examples tried.
@@ -122,13 +142,11 @@ def fuzz(
     @settings(max_examples=examples, deadline=None, database=None, phases=phases, report_multiple_bugs=False,
               suppress_health_check=list(HealthCheck))
     @given(strategy)
-    def run(case: Case | ModelCase) -> None:
-        model, inputs = case.make()
+    def run(case: Case) -> None:
         outcome.counts["examples"] += 1
         progress(outcome.counts["examples"])
         try:
-            with torch.no_grad():
-                found = check_rewrite(model, *inputs, **case.options)
+            found = case.check()
         except Exception as error:
             cause = cause_of(error)
             outcome.failure = case, f"{type(cause).__name__}: {cause}"

@@ -272,7 +272,7 @@ class _Drawing:
             return [(n, n), (1, n)]
         if name == "self" and self.name in ("addmm", "baddbmm"):
             _, right = (leaf for leaf in _leaves(self.drawn) if isinstance(leaf, (Given, Made)))
-            return _broadcast((*self.x.shape[:-1], self._tensor(right).shape[-1]))
+            return _broadcast((*self.x.shape[:-1], *self._tensor(right).shape[-1:]))
         if name not in FACTORS or self.name not in PRODUCTS:
             return _broadcast(self.x.shape)
         *lead, inner = self.x.shape or (1,)

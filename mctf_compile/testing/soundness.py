@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,6 +54,13 @@ class Recorder:
         self.spread = 0.0
         torch._dynamo.reset()
         return torch.compile(model, backend=self, dynamic=False)(*inputs)
+
+    def miscounted(self) -> list[str]:
+        """Where the last run fused other numbers of tokens than the reports say."""
+        said = [(b.tokens_in, b.tokens_out) for report in self.reports for b in report.blocks if b.reason is None]
+        done = [(index.shape[1], size.shape[1]) for index, _, size in self.groups]
+        extra = Counter(done) - Counter(said)
+        return [f"the report says that tokens go {said}, and they go {done}"] if extra else []
 
     def index(self) -> Tensor | None:
         """int64 [B, N]: the final position of every original token of one token axis; None if not fused."""
@@ -162,9 +170,7 @@ def check_rewrite(
     recorder = recorders["fused"]
     if not recorder.reports:
         raise MctfError("Dynamo captured no graph of this model, so there is nothing to check.")
-    problems = _contract(plain, fused)
-    for group in recorder.groups:
-        problems += _conservation(*group)
+    problems = broken(plain, fused, recorder)
     if not any(report.fused for report in recorder.reports) and _apart(plain, fused):
         problems.append("nothing was fused, and yet the output is not the dense one")
     at_zero = _apart(plain, run("zero"))
@@ -174,7 +180,7 @@ def check_rewrite(
     alike = recorders.get("alike", recorder)
     error = None
     if alike.groups and method.sized and (duplicates or (duplicates is None and alike.spread <= DUPLICATE)):
-        error = _relative(plain, same)
+        error = max(map(distance, plain, same), default=0.0) if len(plain) == len(same) else float("inf")
         if not error <= tolerance:
             problems.append(f"fusing duplicates changed the output by {error:.2e} of its largest entry")
     reports = recorder.reports
@@ -188,7 +194,7 @@ def assert_rewrite_sound(
     """Assert that fusing tokens in ``model`` keeps its contract.
 
     1. Outputs have the shapes, dtypes and devices of the dense model's, and are finite where those are.
-    2. Every fusion conserves the total size and normalises its weights.
+    2. Every fusion conserves the total size and normalises its weights, and the report counts its tokens.
     3. With r=0, and wherever nothing fuses, the output is that of the dense graph, bit for bit.
     4. The duplicate-token theorem: where merging by similarity alone combines exact duplicates only, the
        output is the dense one to ``tolerance`` (relative to its largest value). Plant duplicates in
@@ -212,6 +218,22 @@ def assert_rewrite_sound(
     return found.report
 
 
+def assert_fused_alike(
+    one: nn.Module, other: nn.Module, *inputs: Any, tolerance: float = 1e-6, **options: Any
+) -> None:
+    """Assert that two models which compute the same fuse the same tokens: their fused outputs are equal.
+
+    Rounding decides between tokens that are nearly as alike as others; in float64 there are none.
+
+    Raises:
+        AssertionError: says how far apart the outputs are, relative to the largest entry.
+    """
+    outputs = [tree_leaves(Recorder(dict(options)).run(model, *inputs)) for model in (one, other)]
+    assert len(outputs[0]) == len(outputs[1]), "they have other numbers of outputs"
+    apart = max(map(distance, *outputs), default=0.0)
+    assert apart <= tolerance, f"the outputs of the fused models are {apart:.2e} of their largest entry apart"
+
+
 def _apart(a: list[Tensor], b: list[Tensor]) -> float:
     """The largest difference; two equal infinities or NaNs are none."""
     if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b)):
@@ -225,14 +247,31 @@ def _same(x: Tensor, y: Tensor) -> Tensor:
     return (x == y) | (x.isnan() & y.isnan())
 
 
-def _relative(a: list[Tensor], b: list[Tensor]) -> float:
-    """The largest difference of two outputs relative to the largest finite entry of the first (at least 1)."""
-    if len(a) != len(b):
+def distance(a: Tensor, b: Tensor) -> float:
+    """The largest difference of two tensors relative to the largest finite entry of the first (at least 1).
+
+    Infinite where their shapes differ, or whole numbers, or what is no number: those are equal or wrong.
+    """
+    if a.shape != b.shape:
         return float("inf")
-    return max((
-        _apart([x], [y]) / max(x.double()[x.isfinite()].abs().max().item() if x.isfinite().any() else 1.0, 1.0)
-        for x, y in zip(a, b) if x.numel()
-    ), default=0.0)
+    if not (a.dtype.is_floating_point or a.dtype.is_complex):
+        return 0.0 if torch.equal(a, b) else float("inf")
+    finite = a.isfinite()
+    if not _same(a[~finite], b[~finite]).all() or not b[finite].isfinite().all():
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    wide = torch.complex128 if a.dtype.is_complex else torch.float64
+    a, b = a[finite].to(wide), b[finite].to(wide)
+    return ((a - b).abs().amax() / a.abs().amax().clamp(min=1.0)).item()
+
+
+def broken(plain: list[Tensor], fused: list[Tensor], recorder: Recorder) -> list[str]:
+    """What the last run under a recorder did that no rewrite may, whatever was fused."""
+    problems = _contract(plain, fused)
+    for group in recorder.groups:
+        problems += _conservation(*group)
+    return problems + recorder.miscounted()
 
 
 def _contract(expected: list[Tensor], got: list[Tensor]) -> list[str]:

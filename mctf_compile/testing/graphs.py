@@ -1,0 +1,156 @@
+"""Programs on tokens that Hypothesis grows from the rule table, and what must hold when they are fused.
+
+    from mctf_compile.testing.graphs import graph_cases
+
+A program starts with tokens of a few kinds, of which each has many exact copies, and goes on with blocks of
+attention and with whatever has a rule in between. Nothing in it tells two copies apart, so fusing them loses
+nothing: the fused program must compute what the program does. Needs the package hypothesis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mctf_compile.errors import ConfigError
+from mctf_compile.report import Report
+from mctf_compile.testing.moves import FEATURES, SPELLINGS, Builder, sdpa
+from mctf_compile.testing.programs import Program
+from mctf_compile.testing.soundness import DUPLICATE, ONLY_SIMILARITY, Recorder, Soundness, broken, distance
+from mctf_compile.testing.strategies import fusion_options
+
+# How far apart two spellings of one attention may be in float64.
+ALIKE = 1e-6
+
+
+@dataclass(frozen=True)
+class GraphCase:
+    """A program, how it is fused, and what is asked of it.
+
+    ``way``: ``graph``, the program as a graph that is made here, in which copies are fused; ``compiled``, the same by
+    ``torch.compile`` with the backend ``mctf``; ``spelling``, tokens of which none is a copy, whose attention must fuse
+    like ``scaled_dot_product_attention`` however it is written.
+    """
+
+    grown: Program
+    options: dict[str, Any]
+    way: str = "graph"
+
+    def check(self) -> Soundness:
+        """What fusing tokens does to the program. Raises what the program, its capture or the rewrite raises."""
+        ways = {"graph": self._check_graph, "compiled": self._check_compiled, "spelling": self._check_spelling}
+        with torch.set_grad_enabled(self.grown.gradients):
+            try:
+                return ways[self.way]()
+            except ConfigError as error:
+                # How many blocks a tower has is found out by the rewrite.
+                return Soundness([Report([], lambda: (0, 0), reason=str(error))], [], 0.0, None)
+
+    def program(self) -> str:
+        """A program that fails as this case does."""
+        options = "".join(f", {name}={value!r}" for name, value in self.options.items())
+        head = f"    with torch.set_grad_enabled({self.grown.gradients}):"
+        if self.way == "spelling":
+            graph = self._apart()
+            return "\n".join([
+                graph.source(), "", plainly(graph).source("Plain").partition("\n\n\n")[2],
+                'if __name__ == "__main__":',
+                "    from mctf_compile.testing.soundness import assert_fused_alike",
+                "", head, f"        assert_fused_alike(Program(), Plain(), *inputs{options})",
+            ])
+        return "\n".join([
+            self.grown.source(), 'if __name__ == "__main__":',
+            "    from mctf_compile.testing import assert_rewrite_sound",
+            "", head,
+            f"        assert_rewrite_sound(Program(), *inputs, tolerance={self.grown.tolerance}{options})",
+        ])
+
+    def _check_graph(self) -> Soundness:
+        return self._compare()[0]
+
+    def _compare(self) -> tuple[Soundness, list[Tensor], list[Tensor]]:
+        """What is found, and what the program returns dense and fused: its outputs, and what became of its inputs."""
+        module, inputs = self.grown.make()
+        dense, given = ([x.clone() for x in inputs] for _ in range(2))
+        recorder = Recorder(dict(self.options))
+        plain = [*module(*dense), *dense]
+        fused = [*recorder(self.grown.graph(module), inputs)(*given), *given]
+        problems, error = broken(plain, fused, recorder), None
+        if not recorder.reports[0].fused:
+            problems += _unequal(plain, fused, "nothing was fused, and yet the output is not the dense one")
+        elif not problems and recorder.groups and recorder.spread <= DUPLICATE:
+            error = max(map(distance, plain, fused))
+            if not error <= self.grown.tolerance:
+                problems.append(f"fusing duplicates changed the output by {error:.2e} of its largest entry")
+        return Soundness(recorder.reports, problems, 0.0, error), plain, fused
+
+    def _check_compiled(self) -> Soundness:
+        """As a graph, and by the backend: with the same result, and with r=0 with the dense one, bit for bit."""
+        found, plain, fused = self._compare()
+        for r in (self.options["r"], 0):
+            strict = r > 0 and found.report.fused
+            options = {**self.options, "r": r, "inner": "eager", "kernels": "aten", "strict": strict}
+            module, inputs = self.grown.make()
+            torch._dynamo.reset()
+            got = torch.compile(module, backend="mctf", options=options, dynamic=False)(*inputs)
+            problem = f"compiled with r={r}, the output is another"
+            found.problems.extend(_unequal(fused if r else plain, [*got, *inputs], problem))
+        torch._dynamo.reset()
+        return found
+
+    def _check_spelling(self) -> Soundness:
+        graph = self._apart()
+        runs = []
+        for program in (graph, plainly(graph)):
+            module, inputs = program.make()
+            recorder = Recorder(dict(self.options))
+            runs.append((recorder, list(recorder(program.graph(module), inputs)(*inputs))))
+        (recorder, one), (other, plain) = runs
+        problems = recorder.miscounted() + other.miscounted()
+        if recorder.reports[0].removed != other.reports[0].removed:
+            problems.append("attention in another spelling removes other numbers of tokens")
+        elif not max(map(distance, plain, one)) <= ALIKE:
+            problems.append("attention in another spelling fuses other tokens")
+        return Soundness(recorder.reports, problems, 0.0, None)
+
+    def _apart(self) -> Program:
+        """The program on tokens of which none is a copy, in float64: then nothing is decided by rounding."""
+        wide = {torch.float32: torch.float64}
+        inputs, held = (tuple(replace(h, dtype=wide.get(h.dtype, h.dtype)) for h in of)
+                        for of in (self.grown.inputs, self.grown.held))
+        return replace(self.grown, kinds=self.grown.kinds.apart(), inputs=inputs, held=held)
+
+
+def plainly(program: Program) -> Program:
+    """The program with ``scaled_dot_product_attention`` throughout."""
+    return program.replaced(lambda target: sdpa if target in SPELLINGS else target)
+
+
+def _unequal(right: Sequence[Tensor], got: Sequence[Tensor], problem: str) -> list[str]:
+    equal = len(right) == len(got) and all(a.dtype == b.dtype and distance(a, b) == 0.0 for a, b in zip(right, got))
+    return [] if equal else [problem]
+
+
+@st.composite
+def graph_cases(draw: st.DrawFn, features: Collection[str] = FEATURES) -> GraphCase:
+    """Programs that hold some of ``features``, with options under which copies are fused first."""
+    builder = Builder(lambda options: draw(st.sampled_from(options)), features)
+    builder.grow()
+    program, options = builder.program(), draw(fusion_options(("size", "attention", "mean", "max", "mlerp")))
+    options |= {"r": draw(st.sampled_from((2, 1, 3, 4))), "min_tokens": 1}
+    way = draw(st.sampled_from(("graph",) * 20 + ("spelling",) * 4 + ("compiled",)))
+    if way == "spelling" and (program.regions or all(s.target not in SPELLINGS for s in program.steps)):
+        # In low precision rounding decides which tokens are the most alike.
+        way = "graph"
+    if way != "spelling":
+        options |= ONLY_SIMILARITY
+    if draw(st.integers(0, 5)) == 5:
+        options = {"method": "tome", "r": options["r"]}
+    elif draw(st.booleans()):
+        options["layers"] = [0, 1]
+    return GraphCase(program, options, way)

@@ -1,0 +1,534 @@
+"""The moves that make a program on tokens grow: blocks of attention, and whatever has a rule in between."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.nn import functional as F
+
+from mctf_compile.passes.rules import find_rule
+from mctf_compile.testing.growing import Grower, Rejected
+from mctf_compile.testing.operators import Choose, Given, Made, OperatorCall, draw_call, ruled_operators
+from mctf_compile.testing.programs import Kinds, Program, Ref, Region
+
+aten = torch.ops.aten
+BATCH, WIDTH, HEADS = 2, 8, 2
+# So wide that a few tokens less are worth what it takes to give them back.
+HIDDEN = 256
+
+# What a program may hold beside plain blocks; leaving some out looks for other faults.
+FEATURES = (
+    "operators", "integers", "feedback", "tables", "bias", "padding", "streams", "calls", "grid", "regions", "writes",
+    "layouts",
+)
+
+
+# Spellings of attention over q, k, v [B, H, N, D] or [B, N, D]. ``bias`` is added to the logits; a boolean one says who
+# takes part.
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, bias)
+
+
+def softmax(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    logits = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+    if bias is not None:
+        logits = logits.masked_fill(~bias, float("-inf")) if bias.dtype is torch.bool else logits + bias
+    return logits.softmax(dim=-1) @ v
+
+
+def einsum(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    logits = torch.einsum("...id,...jd->...ij", q * q.shape[-1] ** -0.5, k)
+    if bias is not None:
+        logits = logits.masked_fill(~bias, float("-inf")) if bias.dtype is torch.bool else logits + bias
+    return torch.einsum("...ij,...jd->...id", torch.softmax(logits, -1), v)
+
+
+def keys_first(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    logits = k @ q.transpose(-2, -1) * q.shape[-1] ** -0.5
+    if bias is not None:
+        bias = bias.transpose(-2, -1)
+        logits = logits.masked_fill(~bias, float("-inf")) if bias.dtype is torch.bool else logits + bias
+    return logits.softmax(dim=-2).transpose(-2, -1) @ v
+
+
+def batched(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    logits = torch.bmm(q.flatten(0, -3), k.flatten(0, -3).transpose(1, 2)) * q.shape[-1] ** -0.5
+    if bias is not None:
+        logits = logits.unflatten(0, q.shape[:-2])
+        logits = logits.masked_fill(~bias, float("-inf")) if bias.dtype is torch.bool else logits + bias
+        logits = logits.flatten(0, -3)
+    return torch.bmm(logits.softmax(-1), v.flatten(0, -3)).unflatten(0, q.shape[:-2])
+
+
+SPELLINGS = (sdpa, softmax, einsum, keys_first, batched)
+
+
+@dataclass
+class Stream:
+    """A residual stream: [B, N, C] in one of four layouts."""
+
+    ref: Ref
+    layout: str = "bnc"
+
+
+class Builder:
+    """Moves that make a program grow; ``choose`` takes one of a sequence of options, the plainest first."""
+
+    def __init__(self, choose: Choose, features: Collection[str] = FEATURES) -> None:
+        self.choose, self.features = choose, frozenset(features)
+        self.grid = choose(((4, 4), (3, 6), (6, 3)))
+        size = self.grid[0] * self.grid[1]
+        self.periodic = periodic = "grid" in features and choose((False, True))
+        lead = tail = 0
+        self.layout = "bnc"
+        if "layouts" in features:
+            self.layout = choose(("bnc", "bnc", "bnc", "nbc", "bhwc", "bchw"))
+        if self.layout in ("bnc", "nbc") and not periodic:
+            lead = choose((0, 1, 2, 5))
+            tail = choose((0, 0, 1))
+        body = self._periodic() if periodic else [choose((0, 1, 2)) for _ in range(size)]
+        ends = range(max(body) + 1, max(body) + 1 + lead + tail)
+        kinds = [*ends[:lead], *body, *ends[lead:]]
+        # The kinds are numbered from 0 without gaps.
+        numbers = {kind: i for i, kind in enumerate(dict.fromkeys(kinds))}
+        gradients = "regions" in features and choose(range(4)) == 3
+        self.g = Grower(choose, Kinds(tuple(numbers[k] for k in kinds), lead, tail), gradients)
+        self.dtype = choose((torch.float32, torch.float64))
+        self.pool: list[Ref] = []
+        self.torn: set[Ref] = set()
+        self.blocks = 0
+        self.tables: list[Ref] = []
+        self.streams: list[Stream] = []
+        self.calls: list[tuple[int, int, Ref, Ref]] = []
+
+    def _periodic(self) -> list[int]:
+        """Kinds that a shift of the grid by three rows or columns (or, of 4×4, along its diagonal) leaves."""
+        rows, columns = self.grid
+        if rows == columns:
+            return [(i + j) % 2 for i in range(rows) for j in range(columns)]
+        pattern = [self.choose((0, 1, 2)) for _ in range(3)]
+        return [pattern[(i if rows == 6 else j) % 3] for i in range(rows) for j in range(columns)]
+
+    def has(self, feature: str, percent: int) -> bool:
+        return feature in self.features and self.g.chance(percent)
+
+    @contextmanager
+    def _attempt(self) -> Iterator[None]:
+        """A move that leaves nothing where one of its steps is rejected."""
+        known = len(self.pool)
+        done = False
+        with self.g.attempt():
+            yield
+            done = True
+        if not done:
+            del self.pool[known:]
+
+    # The whole.
+
+    def grow(self) -> None:
+        """Make all the moves of one program."""
+        with torch.set_grad_enabled(self.g.gradients):
+            self._begin()
+            for _ in range(self.choose((2, 2, 3) if len(self.streams) == 1 else (1, 2))):
+                self.move()
+
+    def _begin(self) -> None:
+        names = ["x", "y"] if self.has("streams", 25) else ["x"]
+        for name in names:
+            ref = self.g.given(name, (BATCH, self.g.kinds.total, WIDTH), self.dtype)
+            self.streams.append(Stream(self._from_tokens(ref), self.layout))
+            self.pool.append(ref)
+        if "tables" in self.features:
+            for shape in ((self.g.kinds.total, 1), (self.g.kinds.total, WIDTH)):
+                if self.g.chance(50):
+                    self.tables.append(self.g.hold(shape, self.dtype))
+        self.valid = self._padding() if self.has("padding", 15) else None
+
+    def move(self) -> None:
+        """A block, and what may come after it."""
+        for stream in self.streams:
+            region = self._region() if self.has("regions", 15) else None
+            start, before = len(self.g.lines), stream.ref
+            with self._attempt():
+                with self.g.region(region):
+                    if self.calls and self.has("calls", 35):
+                        self._call(stream)
+                    else:
+                        self._block(stream)
+                self.calls.append((start, len(self.g.lines), before, stream.ref))
+                self._offer(stream.ref)
+            if self.has("integers", 40):
+                self._whole(stream)
+            for _ in range(self.g.choose((1, 2, 3, 4)) if "operators" in self.features else 0):
+                self._operator()
+            if self.has("feedback", 40):
+                self._feedback(stream)
+            if self.has("grid", 50 if self.periodic else 10):
+                self._on_grid(stream)
+
+    def program(self) -> Program:
+        return self.g.program([stream.ref for stream in self.streams])
+
+    # Streams.
+
+    def _from_tokens(self, x: Ref) -> Ref:
+        if self.layout == "nbc":
+            return self.g(aten.transpose.int, x, 0, 1)
+        if self.layout == "bhwc":
+            return self.g(aten.reshape.default, x, [BATCH, *self.grid, WIDTH])
+        if self.layout == "bchw":
+            return self.g(aten.unflatten.int, self.g(aten.transpose.int, x, 1, 2), 2, list(self.grid))
+        return x
+
+    def _to_tokens(self, x: Ref) -> Ref:
+        if self.layout == "nbc":
+            return self.g(aten.transpose.int, x, 0, 1)
+        if self.layout == "bhwc":
+            return self.g(aten.flatten.using_ints, x, 1, 2)
+        if self.layout == "bchw":
+            return self.g(aten.transpose.int, self.g(aten.flatten.using_ints, x, 2), 1, 2)
+        return x
+
+    def _set(self, stream: Stream, ref: Ref) -> None:
+        """``ref`` is the stream from now on. Raises ``Rejected`` where it tells copies apart, or kinds no longer."""
+        self._check_tokens(ref)
+        stream.ref = ref
+
+    def _check_tokens(self, ref: Ref) -> None:
+        x, kinds = self.g.value(ref).double(), self.g.kinds
+        if self.layout == "nbc":
+            x = x.transpose(0, 1)
+        elif self.layout == "bhwc":
+            x = x.flatten(1, 2)
+        elif self.layout == "bchw":
+            x = x.flatten(2).transpose(1, 2)
+        if x.shape != (BATCH, kinds.total, WIDTH):
+            raise Rejected("another shape than the stream's")
+        copies_apart(x, kinds.of)
+
+    # Moves.
+
+    def _linear(self, x: Ref, wide: int) -> Ref:
+        width = self.g.value(x).shape[-1]
+        scale = 0.5 if width < HIDDEN else 0.1
+        dtype = self.g.value(x).dtype if not torch.is_autocast_enabled("cpu") else self.dtype
+        weight = self.g.hold((wide, width), dtype, scale, parameter=True)
+        bias = self.g.hold((wide,), dtype, 0.3, parameter=True) if self.g.chance(30) else None
+        return self.g(aten.linear.default, x, weight, bias)
+
+    def _block(self, stream: Stream) -> None:
+        """Attention and its residual connection, and at times an MLP and its own."""
+        g = self.g
+        y = self._to_tokens(stream.ref)
+        if g.chance(50):
+            y = g(aten.layer_norm.default, y, [WIDTH])
+        a = self._attend(*self._operands(y))
+        x = self._add(stream.ref, self._linear(a, WIDTH))
+        if g.chance(50):
+            y = self._linear(self._to_tokens(x), HIDDEN)
+            y = self._linear(g(g.choose((aten.gelu.default, aten.relu.default, aten.silu.default)), y), WIDTH)
+            x = self._add(x, y)
+        self._set(stream, x)
+        self.blocks += 1
+
+    def _attend(self, q: Ref, k: Ref, v: Ref) -> Ref:
+        """[B, N, C] from operands [B, H, N, D] or [B, N, C], with what meets them there."""
+        g, shape, n = self.g, self.g.value(q).shape, self.g.kinds.total
+        tables = [t for t in self.tables if g.value(t).shape[-1] in (1, shape[-1])]
+        if tables and g.chance(70):
+            table = g.choose(tables)
+            q, k = g(aten.mul.Tensor, q, table), g(aten.mul.Tensor, k, table)
+        bias = []
+        if self.valid is not None:
+            bias = [g(aten.unsqueeze.default, self.valid, 1)]
+            if len(shape) == 4:
+                bias = [g(aten.unsqueeze.default, bias[0], 1)]
+        elif self.has("bias", 20):
+            bias = [g.hold((n, n) if len(shape) == 3 or g.chance(50) else (shape[1], n, n), g.value(q).dtype)]
+        a = g(g.choose(SPELLINGS), q, k, v, *bias)
+        return a if len(shape) == 3 else g(aten.flatten.using_ints, g(aten.transpose.int, a, 1, 2), 2)
+
+    def _add(self, x: Ref, y: Ref) -> Ref:
+        y = self._from_tokens(y)
+        pair = (y, x) if self.g.chance(30) else (x, y)
+        if self.has("writes", 15):
+            return self.g(aten.add_.Tensor, self.g(aten.clone.default, pair[0]), pair[1])
+        return self.g(aten.add.Tensor, *pair)
+
+    def _operands(self, y: Ref) -> tuple[Ref, ...]:
+        """Query, key and value [B, H, N, D] or [B, N, C], projected and taken apart in one of several ways."""
+        g, n, d = self.g, self.g.kinds.total, WIDTH // HEADS
+        how = g.choose(("one head", "one head, chunk", "permute", "chunk", "separate"))
+        if how == "permute":
+            y = g(aten.unflatten.int, self._linear(y, 3 * WIDTH), 2, [3, HEADS, d])
+            parts = g(aten.unbind.int, g(aten.permute.default, y, [2, 0, 3, 1, 4]))
+            return tuple(g(operator.getitem, parts, i) for i in range(3))
+        if how.endswith("chunk"):
+            parts = g(aten.chunk.default, self._linear(y, 3 * WIDTH), 3, -1)
+            three = [g(operator.getitem, parts, i) for i in range(3)]
+        else:
+            three = [self._linear(y, WIDTH) for _ in range(3)]
+        if how.startswith("one head"):
+            return tuple(three)
+        return tuple(g(aten.transpose.int, g(aten.reshape.default, t, [BATCH, n, HEADS, d]), 1, 2) for t in three)
+
+    def _padding(self) -> Ref:
+        """bool [B, N]: the tokens that take part, alike for those of one kind."""
+        ref = self.g.given("valid", (BATCH, self.g.kinds.total), torch.bool)
+        if not self.g.value(ref).any(1).all():
+            ones = self.g.value(ref).fill_(True)
+            self.g.other.values[ref].copy_(ones)
+            del self.g.inputs[-1]
+            return None
+        return ref
+
+    def _call(self, stream: Stream) -> None:
+        """A block that was there before once more, with the same weights."""
+        start, stop, before, after = self.g.choose(self.calls)
+        names = self.g.replay(start, stop, {before: stream.ref})
+        self._set(stream, names[after])
+        self.blocks += 1
+
+    def _region(self) -> Region:
+        plain = (Region(torch.bfloat16), Region(torch.bfloat16, enabled=False), Region(torch.float16))
+        return self.g.choose((Region(), *plain) if self.g.gradients else plain)
+
+    def _whole(self, stream: Stream) -> None:
+        """Whole numbers or truth values made of the tokens, and maybe what they come to."""
+        g, x = self.g, stream.ref
+        channels = -3 if self.layout == "bchw" else -1
+        how = g.choose(("gt", "lt", "int", "argmax", "norm"))
+        with self._attempt():
+            if how == "int":
+                x = g(aten.to.dtype, g(aten.mul.Scalar, x, 4), g.choose((torch.int64, torch.int32)))
+            elif how == "argmax":
+                x = g(aten.argmax.default, x, channels, g.chance(50))
+            elif how == "norm":
+                x = g(aten.gt.Scalar, g(aten.linalg_vector_norm.default, x, 2, [channels], True), 3)
+            else:
+                x = g(getattr(aten, how).Scalar, x, g.choose((0, 0.5, -1)))
+            self._offer(x)
+            if g.chance(50):
+                self._operator("reductions", [x])
+
+    def _operator(self, kind: str | None = None, among: Sequence[Ref] = ()) -> None:
+        """Some operator with a rule, on values that are there."""
+        g, known = self.g, len(self.pool)
+        for _ in range(4):
+            kinds = ("pointwise",) * 3 + ("reductions",) * 4 + ("layout",) * 3 + tuple(families())
+            target = g.choose(g.choose(families()[kind or g.choose(kinds)]))
+            region = self._region() if self.has("regions", 10) else None
+            with self._attempt(), g.region(region):
+                self._apply(target, among or self.pool[-4:][::-1])
+            if len(self.pool) > known:
+                break
+
+    def _apply(self, target: OpOverload, among: Sequence[Ref]) -> None:
+        """Add an operator whose first operand is one of ``among``."""
+        g = self.g
+        first = g.choose(among)
+        others = [] if first in self.torn else [r for r in self.pool[::-1] if r not in self.torn and r != first][:3]
+        given = [first, *others]
+        call = draw_call(target, [g.value(ref) for ref in given], g.choose)
+        if call is None:
+            raise Rejected("the arguments do not fit")
+        args, kwargs = call.filled(given, self._made)
+        target = self._written(target, call) or target
+        if target is not call.target:
+            args = (g(aten.clone.default, args[0]), *args[1:])
+        result = g.step(target, *args, **kwargs)
+        if isinstance(g.value(result), Tensor):
+            self._keep(target, result)
+            return
+        before = len(self.pool)
+        for i in range(len(g.value(result))):
+            with self._attempt():
+                self._keep(target, g.step(operator.getitem, result, i))
+        if len(self.pool) == before:
+            raise Rejected("none of its results can be told")
+
+    def _written(self, target: OpOverload, call: OperatorCall) -> OpOverload | None:
+        """The form of an operator that writes into its first operand."""
+        if not call.args or not isinstance(call.args[0], Given) or not self.has("writes", 15):
+            return None
+        packet = getattr(aten, target._schema.name.removeprefix("aten::") + "_", None)
+        return getattr(packet, target._overloadname, None)
+
+    def _made(self, made: Made) -> Ref:
+        return self.g.hold(made.shape, made.dtype, 0.5 if made.dtype.is_floating_point else 1.0)
+
+    def _keep(self, target: OpOverload, part: Ref) -> None:
+        """Add a result to the values, or what can be told of one that chance or rounding decides over."""
+        g = self.g
+        if target.overloadpacket in RANDOM:
+            part = g(aten.full_like.default, part, 0.5)
+        try:
+            g.check(part)
+        except Rejected:
+            x = g.value(part)
+            if not isinstance(x, Tensor) or x.dtype is not torch.int64 or "integers" not in self.features:
+                raise
+            # Of several copies any may be the one that is meant.
+            table = g.hold((g.kinds.total, 3), self.dtype)
+            part = g(aten.embedding.default, table, part)
+        if g.value(part).dtype in (torch.int64, torch.bool) and "integers" not in self.features:
+            raise Rejected("no whole numbers are asked for")
+        self._offer(part)
+
+    def _offer(self, part: Ref) -> None:
+        """Let other moves read a value."""
+        g = self.g
+        self.pool.append(part)
+        try:
+            of, lead = g.kinds.of, g.kinds.lead
+            kinds = {g.kinds.body: of[lead : lead + g.kinds.body], g.kinds.total: of}
+            for d, size in enumerate(g.value(part).shape):
+                if size in kinds:
+                    copies_apart(g.value(part).movedim(d, 1 if g.value(part).dim() > 1 else 0), kinds[size], False)
+        except Rejected:
+            self.torn.add(part)
+
+    def _feedback(self, stream: Stream) -> None:
+        """What was made of the tokens flows back into the residual stream."""
+        g = self.g
+        with self._attempt():
+            v = g.choose([r for r in self.pool[::-1] if r not in self.torn][:6])
+            v = self._as_floats(v)
+            v = self._like_stream(stream, v)
+            how = g.choose(("add", "scale", "where"))
+            if how == "add":
+                y = g(aten.add.Tensor, stream.ref, g(aten.tanh.default, v))
+            elif how == "scale":
+                y = g(aten.mul.Tensor, stream.ref, g(aten.sigmoid.default, v))
+            else:
+                half = g(aten.mul.Scalar, stream.ref, 0.5)
+                y = g(aten.where.self, g(aten.gt.Scalar, v, 0.1), stream.ref, half)
+            if g.value(y).dtype != self.dtype:
+                y = g(aten.to.dtype, y, self.dtype)
+            self._set(stream, y)
+            self._offer(y)
+
+    def _as_floats(self, v: Ref) -> Ref:
+        x = self.g.value(v)
+        if x.dtype.is_complex:
+            v = self.g(aten.view_as_real.default, self.g(aten.resolve_conj.default, v))
+            x = self.g.value(v)
+        return v if x.dtype == self.dtype else self.g(aten.to.dtype, v, self.dtype)
+
+    def _like_stream(self, stream: Stream, v: Ref) -> Ref:
+        """``v`` where it broadcasts against the stream, else a reduction of it that does."""
+        g, shape = self.g, self.g.value(stream.ref).shape
+        x = g.value(v)
+        try:
+            if torch.broadcast_shapes(x.shape, shape) == shape and g.chance(80):
+                return v
+        except RuntimeError:
+            pass
+        if x.dim() == 0:
+            return v
+        images = [d for d, size in enumerate(x.shape) if size == BATCH][:1]
+        gone = [d for d in range(x.dim()) if d not in images]
+        if gone:
+            reduce = g.choose((aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.logsumexp.default,
+                               aten.linalg_vector_norm.default, aten.var.correction))
+            if reduce is aten.linalg_vector_norm.default:
+                v = g(reduce, v, 2, gone)
+            else:
+                v = g(reduce, v, gone)
+        if not images:
+            return v
+        where = stream_batch(self.layout)
+        return g(aten.reshape.default, v, [BATCH if d == where else 1 for d in range(len(shape))])
+
+    def _on_grid(self, stream: Stream) -> None:
+        """Something on the grid of tokens, which needs all of them."""
+        g = self.g
+        with self._attempt():
+            x = self._to_tokens(stream.ref)
+            n = g.kinds.total
+            if g.kinds.lead or g.kinds.tail:
+                ends = [g(aten.slice.Tensor, x, 1, 0, g.kinds.lead), g(aten.slice.Tensor, x, 1, n - g.kinds.tail, n)]
+                x = g(aten.slice.Tensor, x, 1, g.kinds.lead, n - g.kinds.tail)
+            x = g(aten.reshape.default, g(aten.transpose.int, x, 1, 2), [BATCH, WIDTH, *self.grid])
+            how = g.choose(("conv", "roll", "flip", "shuffle"))
+            if how == "conv":
+                x = g(aten.pad.default, x, [1, 1, 1, 1], "circular")
+                weight = g.hold((WIDTH, 1, 3, 3), self.dtype, 0.5, parameter=True)
+                x = g(aten.conv2d.default, x, weight, None, [1, 1], [0, 0], [1, 1], WIDTH)
+            elif how == "roll":
+                x = g(aten.roll.default, x, [1, 1], [2, 3])
+            elif how == "flip":
+                x = g(aten.flip.default, x, [2, 3])
+            else:
+                x = g(aten.channel_shuffle.default, x, 2)
+            x = g(aten.transpose.int, g(aten.flatten.using_ints, x, 2), 1, 2)
+            if g.kinds.lead or g.kinds.tail:
+                x = g(aten.cat.default, [ends[0], x, ends[1]], 1)
+            if g.chance(50):
+                x = self._from_tokens(x)
+            else:
+                x = g(aten.add.Tensor, stream.ref, self._from_tokens(x))
+            self._set(stream, x)
+            self._offer(x)
+
+
+def stream_batch(layout: str) -> int:
+    """The dimension of the images in a layout."""
+    return 1 if layout == "nbc" else 0
+
+
+def copies_apart(x: Tensor, kinds: Sequence[int], distinct: bool = True) -> None:
+    """Raises ``Rejected`` where copies among the tokens of x [B, N, ...] differ, or other tokens point the same way."""
+    kinds = torch.tensor(kinds)
+    if x.dim() == 1:
+        x = x[None]
+    x = x.flatten(2) if x.dim() > 2 else x[..., None]
+    x = torch.view_as_real(x.resolve_conj()).flatten(2) if x.dtype.is_complex else x
+    x = x.double()
+    first = torch.stack([(kinds == k).nonzero()[0, 0] for k in kinds])
+    scale = x[x.isfinite()].abs().amax() if x.isfinite().any() else 1.0
+    same = (x == x[:, first]) | (x.isnan() & x[:, first].isnan())
+    if not torch.where(same, 0.0, (x - x[:, first]).abs()).nan_to_num(1.0).amax() <= 1e-5 * scale:
+        raise Rejected("copies are told apart")
+    if distinct:
+        cosine = F.cosine_similarity(x[:, :, None], x[:, None], dim=-1)
+        if not (cosine[:, kinds[:, None] != kinds] < 0.999).all():
+            raise Rejected("other tokens are nearly copies")
+
+
+RANDOM = {
+    aten.rand_like, aten.randn_like, aten.bernoulli, aten.dropout, aten.feature_dropout, aten.alpha_dropout,
+    aten.empty_like, aten.new_empty,
+}
+
+
+@cache
+def families() -> dict[str, tuple[tuple[OpOverload, ...], ...]]:
+    """The operators that have a rule: by the module of their rules, those of one rule together."""
+    found: dict[str, dict[Any, list[OpOverload]]] = {}
+    for target in drawn_operators():
+        axes = find_rule(target).axes
+        found.setdefault(axes.__module__.rpartition(".")[2], {}).setdefault(axes, []).append(target)
+    return {module: tuple(map(tuple, by_rule.values())) for module, by_rule in found.items()}
+
+
+# What cannot be part of a captured graph, since numbers in a tensor decide over a shape or a number.
+NOT_CAPTURED = {
+    aten.where.default, aten.equal.default, aten.repeat_interleave.Tensor, aten.repeat_interleave.self_Tensor,
+    aten.narrow.Tensor, aten.tensor_split.tensor_indices_or_sections,
+}
+
+
+@cache
+def drawn_operators() -> tuple[OpOverload, ...]:
+    """The operators that have a rule and can be part of a graph."""
+    return tuple(t for t in ruled_operators() if not t._schema.is_mutable and t not in NOT_CAPTURED)

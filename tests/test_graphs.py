@@ -1,0 +1,125 @@
+"""Programs that grow from the rule table: every operator is among them, and they are what they seem."""
+
+import random
+from collections import Counter
+
+import pytest
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+
+from mctf_compile.testing.growing import Grower, Rejected
+from mctf_compile.testing.moves import NOT_CAPTURED, Builder, copies_apart, drawn_operators
+from mctf_compile.testing.programs import Kinds
+from mctf_compile.testing.soundness import distance
+
+aten = torch.ops.aten
+
+
+def builders(seeds, *features):
+    for seed in seeds:
+        builder = Builder(random.Random(seed).choice, *features)
+        builder.grow()
+        yield builder
+
+
+def values(builder):
+    """Tensors of several ranks and dtypes to draw operators on."""
+    g, n = builder.g, builder.g.kinds.total
+    x = g.given("x", (2, n, 8), torch.float32)
+    image = g(aten.reshape.default, g(aten.transpose.int, x, 1, 2), [2, 8, 6, 3])
+    mask = g(aten.gt.Scalar, x, 0)
+    whole = g(aten.to.dtype, mask, torch.int64)
+    matrix, vector = g(aten.select.int, x, 0, 0), g(aten.select.int, g(aten.select.int, x, 0, 0), 1, 0)
+    heads = g(aten.reshape.default, x, [2, n, 4, 2])
+    pairs = g(aten.view_as_complex.default, heads)
+    square = g(aten.bmm.default, x, g(aten.transpose.int, x, 1, 2))
+    frames, chances = g(aten.reshape.default, x, [2, 8, 3, 3, 2]), g(aten.sigmoid.default, x)
+    return [x, image, mask, whole, matrix, vector, heads, pairs, square, frames, chances, g(aten.sum.default, x)]
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """How often each operator was drawn, in programs that try them one by one."""
+    builder = Builder(random.Random(0).choice, ("operators", "integers"))
+    builder.g = Grower(random.Random(0).choice, Kinds((0, 1, 2) * 6), False)
+    start = values(builder)
+    count = Counter()
+    for target in drawn_operators():
+        for _ in range(2000):
+            lines = len(builder.g.lines)
+            builder.pool = list(start)
+            with builder._attempt():
+                builder._apply(target, start)
+            count[target] += any(line.target is target for line in builder.g.lines[lines:])
+            if count[target]:
+                break
+    return count
+
+
+def test_every_operator_with_a_rule_is_drawn(drawn):
+    assert len(drawn) > 300
+    assert {str(target) for target, times in drawn.items() if not times} == set()
+
+
+def test_what_is_left_out_cannot_be_part_of_a_graph():
+    x, number = torch.ones(4), torch.tensor(1)
+    calls = {
+        aten.where.default: (x,), aten.equal.default: (x, x), aten.repeat_interleave.Tensor: (number[None],),
+        aten.repeat_interleave.self_Tensor: (x, number[None]), aten.narrow.Tensor: (x, 0, number, 1),
+        aten.tensor_split.tensor_indices_or_sections: (x, number),
+    }
+    assert set(calls) == NOT_CAPTURED
+    with FakeTensorMode() as mode:
+        for target, args in calls.items():
+            fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args]
+            with pytest.raises((DataDependentOutputException, DynamicOutputShapeException, RuntimeError)):
+                target(*fakes)
+
+
+def test_a_program_is_the_same_as_source_and_as_a_graph():
+    for builder in builders(range(8)):
+        program = builder.program()
+        with torch.set_grad_enabled(program.gradients):
+            module, inputs = program.make()
+            expected = module(*[x.clone() for x in inputs])
+            graph = program.graph(module)
+            got = fx.Interpreter(graph).run(*[x.clone() for x in inputs])
+        assert len(expected) == len(program.outputs) == len(got)
+        for name, a, b in zip(program.outputs, expected, got):
+            assert distance(a, b) == 0.0 and a.dtype == b.dtype, name
+            assert distance(builder.g.value(name), a) <= program.tolerance, name
+
+
+def test_copies_stay_copies_in_every_stream():
+    for builder in builders(range(8, 16)):
+        for stream in builder.streams:
+            builder._check_tokens(stream.ref)
+
+
+def test_copies_that_are_told_apart_are_rejected():
+    kinds = (0, 1, 0, 1)
+    x = torch.randn(2, 2, 5)[:, list(kinds)]
+    copies_apart(x, kinds)
+    with pytest.raises(Rejected, match="told apart"):
+        copies_apart(x + torch.arange(4)[:, None], kinds)
+    with pytest.raises(Rejected, match="nearly copies"):
+        copies_apart(torch.ones(2, 4, 5), kinds)
+
+
+def test_a_value_that_rounding_decides_over_is_rejected():
+    g = Grower(random.Random(0).choice, Kinds((0, 1, 2)), False)
+    x = g.given("x", (2, 3, 4), torch.float32)
+    residue = g(aten.sub.Tensor, g(aten.mul.Scalar, x, 3.0), g(aten.mul.Scalar, x, 3.0))
+    with g.attempt():
+        g(aten.layer_norm.default, residue, [4], None, None, 0.0)
+    with g.attempt():
+        g(aten.sign.default, residue)
+    assert [str(step.target) for step in g.program().steps] == ["aten.mul.Scalar"] * 2 + ["aten.sub.Tensor"]
+
+
+def test_tokens_of_one_kind_are_held_alike():
+    g = Grower(random.Random(0).choice, Kinds((5, 0, 1, 0, 6), 1, 1), False)
+    table, body = g.value(g.hold((5, 5), torch.float32)), g.value(g.hold((2, 3), torch.float32))
+    assert torch.equal(table[1], table[3]) and torch.equal(table[:, 1], table[:, 3])
+    assert torch.equal(body[:, 0], body[:, 2]) and not torch.equal(body[:, 0], body[:, 1])
