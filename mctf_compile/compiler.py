@@ -17,7 +17,7 @@ from mctf_compile.options.schedule import NOT_CHOSEN
 from mctf_compile.passes import PIPELINE, Findings, State, run_passes
 from mctf_compile.passes.analysis.normalize import fake_inputs
 from mctf_compile.passes.lowering.autocast import devices_of, keep_autocast_out
-from mctf_compile.passes.planning.macs import count_macs
+from mctf_compile.passes.planning.macs import count_macs, macs_by_block
 from mctf_compile.report import BlockReport, Report
 from mctf_compile.settle import settle_by_running
 
@@ -91,6 +91,9 @@ def make_report(state: State) -> Report:
         target=state.findings.met,
         remarks=_remarks(state) if fused else [],
         seconds=state.seconds,
+        count_blocks=partial(
+            macs_by_block, state.normal, state.portable if fused else None, [b.block for b in planned]
+        ),
     )
 
 

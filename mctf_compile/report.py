@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class Report:
         target: what ``r="auto"`` was solved for, and what was measured for that, if so.
         remarks: what else the user should know.
         seconds: time spent in each pass.
+        count_blocks: gives the multiply-accumulates of each block, before and after; None for a block whose end is
+            not known.
     """
 
     blocks: list[BlockReport]
@@ -56,6 +62,7 @@ class Report:
     target: str | None = None
     remarks: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    count_blocks: Callable[[], list[tuple[int, int] | None]] | None = field(default=None, repr=False)
 
     @cached_property
     def _macs(self) -> tuple[int, int]:
@@ -71,6 +78,15 @@ class Report:
     def macs_after(self) -> int:
         """Multiply-accumulates of the rewritten graph."""
         return self._macs[1]
+
+    @cached_property
+    def macs_by_block(self) -> list[tuple[int, int] | None]:
+        """Multiply-accumulates of each of ``blocks`` in the original graph and in the rewritten one.
+
+        From behind the residual stream that it reads to the one that it leaves; None where that is not known. The
+        embedding, the head and what else is in no block make up the rest of ``macs_before`` and ``macs_after``.
+        """
+        return [None] * len(self.blocks) if self.count_blocks is None else self.count_blocks()
 
     @property
     def removed(self) -> int:
@@ -127,6 +143,15 @@ class Report:
         for line in (*(f"unmerged before {line}" for line in self.unmerged), *self.remarks):
             table.add_row("", "", "", "", escape(line))
         return table
+
+    def plot(self) -> Figure:
+        """A figure of the tokens and of the multiply-accumulates of each block, for ``figure.savefig("report.png")``.
+
+        Raises ``ImportError`` where matplotlib is missing, naming what installs it.
+        """
+        from mctf_compile.pictures.plot import plot
+
+        return plot(self)
 
     def print(self, console: Console | None = None) -> None:
         (console or Console()).print(self.table())

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from rich.table import Table
@@ -17,10 +17,8 @@ from mctf_compile.compiler import explain
 from mctf_compile.errors import ConfigError, MctfError, cause_of
 from mctf_compile.measuring.bench import Progress, check_output, interleave
 from mctf_compile.methods import METHODS, get_method
+from mctf_compile.pictures.packages import figure_class
 from mctf_compile.report import Report
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 DENSE, NONE = "dense", "none"
 
@@ -367,15 +365,6 @@ def draw(rows: Sequence[Measured], path: Path, title: str | None = None) -> None
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
-
-
-def figure_class() -> type[Figure]:
-    """matplotlib's figure that needs no display; raises ``ImportError``, naming what installs it."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("a plot needs the package matplotlib; pip install matplotlib") from error
-    return Figure
 
 
 def _unit(dense: Measured) -> tuple[str, float]:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from mctf_compile.measuring.bench import DENSE, DYNAMIC, FUSED
-from mctf_compile.measuring.compare import figure_class
 from mctf_compile.measuring.machine import same
 from mctf_compile.measuring.results import Result
 from mctf_compile.measuring.workload import Row
+from mctf_compile.pictures.packages import figure_class
 
 Suites = Mapping[str, Sequence[Row]]
 

@@ -15,7 +15,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 
 from mctf_compile.passes.axes import Size, hint_of, size_of
 from mctf_compile.passes.lowering.autocast import devices_of, keep_autocast_out
-from mctf_compile.passes.rewriting.rewriter import SEGMENT
+from mctf_compile.passes.planning.segments import SEGMENT
 
 aten = torch.ops.aten
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,8 +13,10 @@ from torch._dynamo.convert_frame import compile_lock
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from mctf_compile.passes.analysis.structure import Block
 from mctf_compile.passes.axes import hint_of
 from mctf_compile.passes.planning.counts import Counts
+from mctf_compile.passes.planning.segments import SEGMENT, owners, segments
 
 
 def _attention_flops(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
@@ -30,12 +33,41 @@ def count_macs(gm: fx.GraphModule) -> int:
     Counts matrix products, convolutions and attention, as papers do; pointwise work is left out, and so is what
     no output depends on.
     """
+    return sum(_flops_by_node(gm).values()) // 2
+
+
+def macs_by_block(
+    before: fx.GraphModule, after: fx.GraphModule | None, blocks: Sequence[Block]
+) -> list[tuple[int, int] | None]:
+    """MACs of each block in the graph in which it was found and in the rewritten one (the same where that is None).
+
+    Counted from behind the residual stream that it reads to the one that it leaves; None where that is not known. What
+    is in no block (embedding, head, layers between blocks) is the rest of ``count_macs``.
+    """
+    numbers, owner = segments(before.graph, blocks), owners(before.graph, blocks)
+    dense = _totals(before, lambda node: owner.get(numbers[node]))
+    fused = dense if after is None else _totals(after, lambda node: owner.get(node.meta.get(SEGMENT)))
+    known = set(owner.values())
+    return [(dense[i] // 2, fused[i] // 2) if i in known else None for i in range(len(blocks))]
+
+
+def _totals(gm: fx.GraphModule, block_of: Callable[[fx.Node], int | None]) -> Counter[int | None]:
+    """Twice the MACs of each block, and under None those of the nodes that are in none."""
+    totals: Counter[int | None] = Counter()
+    for node, flops in _flops_by_node(gm).items():
+        totals[block_of(node)] += flops
+    return totals
+
+
+def _flops_by_node(gm: fx.GraphModule) -> dict[fx.Node, int]:
+    """Twice the MACs of each node."""
     # The counter hooks the modules of the whole process, which Dynamo would trace in another thread.
     with compile_lock, FakeTensorMode(allow_non_fake_inputs=True):
         inputs = [_concrete(n.meta.get("val")) for n in gm.graph.nodes if n.op == "placeholder"]
         with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter, torch.no_grad():
-            _Numbers(gm).run(*inputs)
-    return counter.get_total_flops() // 2
+            run = _ByNode(gm, counter)
+            run.run(*inputs)
+    return run.flops
 
 
 def macs_by_counts(gm: fx.GraphModule, counts: Counts) -> Callable[[Sequence[int]], int]:
@@ -76,6 +108,20 @@ class _Numbers(fx.Interpreter):
         if n.target in (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default):
             return hint_of(n.meta.get("val", 1))
         return super().run_node(n)
+
+
+class _ByNode(_Numbers):
+    """Notes what a counter counts at each node."""
+
+    def __init__(self, gm: fx.GraphModule, counter: FlopCounterMode) -> None:
+        super().__init__(gm)
+        self.counter, self.flops = counter, dict[fx.Node, int]()
+
+    def run_node(self, n: fx.Node) -> Any:
+        before = self.counter.get_total_flops()
+        result = super().run_node(n)
+        self.flops[n] = self.counter.get_total_flops() - before
+        return result
 
 
 def _concrete(value: Any) -> Any:

@@ -24,6 +24,7 @@ from mctf_compile.passes.pipeline import State, graph_pass
 from mctf_compile.passes.planning.counts import Counts
 from mctf_compile.passes.planning.macs import count_macs
 from mctf_compile.passes.planning.plan import Plan
+from mctf_compile.passes.planning.segments import SEGMENT, ends
 from mctf_compile.passes.rewriting.fused_call import FusedCall, flat_values
 from mctf_compile.passes.rewriting.insertion import Insertion
 from mctf_compile.passes.rewriting.projector import Projector
@@ -33,9 +34,6 @@ from mctf_compile.passes.tracing import trace
 
 aten = torch.ops.aten
 Env = Mapping[fx.Node, Any]
-
-# Where a node's place in the order of blocks is kept: those of one block have one number.
-SEGMENT = "mctf_segment"
 
 
 @graph_pass("rewrite", requires=("plan",), ensures=("result",))
@@ -153,7 +151,7 @@ class Rewriter:
     def run(self, *inputs: Any) -> Any:
         """The rewritten program; call it once, under a tracer."""
         feed = iter(inputs)
-        ends = {n for b in self.plan.blocks for n in (b.block.entry, b.block.exit)}
+        cuts = ends([planned.block for planned in self.plan.blocks])
         for node in self.gm.graph.nodes:
             if node.op == "output":
                 return fx.node.map_arg(node.args[0], lambda n: self._plain(self.env[n]))
@@ -163,7 +161,7 @@ class Rewriter:
                 self.env[node] = self._emit(node)
             with set_current_meta(node):
                 self.insertion.begin(node)
-            if node in ends:
+            if node in cuts:
                 self.close(get_proxy_mode().tracer.graph)
         raise AssertionError("a graph without an output")
 
