@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         Site,
         register_method,
     )
+    from mctf_compile.pictures.drawing import Drawing, visualize
     from mctf_compile.provenance import BlockTrace, Trace, trace
     from mctf_compile.report import BlockReport, Report
     from mctf_compile.training import losses
@@ -39,10 +40,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "METHODS", "Attached", "BlockReport", "BlockTrace", "Choice", "Combine", "ConfigError", "Count", "Evidence",
-    "FusionConfig", "MctfError", "Merging", "Method", "Need", "NothingFusedError", "PassError", "Reads", "Relaxed",
-    "Removal", "Report", "Site", "Trace", "__version__", "attach", "explain", "losses", "register_method", "rewrite",
-    "set_r", "testing", "trace",
+    "METHODS", "Attached", "BlockReport", "BlockTrace", "Choice", "Combine", "ConfigError", "Count", "Drawing",
+    "Evidence", "FusionConfig", "MctfError", "Merging", "Method", "Need", "NothingFusedError", "PassError", "Reads",
+    "Relaxed", "Removal", "Report", "Site", "Trace", "__version__", "attach", "explain", "losses",
+    "register_method", "rewrite", "set_r", "testing", "trace", "visualize",
 ]
 
 # The module that each name comes from, where that is not ``methods``.
@@ -51,6 +52,7 @@ _HOMES = {
     "config": ("FusionConfig",),
     "dynamic": ("set_r",),
     "errors": ("ConfigError", "MctfError", "NothingFusedError", "PassError"),
+    "pictures.drawing": ("Drawing", "visualize"),
     "provenance": ("BlockTrace", "Trace", "trace"),
     "report": ("BlockReport", "Report"),
     "training.attach": ("attach",),

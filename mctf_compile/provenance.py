@@ -17,7 +17,7 @@ from mctf_compile.dynamic import backends
 from mctf_compile.errors import ConfigError, MctfError, cause_of
 from mctf_compile.options.schedule import AUTO
 from mctf_compile.passes import State
-from mctf_compile.passes.axes import Atom, Cat, Dim, places
+from mctf_compile.passes.axes import Cat, places
 from mctf_compile.passes.planning.plan import PlannedBlock
 from mctf_compile.passes.rewriting.following import JUDGED_BY
 from mctf_compile.passes.rewriting.rewriter import rewrite_graph
@@ -45,8 +45,8 @@ class BlockTrace:
             each; else None.
         judged_by: what that number is: ``importance`` (MCTF's informativeness: the mean attention received, which
             sums to 1), ``class_attention``, ``class_logits``, or None.
-        first, grid: the original tokens from ``first`` on are patches in rows of ``grid`` (rows, columns), or (frames,
-            rows, columns) for a video; None where the graph does not tell how they lie.
+        first, grid: the original tokens from ``first`` on are patches that lie as ``grid`` has it: (rows, columns), or
+            (frames, rows, columns) for a video; (their number,) where the graph does not tell.
     """
 
     block: BlockReport
@@ -58,7 +58,7 @@ class BlockTrace:
     importance: Tensor | None
     judged_by: str | None
     first: int
-    grid: tuple[int, ...] | None
+    grid: tuple[int, ...]
 
     @property
     def index(self) -> int:
@@ -180,25 +180,17 @@ def _block(state: State, report: Report, graph: int, index: int, tensors: Mappin
     )
 
 
-def _patches(state: State, planned: PlannedBlock) -> tuple[int, tuple[int, ...] | None]:
+def _patches(state: State, planned: PlannedBlock) -> tuple[int, tuple[int, ...]]:
     """The first patch among the original tokens of a block, and how the patches lie, as far as the axes tell."""
     tokens = planned.block.tokens
     (place,) = places(state.axes.of(planned.block.entry), tokens)
     first, body = place.lead, tokens.body
     if len(body) == 1 and isinstance(body[0], Cat):
         # Prefix tokens that are not protected are part of the body.
-        first, body = first + _before_largest(body[0]), _largest(body[0])
-    laid_out = len(body) > 1 and all(isinstance(axis, Atom) for axis in body)
-    return first, tuple(axis.size for axis in body) if laid_out else None
-
-
-def _largest(axis: Cat) -> Dim:
-    return max(axis.parts, key=lambda part: part[0])[1]
-
-
-def _before_largest(axis: Cat) -> int:
-    sizes = [size for size, _ in axis.parts]
-    return sum(sizes[: sizes.index(max(sizes))])
+        sizes = [size for size, _ in body[0].parts]
+        largest = sizes.index(max(sizes))
+        first, body = first + sum(sizes[:largest]), body[0].parts[largest][1]
+    return first, tuple(axis.size for axis in body)
 
 
 def _options(model: Any) -> dict[str, Any]:

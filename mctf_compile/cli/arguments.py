@@ -15,7 +15,9 @@ def named_model() -> argparse.ArgumentParser:
     named = argparse.ArgumentParser(add_help=False)
     named.add_argument("model", metavar="MODEL", help="name of a timm model")
     named.add_argument("--img-size", type=positive, metavar="N", help="image size (default: the model's)")
-    named.add_argument("--pretrained", action="store_true", help="load pretrained weights (default: random ones)")
+    weights = named.add_mutually_exclusive_group()
+    weights.add_argument("--pretrained", action="store_true", help="load pretrained weights (default: random ones)")
+    weights.add_argument("--weights", type=readable, metavar="FILE", help="load this state dict (.safetensors, .pth)")
     return named
 
 
@@ -30,6 +32,34 @@ def fused_model() -> argparse.ArgumentParser:
     common.add_argument("-o", "--option", type=parse_pair, action="append", default=[], dest="options",
                         metavar="KEY=VALUE", help="another option of the backend; may be repeated")
     return common
+
+
+def drawn_model(output: str) -> argparse.ArgumentParser:
+    """The arguments of a command on one model that writes a file, ``output`` where ``-o`` names none.
+
+    Both a file and options of the backend are given with ``-o``: only an option has the form KEY=VALUE.
+    """
+    drawn = argparse.ArgumentParser(add_help=False, parents=[fused_model()], conflict_handler="resolve")
+    drawn.set_defaults(output=Path(output))
+    drawn.add_argument("-o", "--option", "--output", action=_FileOrOption, default=[], dest="options",
+                       metavar="FILE|KEY=VALUE", help=(
+        f"the file to write (default: {output}), or another option of the backend; may be repeated"))
+    return drawn
+
+
+class _FileOrOption(argparse.Action):
+    """Puts KEY=VALUE among the options, and anything else in the place of the output."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        try:
+            if values.partition("=")[0].isidentifier() and "=" in values:
+                namespace.options = [*namespace.options, parse_pair(values)]
+            else:
+                namespace.output = writable(values)
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentError(self, str(error)) from error
 
 
 def parse_value(text: str) -> Any:
@@ -56,10 +86,25 @@ def parse_names(text: str) -> list[str]:
     return names
 
 
+def parse_numbers(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form N,N")
+    return [int(part) for part in parts]
+
+
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def readable(text: str) -> Path:
+    """A path of a file that is there."""
+    path = Path(text)
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"{text!r} is {'a folder' if path.is_dir() else 'not there'}")
+    return path
 
 
 def writable(text: str) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,28 +21,60 @@ def prepare(args: argparse.Namespace, progress: Callable[[str, int, int], None])
     progress("load torch and timm", 0, 1)
     import torch
 
-    from mctf_compile import FusionConfig, attach
     from mctf_compile.measuring.timm_models import input_size
+
+    options = chosen_options(args)
+    model = load(args, progress)
+    images = torch.randn(args.batch, *input_size(model, args.img_size))
+    attach_learned(model, images, options, args)
+    return model, images, options
+
+
+def chosen_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of the backend that the command line names, validated."""
+    from mctf_compile import FusionConfig
 
     given = {name: getattr(args, name) for name in ("method", "r") if getattr(args, name) is not None}
     options = {**given, **dict(args.options)}
+    FusionConfig.from_options(options)
+    return options
+
+
+def attach_learned(model: nn.Module, images: Tensor, options: Mapping[str, Any], args: argparse.Namespace) -> None:
+    """Add the modules of a learned method, with their weights where ``--weights`` has some."""
+    from mctf_compile import FusionConfig, attach
+    from mctf_compile.measuring.timm_models import read_weights
+
     config = FusionConfig.from_options(options)
-    model = load(args, progress)
-    images = torch.randn(args.batch, *input_size(model, args.img_size))
-    if config.method.reads is not None:
-        attach(model, images, method=config.method.name, **{k: v for k, v in options.items() if k != "method"})
-    return model, images, options
+    if config.method.reads is None:
+        return
+    attach(model, images, method=config.method.name, **{k: v for k, v in options.items() if k != "method"})
+    learned = {} if args.weights is None else read_weights(args.weights)[1]
+    if learned:
+        fill(model, learned, args.weights, strict=False)
 
 
 def load(args: argparse.Namespace, progress: Callable[[str, int, int], None]) -> nn.Module:
     """The model in eval mode; random weights are the same each time."""
     import torch
 
-    from mctf_compile.measuring.timm_models import make_model
+    from mctf_compile.measuring.timm_models import make_model, read_weights
 
     torch.manual_seed(0)
     progress(f"make {args.model}", 0, 1)
-    return make_model(args.model, args.img_size, args.pretrained).eval()
+    model = make_model(args.model, args.img_size, args.pretrained).eval()
+    if args.weights is not None:
+        fill(model, read_weights(args.weights)[0], args.weights)
+    return model
+
+
+def fill(model: nn.Module, weights: Mapping[str, Tensor], file: Path, strict: bool = True) -> None:
+    """Load a state dict; raises ``CommandError`` where it is another model's."""
+    try:
+        model.load_state_dict(weights, strict=strict)
+    except RuntimeError as error:
+        problems = [line.strip() for line in str(error).splitlines()[1:]]
+        raise CommandError(f"--weights {file} is of another model: {' '.join(problems)[:200]}") from error
 
 
 def image_files(folder: Path, count: int) -> list[Path]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import timm
 from timm.data import create_transform, resolve_model_data_config
+from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from mctf_compile.errors import ConfigError
@@ -29,6 +31,22 @@ def make_model(name: str, img_size: int | None, pretrained: bool) -> nn.Module:
         return timm.create_model(name, pretrained=pretrained)
     except (RuntimeError, OSError) as error:
         raise ConfigError(f"timm cannot make {name!r}: {str(error).splitlines()[0]}") from error
+
+
+def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A checkpoint's state dict, without and with the modules that ``mctf_compile.attach`` adds.
+
+    Raises ``ConfigError`` for a file that is none.
+    """
+    try:
+        found = load_state_dict(str(file), weights_only=True)
+    except Exception as error:
+        # The formats' readers raise errors of their own.
+        raise ConfigError(f"{file} cannot be read as a state dict: {str(error).splitlines()[0]}") from error
+    if not found or not all(isinstance(value, Tensor) for value in found.values()):
+        raise ConfigError(f"{file} holds no state dict: not every entry is a tensor")
+    learned = {name: value for name, value in found.items() if name.startswith("mctf_")}
+    return {name: value for name, value in found.items() if name not in learned}, learned
 
 
 def input_size(model: nn.Module, img_size: int | None) -> tuple[int, int, int]:
