@@ -78,7 +78,7 @@ def error(actual: Tensor, exact: Tensor) -> float:
 def no_worse(actual: Tensor, plain: Tensor, exact: Tensor) -> None:
     """At most three times the error of plain PyTorch in the same dtype, or a few roundings of the largest value.
 
-    A kernel adds up in order, a matrix product of a library in blocks; with vectors half as wide, twice as many in a row.
+    A kernel adds up in order, a matrix product of a library in blocks; vectors half as wide add up twice as many terms.
     """
     assert actual.shape == exact.shape and actual.isfinite().all()
     eps = torch.finfo(actual.dtype).eps
