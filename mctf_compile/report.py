@@ -149,7 +149,7 @@ class Report:
 
         Raises ``ImportError`` where matplotlib is missing, naming what installs it.
         """
-        from mctf_compile.pictures.plot import plot
+        from mctf_compile.plot import plot
 
         return plot(self)
 

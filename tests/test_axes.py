@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from mctf_compile import FusionConfig, rewrite
 from mctf_compile.passes.analysis.blocks import find_blocks
 from mctf_compile.passes.analysis.token_axes import token_axes
 from mctf_compile.passes.axes import AxisTable, Cat, Tokens, places, product
@@ -105,3 +106,58 @@ def test_blocks_are_found_in_order_with_their_residual_streams():
     (block,) = find_blocks(graph, axes)
     assert (block.entry.name, block.middle.name, block.exit.name) == ("arg0_1", "add", "add_1")
     assert (block.tokens.size, block.tokens.lead, block.problem) == (9, 0, None)
+
+
+def keys_first(q, k, v):
+    return (k @ q.mT * q.shape[-1] ** -0.5).softmax(-2).mT @ v
+
+
+def keys_first_in_an_einsum(q, k, v):
+    logits = torch.einsum("bhqd,bhkd->bhkq", q, k) * q.shape[-1] ** -0.5
+    return torch.einsum("bhkq,bhkd->bhqd", logits.softmax(2), v)
+
+
+def keys_named_first(q, k, v):
+    return torch.einsum("bhkd,bhqd->bhqk", k, q * q.shape[-1] ** -0.5).softmax(-1) @ v
+
+
+def turned_before_its_softmax(q, k, v):
+    return ((k @ q.mT).permute(0, 1, 3, 2) * q.shape[-1] ** -0.5).softmax(-1) @ v
+
+
+def turned_twice(q, k, v):
+    return ((q @ k.mT).mT * q.shape[-1] ** -0.5).softmax(-2).mT @ v
+
+
+@pytest.mark.parametrize("options", [{"method": "tome"}, {"layers": [0, 1], "min_tokens": 1}], ids=str)
+@pytest.mark.parametrize(
+    "spelling",
+    [keys_first, keys_first_in_an_einsum, keys_named_first, turned_before_its_softmax, turned_twice],
+    ids=lambda f: f.__name__,
+)
+def test_keys_are_where_the_softmax_runs(spelling, options):
+    """Methods that match by keys, or by the attention that tokens receive, choose as with one operator."""
+
+    class Net(nn.Module):
+        def __init__(self, attend):
+            super().__init__()
+            torch.manual_seed(0)
+            self.attend = attend
+            self.qkv = nn.ModuleList(nn.Linear(16, 48) for _ in range(2))
+            self.proj = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+
+        def forward(self, x):
+            for qkv, proj in zip(self.qkv, self.proj):
+                q, k, v = qkv(x).unflatten(2, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+                x = x + proj(self.attend(q, k, v).transpose(1, 2).flatten(2))
+            return x
+
+    x, results = torch.randn(2, 24, 16, dtype=torch.float64), []
+    for attend in (spelling, torch.nn.functional.scaled_dot_product_attention):
+        with torch.no_grad():
+            net = Net(attend).double().eval()
+            gm = make_fx(net, pre_dispatch=True, tracing_mode="fake", _allow_non_fake_inputs=True)(x)
+            fused, report = rewrite(gm, [x], FusionConfig(r=4, kernels="aten", **options))
+            results.append(fused(x))
+        assert report.removed == 8
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)

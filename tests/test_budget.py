@@ -146,14 +146,13 @@ def test_fusions_are_dropped_from_the_least_useful_on():
     def verdicts(gm, inputs):
         state = run_pipeline(gm, inputs, FusionConfig(r=6), adjustable=True)[0]
         macs = macs_by_counts(state.result, state.counts)
-        method = FusionConfig(r=6).method
         # What the fusion of each block saves as long as the others fuse.
         counts = {i: rewrite(gm, inputs, FusionConfig(r=[0, *(6 * (j != i) for j in (1, 2, 3))]))[1].macs_after
                   for i in range(DEPTH)}
         saved = {i: (counts[i] - counts[0]) * per_mac for i in (1, 2, 3)}
 
         def declined(cost: float) -> dict[int, str]:
-            return unprofitable(state, method, macs, Costs(per_mac, dict.fromkeys((1, 2, 3), cost), "given"))
+            return unprofitable(state, macs, Costs(per_mac, dict.fromkeys((1, 2, 3), cost), "given"))
 
         return saved, declined
 

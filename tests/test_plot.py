@@ -10,7 +10,7 @@ import torch
 from matplotlib.colors import to_hex
 
 import mctf_compile
-from mctf_compile.pictures import plot
+from mctf_compile import plot
 from mctf_compile.report import BlockReport, Report
 from mctf_compile.testing import TinyViT, VitSpec
 

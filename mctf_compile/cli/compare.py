@@ -83,7 +83,7 @@ def check_folder(path: Path) -> None:
 
 def check_plot(path: Path) -> None:
     """Raise ``CommandError`` where no plot could be written to ``path``, before minutes of measuring."""
-    from mctf_compile.pictures.packages import figure_class
+    from mctf_compile.packages import figure_class
 
     try:
         kinds = figure_class()().canvas.get_supported_filetypes()

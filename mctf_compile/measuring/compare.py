@@ -17,7 +17,7 @@ from mctf_compile.compiler import explain
 from mctf_compile.errors import ConfigError, MctfError, cause_of
 from mctf_compile.measuring.bench import Progress, check_output, interleave
 from mctf_compile.methods import METHODS, get_method
-from mctf_compile.pictures.packages import figure_class
+from mctf_compile.packages import figure_class
 from mctf_compile.report import Report
 
 DENSE, NONE = "dense", "none"

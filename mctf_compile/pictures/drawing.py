@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from mctf_compile.errors import ConfigError
+from mctf_compile.packages import pillow
 from mctf_compile.pictures.files import MOVING, check_ending
-from mctf_compile.pictures.packages import pillow
 from mctf_compile.pictures.painting import borders, heat, token_colours
 from mctf_compile.provenance import BlockTrace, Trace, trace
 

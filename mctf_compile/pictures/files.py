@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mctf_compile.errors import ConfigError
-from mctf_compile.pictures.packages import pillow
+from mctf_compile.packages import pillow
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -19,10 +19,15 @@ from mctf_compile.passes.analysis.token_axes import Axes
 from mctf_compile.passes.axes import FEATURES, Cat, Dim, Dims, Tokens, atoms, mentions, places, product
 from mctf_compile.passes.pipeline import State, graph_pass
 from mctf_compile.passes.rules import schema_arguments
-from mctf_compile.passes.rules.contractions import operands
+from mctf_compile.passes.rules.contractions import letters, operands
 
 aten = torch.ops.aten
 CONTRACTIONS = (aten.matmul, aten.bmm, aten.einsum, aten.baddbmm)
+# Operators that put dimensions in another order.
+REORDERING = (
+    aten.transpose, aten.swapaxes, aten.swapdims, aten.permute, aten.movedim, aten.moveaxis, aten.t, aten.mT,
+    aten.numpy_T, aten.adjoint,
+)
 
 
 @graph_pass("blocks", requires=("axes", "observations"), ensures=("blocks",))
@@ -113,9 +118,42 @@ def _spelled_out(softmax: fx.Node, axes: Axes) -> Attention | None:
                   lambda n: is_product(n) and not is_map(n), lambda n: list(n.users))
     if before is None or after is None or len(_factors(before)) != 2:
         return None
-    q, k = _factors(before)
+    factors = _factors(before) if _keys_come_last(softmax, before, dim, is_map, axes) else _factors(before)[::-1]
+    q, k = factors
     values = [n for n in _factors(after) if not is_map(n)]
     return Attention(after, q, k, values[0], before, softmax, dims[dim], query_axis) if len(values) == 1 else None
+
+
+def _keys_come_last(
+    softmax: fx.Node, product: fx.Node, dim: int, is_map: Callable[[fx.Node], bool], axes: Axes
+) -> bool:
+    """Whether the second factor of a product holds the keys: the dimension of its map that the softmax runs over."""
+    keys = set(atoms(axes.of(softmax)[dim]))
+
+    def over_tokens(node: fx.Node) -> list[int]:
+        return [d for d, of in enumerate(axes.of(node)) if set(atoms(of)) & keys]
+
+    def way(node: fx.Node) -> list[fx.Node] | None:
+        """The maps from ``node`` back to the product, without that."""
+        if node is product:
+            return []
+        found = (way(n) for n in node.all_input_nodes if is_map(n))
+        back = next((nodes for nodes in found if nodes is not None), None)
+        return None if back is None else [node, *back]
+
+    last = over_tokens(softmax).index(dim) > 0
+    for node in way(softmax.args[0]) or ():
+        if getattr(node.target, "overloadpacket", None) in REORDERING:
+            # What the operator makes of dimensions that are told apart by their sizes.
+            given = node.all_input_nodes[0].meta["val"].dim()
+            made = node.target(torch.empty(tuple(range(2, given + 2)), device="meta"), *node.args[1:], **node.kwargs)
+            first, second = (made.shape[d] for d in over_tokens(node)[:2])
+            last ^= first > second
+    if product.target is aten.einsum.default:
+        args = schema_arguments(product)
+        terms, out = letters(args["equation"], [n.meta["val"].dim() for n in args["tensors"]])
+        return out[over_tokens(product)[last]] in terms[1]
+    return last
 
 
 def _walk(

@@ -242,8 +242,9 @@ class Insertion:
         (place,) = stream.places(value.dims)
         shared = {atom for dim in self.rewriter.axes.of(site.product) for atom in atoms(dim)}
         tokens = value.dims[place.dim][len(place.before) : len(value.dims[place.dim]) - len(place.after)]
-        own = {*atoms(stream.tokens.batch), *atoms(tokens)}
-        rest = [axis for dim in value.dims for axis in dim if not own & set(atoms((axis,)))]
+        # An axis that was cut into single positions has no atoms.
+        own = {*stream.tokens.batch, *atoms(stream.tokens.batch), *tokens, *atoms(tokens)}
+        rest = [axis for dim in value.dims for axis in dim if not own & {axis, *atoms((axis,))}]
         x = stream.canonical(value, place).unflatten(2, [axis.size for axis in rest])
         heads = [i + 2 for i, axis in enumerate(rest) if shared & set(atoms((axis,)))]
         return (x.mean(heads) if heads else x).flatten(2)

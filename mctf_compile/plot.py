@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mctf_compile.pictures.packages import figure_class
+from mctf_compile.packages import figure_class
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
