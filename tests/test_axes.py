@@ -161,3 +161,14 @@ def test_keys_are_where_the_softmax_runs(spelling, options):
             results.append(fused(x))
         assert report.removed == 8
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("operator", [
+    lambda x: x.sort(stable=True)[0], lambda x: x.sort(dim=0)[1], lambda x: x.mode()[0], lambda x: x.cumsum(-1),
+    lambda x: x.softmax(0), lambda x: x.argmax(-1), lambda x: x.sum(0), lambda x: x.amax(-1), lambda x: x.flip(0),
+])
+def test_a_value_without_dimensions_has_no_axes(operator):
+    """PyTorch lets the first and the last dimension of such a value be named."""
+    axes, nodes, graph = axes_of(lambda x: operator(x.sum()), torch.randn(2, 9, 4))
+    made = [n for n in graph.nodes if n.op == "call_function" and isinstance(n.meta["val"], torch.Tensor)]
+    assert made and all(axes.of(n) == () for n in made)

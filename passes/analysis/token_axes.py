@@ -65,10 +65,11 @@ def _flow(node: fx.Node, value: object, axes: Axes) -> Flow | None:
         return Flow(axes.dims[node.args[0]][node.args[1]])
     if not _tensors(value):
         return None
-    rule: Rule | None = find_rule(node.target)
-    if rule is not None:
-        return rule.axes(axes.call(node))
     operands = [n for n in node.all_input_nodes if n in axes.dims and isinstance(axes.dims[n], tuple)]
+    rule: Rule | None = find_rule(node.target)
+    # Of values without dimensions, whose first and last may be named all the same, there is nothing to say.
+    if rule is not None and any(axes.dims[n] for n in operands):
+        return rule.axes(axes.call(node))
     mixed = tuple(dim for n in operands for dim in axes.dims[n])
     if isinstance(value, torch.Tensor):
         return Flow(axes.table.fresh_dims(value.shape), mixed)
