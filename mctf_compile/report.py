@@ -140,8 +140,9 @@ class Report:
                 remark = f"dense: {b.reason}" if b.reason is not None else b.note or ""
                 table.add_row(str(b.index), escape(b.module or ""), str(b.tokens_in or "?"), str(b.tokens_out or "?"),
                               escape(remark))
-        for line in (*(f"unmerged before {line}" for line in self.unmerged), *self.remarks):
-            table.add_row("", "", "", "", escape(line))
+        lines = [*(f"unmerged before {line}" for line in self.unmerged), *self.remarks]
+        if lines:
+            table.caption, table.caption_justify = escape("\n".join(lines)), "left"
         return table
 
     def plot(self) -> Figure:

@@ -18,6 +18,7 @@ from mctf_compile import METHODS, ConfigError, FusionConfig, MctfError, cli, exp
 from mctf_compile.cli.compare import check_plot
 from mctf_compile.cli.console import CommandError
 from mctf_compile.measuring import compare as comparison
+from mctf_compile.measuring import timm_models
 from mctf_compile.measuring.compare import (
     DENSE,
     SWEEPS,
@@ -267,8 +268,7 @@ def test_a_file_that_is_no_image_is_named(tmp_path: Path) -> None:
 @pytest.fixture
 def three_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model with three classes, and a short sweep."""
-    made = timm.create_model(MODEL, num_classes=3)
-    monkeypatch.setattr("mctf_compile.measuring.timm_models.make_model", lambda *_: made)
+    monkeypatch.setattr(timm_models, "make_model", lambda *_: timm.create_model(MODEL, num_classes=3))
     monkeypatch.setitem(SWEEPS, "mctf", [{"removed": 0.5}])
 
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from mctf_compile import ConfigError, MctfError, cli
 from mctf_compile.cli.models import image_files, read_images
+from mctf_compile.measuring import timm_models
 from mctf_compile.measuring.linearity import linearity, proposal
 from mctf_compile.measuring.timm_models import evaluation_transform
 from mctf_compile.testing.models import TinyViT, VitSpec
@@ -277,8 +278,7 @@ def rows(output: str) -> list[list[str]]:
 def test_the_command_shows_every_block_and_proposes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = curved(timm.create_model(MODEL), 8.0)
-    monkeypatch.setattr("mctf_compile.measuring.timm_models.make_model", lambda *_: made)
+    monkeypatch.setattr(timm_models, "make_model", lambda *_: curved(timm.create_model(MODEL), 8.0))
     assert cli.main(["linearity", MODEL, "--batch", "2", "--steps", "3", "--part", "mlp"]) == 0
     output = capsys.readouterr().out
     torch.manual_seed(0)

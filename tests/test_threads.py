@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -268,29 +266,3 @@ def test_a_list_that_changes_later_changes_no_call():
     before = call(fast, images)
     reductions[1] = 0
     assert torch.equal(call(fast, images), before)
-
-
-# Two models and two threads for each, first calls all: what they computed, and how often Inductor compiled.
-PROGRAM = """
-import sys, torch
-from torch._dynamo.utils import counters
-from tests.test_threads import at_once, call, compiled, pictures, vit
-sys.setswitchinterval(1e-3)
-fast = [compiled(vit(i), "inductor", kernels="aten", dynamic_r=bool(i)) for i in range(2)]
-torch.save(at_once(*(lambda m=m, i=i: call(m, pictures(i)) for m in fast for i in range(2))), sys.argv[1])
-print(counters["inductor"]["fxgraph_cache_miss"], counters["aot_autograd"]["autograd_cache_hit"])
-"""
-
-
-def test_first_calls_with_cold_and_warm_caches(tmp_path: Path):
-    want = [y for i in range(2) for y in alone(vit(i), [pictures(0), pictures(1)])]
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    counted = []
-    for cache in ("cold", "warm"):
-        arguments = [sys.executable, "-c", PROGRAM, str(tmp_path / cache)]
-        done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr
-        assert_equal(torch.load(tmp_path / cache), want)
-        counted.append([int(word) for word in done.stdout.split()])
-    (first, _), (second, hits) = counted
-    assert first > 0 and second == 0 and hits >= first
