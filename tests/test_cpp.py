@@ -78,11 +78,12 @@ def error(actual: Tensor, exact: Tensor) -> float:
 def no_worse(actual: Tensor, plain: Tensor, exact: Tensor) -> None:
     """At most three times the error of plain PyTorch in the same dtype, or a few roundings of the largest value.
 
-    A kernel adds up in order, a matrix product of a library in blocks.
+    A kernel adds up in order, a matrix product of a library in blocks; with vectors half as wide, twice as many in a row.
     """
     assert actual.shape == exact.shape and actual.isfinite().all()
     eps = torch.finfo(actual.dtype).eps
-    assert error(actual, exact) <= max(3 * error(plain, exact), 4 * eps * exact.abs().max().item())
+    roundings = 4 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
+    assert error(actual, exact) <= max(3 * error(plain, exact), roundings * eps * exact.abs().max().item())
 
 
 def probabilities(*operands) -> Tensor:

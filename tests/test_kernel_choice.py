@@ -10,7 +10,6 @@ import pytest
 import timm
 import torch
 from torch import fx, nn
-from torch._dynamo.exc import BackendCompilerFailed
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -23,6 +22,7 @@ from mctf_compile.inner.regional import CompiledRegion
 from mctf_compile.kernels.device import architecture, dot_precision
 from mctf_compile.passes.lowering import cpp as cpp_kernels
 from mctf_compile.passes.lowering import triton as triton_kernels
+from mctf_compile.passes.lowering.choose_kernels import kernel_family
 from mctf_compile.passes.lowering.regions import Symbol, split
 
 pytest.importorskip("triton", reason="Triton is optional, and these tests are about it")
@@ -86,22 +86,20 @@ NO_CUDA = pytest.mark.skipif(
 )
 
 
+@NO_CUDA
 @pytest.mark.parametrize(("kernels", "expected"), [("auto", ON_TRITON), ("triton", ON_TRITON), ("aten", TWO_BLOCKS)])
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=NO_CUDA), "xpu"])
-def test_auto_takes_triton_where_it_is_written_for_the_device(device, kernels, expected):
+def test_auto_takes_triton_on_a_gpu(kernels, expected):
     def chosen(gm, inputs):
         return targets(rewrite(gm, inputs, FusionConfig(r=4, kernels=kernels))[0])
 
     with torch.no_grad():
-        assert look(chosen, device) == expected
+        assert look(chosen, "cuda") == expected
 
 
-def test_a_device_without_kernels_takes_aten():
-    with torch.no_grad():
-        gm, report = look(lambda gm, inputs: rewrite(gm, inputs, FusionConfig(r=4)), "mps")
-        assert targets(gm) == TWO_BLOCKS and not report.remarks
-        with pytest.raises(BackendCompilerFailed, match="kernels='triton': the model is on mps; use 'auto' or 'aten'"):
-            look(lambda gm, inputs: rewrite(gm, inputs, FusionConfig(r=4, kernels="triton")), "mps")
+@pytest.mark.parametrize(("device", "family"), [("cuda", "triton"), ("xpu", "triton"), ("cpu", "cpp"), ("mps", "aten")])
+def test_auto_takes_what_is_written_for_the_device(device, family):
+    assert kernel_family("auto", torch.device(device)) == family
+    assert kernel_family("aten", torch.device(device)) == "aten"
 
 
 def test_products_are_computed_as_the_device_has_them():

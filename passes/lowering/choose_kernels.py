@@ -51,12 +51,12 @@ def recorded(gm: fx.GraphModule, inputs: Sequence[Any]) -> set[fx.Node]:
 def prepare_kernels(wanted: str, inputs: Sequence[Any]) -> None:
     """Start what the kernels of a graph on such inputs need, beside the passes that come before their choice."""
     device = next((x.device for x in inputs if isinstance(x, Tensor)), torch.device("cpu"))
-    name = _family(wanted, device)
+    name = kernel_family(wanted, device)
     if name != "aten":
         FAMILIES[name].prepare(device)
 
 
-def _family(wanted: str, device: torch.device) -> str:
+def kernel_family(wanted: str, device: torch.device) -> str:
     """The family of kernels to take; ``auto`` takes the first that is written for the device, or else ATen."""
     return next(iter(device_of(device).kernels), "aten") if wanted == "auto" else wanted
 
@@ -76,7 +76,7 @@ def choose_kernels(gm: fx.GraphModule, wanted: str, inputs: Sequence[Any]) -> tu
     if first is None:
         return gm, []
     device = next(n.meta["val"].device for n in first.all_input_nodes if isinstance(n.meta.get("val"), Tensor))
-    name = _family(wanted, device)
+    name = kernel_family(wanted, device)
     if name == "aten":
         return gm, []
     family = FAMILIES[name]
