@@ -18,6 +18,10 @@ from mctf_compile.passes.pipeline import State, graph_pass
 
 aten = torch.ops.aten
 
+FAMILIES = {"triton": triton, "cpp": cpp}
+# What ``auto`` takes; on other devices everything stays ATen.
+FIRST_CHOICE = {"cuda": "triton", "cpu": "cpp"}
+
 
 @graph_pass("prepare", requires=("plan",))
 def prepare(state: State) -> None:
@@ -29,11 +33,6 @@ def prepare(state: State) -> None:
 def run(state: State) -> None:
     state.portable = state.result
     state.result, state.remarks = choose_kernels(state.result, state.config.lowering.kernels, state.inputs)
-
-
-FAMILIES = {"triton": triton, "cpp": cpp}
-# What ``auto`` takes; on other devices everything stays ATen.
-FIRST_CHOICE = {"cuda": "triton", "cpu": "cpp"}
 
 
 def recorded(gm: fx.GraphModule, inputs: Sequence[Any]) -> set[fx.Node]:
