@@ -85,7 +85,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch, "compile", compile_eager)
     tables: list[dict[Any, Any]] = [RULES, METHODS]
     kept = [dict(table) for table in tables]
-    with torch._inductor.config.patch({}):
+    with torch._inductor.config.patch(torch._inductor.config.get_config_copy()):
         yield
     for table, before in zip(tables, kept):
         table.clear()
