@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from mctf_compile.kernels.linear import op
 from mctf_compile.kernels.linear.op import frozen_linear_supported
+from mctf_compile.passes.analysis.casts import make_casts_explicit
 from mctf_compile.passes.lowering.freezing import freeze
 
 aten, mctf = torch.ops.aten, torch.ops.mctf
@@ -108,7 +109,8 @@ def test_under_autocast_the_weight_is_cast_once() -> None:
     if not frozen_linear_supported(model.weight, torch.bfloat16):
         pytest.skip("oneDNN has no products of torch.bfloat16 on this machine")
     with torch.autocast("cpu", torch.bfloat16):
-        gm = make_fx(model, pre_dispatch=True, tracing_mode="fake", _allow_non_fake_inputs=True)(x)
+        gm = traced(model, x)
+        make_casts_explicit(gm)
         (linear,) = gm.graph.find_nodes(op="call_function", target=aten.linear.default)
         frozen = freeze(gm)
         got = frozen(x)
