@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mctf_compile.compiler import explain, rewrite
     from mctf_compile.config import FusionConfig
     from mctf_compile.dynamic import set_r
-    from mctf_compile.errors import ConfigError, MctfError, NothingFusedError, PassError
+    from mctf_compile.errors import ConfigError, MctfError, NothingFusedError, PassError, cause_of
     from mctf_compile.methods import (
         METHODS,
         Attached,
@@ -42,7 +42,7 @@ __version__ = "0.1.0"
 __all__ = [
     "METHODS", "Attached", "BlockReport", "BlockTrace", "Choice", "Combine", "ConfigError", "Count", "Drawing",
     "Evidence", "FusionConfig", "MctfError", "Merging", "Method", "Need", "NothingFusedError", "PassError", "Reads",
-    "Relaxed", "Removal", "Report", "Site", "Trace", "__version__", "attach", "explain", "losses",
+    "Relaxed", "Removal", "Report", "Site", "Trace", "__version__", "attach", "cause_of", "explain", "losses",
     "register_method", "rewrite", "set_r", "testing", "trace", "visualize",
 ]
 
@@ -51,7 +51,7 @@ _HOMES = {
     "compiler": ("explain", "rewrite"),
     "config": ("FusionConfig",),
     "dynamic": ("set_r",),
-    "errors": ("ConfigError", "MctfError", "NothingFusedError", "PassError"),
+    "errors": ("ConfigError", "MctfError", "NothingFusedError", "PassError", "cause_of"),
     "pictures.drawing": ("Drawing", "visualize"),
     "provenance": ("BlockTrace", "Trace", "trace"),
     "report": ("BlockReport", "Report"),

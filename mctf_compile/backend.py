@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import fx
 
-from mctf_compile.compiler import run_pipeline
+from mctf_compile.compat import unwrapped
+from mctf_compile.compiler import fuse_or_decline
 from mctf_compile.config import FusionConfig
 from mctf_compile.dynamic import Adjustable
-from mctf_compile.errors import PassError
-from mctf_compile.inner.lowering import inner_compiler, lower, lower_counted
+from mctf_compile.errors import MctfError
+from mctf_compile.inner.lowering import compile_lowered, inner_compiler
 
 
 def mctf(
@@ -40,27 +41,27 @@ def mctf(
         ConfigError: before anything is compiled.
         NothingFusedError: with ``strict=True``.
     """
-    config = FusionConfig.from_options(options, mode)
-    state = None
     try:
-        state, report = run_pipeline(gm, example_inputs, config, config.lowering.dynamic_r)
-        reason = report.reason
-        for remark in report.remarks:
-            warnings.warn(f"mctf: {remark}", stacklevel=2)
-    except PassError as error:
-        if config.lowering.strict:
-            raise
-        reason = str(error)
+        return _compiled(gm, example_inputs, options, FusionConfig.from_options(options, mode))
+    except MctfError as error:
+        raise unwrapped(error) from error.__cause__
+
+
+def _compiled(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Mapping[str, Any] | None, config: FusionConfig
+) -> Callable[..., Any]:
+    state, report = fuse_or_decline(gm, example_inputs, config, config.lowering.dynamic_r)
+    for remark in report.remarks:
+        warnings.warn(f"mctf: {remark}", stacklevel=2)
     if config.method.active or config.lowering.dynamic_r:
         if _split_by_ddp(gm):
             warnings.warn(SPLIT_BY_DDP, stacklevel=2)
-        elif reason is not None:
-            warnings.warn(f"mctf: the graph stays dense: {reason}", stacklevel=2)
-    if reason is not None:
+        elif report.reason is not None:
+            warnings.warn(f"mctf: the graph stays dense: {report.reason}", stacklevel=2)
+    if report.reason is not None:
         return inner_compiler(config)(gm, example_inputs)
-    if state.counts is not None:
-        return Adjustable(options, state, lower_counted(state.result, config))
-    return lower(state.result, example_inputs, config)
+    run = compile_lowered(state)
+    return run if state.counts is None else Adjustable(options, state, run)
 
 
 SPLIT_BY_DDP = (

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,19 +14,21 @@ from torch import fx
 from torch._dynamo.convert_frame import compile_lock
 
 import mctf_compile.kernels  # noqa: F401  registers torch.ops.mctf
+from mctf_compile.capture import capture
 from mctf_compile.config import FusionConfig
-from mctf_compile.errors import MctfError, NothingFusedError, UnsupportedGraph
+from mctf_compile.errors import NothingFusedError, PassError, UnsupportedGraph
+from mctf_compile.inner.clock import Clock
 from mctf_compile.options.schedule import NOT_CHOSEN
-from mctf_compile.passes import PIPELINE, Findings, State, run_passes
+from mctf_compile.passes import ANALYSIS, LOWERING, REWRITING, State, run_passes
 from mctf_compile.passes.analysis.normalize import fake_inputs
 from mctf_compile.passes.lowering.autocast import devices_of, keep_autocast_out
 from mctf_compile.passes.planning.macs import count_macs, macs_by_block
 from mctf_compile.report import BlockReport, Report
-from mctf_compile.settle import settle_by_running
 
 
 def rewrite(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], config: FusionConfig | None = None
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: FusionConfig | None = None, *,
+    kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[fx.GraphModule, Report]:
     """Insert token fusion into a captured graph, for any compiler that takes FX graphs.
 
@@ -31,42 +36,74 @@ def rewrite(
         gm: a graph of torch functions or ATen operators, as Dynamo or ``make_fx`` gives it; not changed.
         example_inputs: its inputs, real or fake.
         config: the options; defaults where None.
+        kwargs: inputs that follow, by the names that they have in the graph.
 
     Returns:
-        The rewritten graph (``gm`` itself where nothing fuses) and the report. Outputs have the shapes,
-        dtypes and devices of the original's.
+        The rewritten graph in one piece (``gm`` itself where nothing fuses) and the report. Outputs have the
+        shapes, dtypes and devices of the original's.
 
     Raises:
         ConfigError: an option does not fit the model.
         NothingFusedError: ``strict`` is set and nothing could be fused.
+        PassError: a pass fails, which is a fault of this package.
+        TypeError: ``kwargs`` are not the graph's other inputs.
     """
-    state, report = run_pipeline(gm, example_inputs, config or FusionConfig())
+    inputs = [*example_inputs, *_by_name(gm, len(example_inputs), kwargs or {})]
+    state, report = run_pipeline(gm, inputs, config or FusionConfig(), whole=True)
     if not report.fused:
         return gm, report
-    keep_autocast_out(state.result, devices_of(state.result.graph.nodes))
-    return state.result, report
+    keep_autocast_out(state.lowered, devices_of(state.lowered.graph.nodes))
+    return state.lowered, report
+
+
+def _by_name(gm: fx.GraphModule, given: int, kwargs: Mapping[str, Any]) -> list[Any]:
+    """Inputs of a graph that are given by name, in the order of those that follow the first ``given``."""
+    rest = [str(n.target) for n in gm.graph.find_nodes(op="placeholder")][given:]
+    if kwargs and kwargs.keys() != set(rest):
+        raise TypeError(f"kwargs has {list(kwargs)}, where the graph has the inputs {rest}.")
+    return [kwargs[name] for name in rest] if kwargs else []
+
+
+def fuse_or_decline(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: FusionConfig, adjustable: bool = False
+) -> tuple[State | None, Report]:
+    """``run_pipeline``, where a pass that fails is a reason to leave the graph dense.
+
+    It raises all the same with ``strict``, or where the environment says ``MCTF_FAULTS=raise``.
+    """
+    try:
+        return run_pipeline(gm, example_inputs, config, adjustable)
+    except PassError as error:
+        if config.lowering.strict or os.environ.get("MCTF_FAULTS") == "raise":
+            raise
+        return None, _dense(config, str(error))
 
 
 def run_pipeline(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], config: FusionConfig, adjustable: bool = False
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: FusionConfig, adjustable: bool = False,
+    whole: bool = False,
 ) -> tuple[State, Report]:
-    """``rewrite``, with all that the passes found. ``adjustable``: see ``State``.
+    """All that the passes found, and the report. ``adjustable`` and ``whole``: see ``State``.
 
     Graphs are traced one at a time, and while Dynamo compiles none: tracing changes modules and the metadata of nodes
     for the whole process.
     """
     with compile_lock:
+        inputs = fake_inputs(gm, example_inputs)
+        state = State(gm, inputs, config, example_inputs, adjustable, whole, config.unsettled, Clock)
         try:
-            found = settle_by_running(gm, example_inputs, config) if config.by_running else Findings()
-            state = State(gm, fake_inputs(gm, example_inputs), config, example_inputs, adjustable, config.by_counting,
-                          findings=found)
-            report = make_report(run_passes(PIPELINE, state))
+            report = make_report(run_passes((*ANALYSIS, *REWRITING, *LOWERING), state))
         except UnsupportedGraph as error:
-            report = Report([], lambda: (0, 0), reason=str(error), method=config.method.name, seconds=state.seconds)
+            report = _dense(config, str(error), state.seconds)
     if config.lowering.strict and not report.fused:
         reasons = "\n".join(f"  block {b.index}: {b.reason}" for b in report.blocks)
         raise NothingFusedError(f"no block fuses tokens ({report.reason}).\n{reasons}".rstrip())
     return state, report
+
+
+def _dense(config: FusionConfig, reason: str, seconds: Mapping[str, float] = MappingProxyType({})) -> Report:
+    """The report of a graph that the passes could not follow."""
+    return Report([], lambda: (0, 0), reason=reason, method=config.method.name, seconds=dict(seconds))
 
 
 def make_report(state: State) -> Report:
@@ -84,7 +121,7 @@ def make_report(state: State) -> Report:
             BlockReport(b.number, b.tokens_in, b.tokens_out, b.reason, b.note, b.tower, b.block.module) for b in planned
         ],
         towers=_tower_names(state),
-        count=partial(_count, state.normal, state.portable if fused else None),
+        count=partial(_count, state.normal, state.result if fused else None),
         unmerged=list(dict.fromkeys(f"{u.node.name}: {u.reason}" for u in state.unmerges)),
         reason=reason,
         method=state.plan.method.name,
@@ -92,7 +129,7 @@ def make_report(state: State) -> Report:
         remarks=_remarks(state) if fused else [],
         seconds=state.seconds,
         count_blocks=partial(
-            macs_by_block, state.normal, state.portable if fused else None, [b.block for b in planned]
+            macs_by_block, state.normal, state.result if fused else None, [b.block for b in planned]
         ),
     )
 
@@ -121,29 +158,32 @@ def _count(before: fx.GraphModule, after: fx.GraphModule | None) -> tuple[int, i
     return dense, dense if after is None else count_macs(after)
 
 
-def explain(model: torch.nn.Module, *inputs: Any, **options: Any) -> Report:
+def explain(
+    model: torch.nn.Module, *inputs: Any, kwargs: Mapping[str, Any] | None = None, **options: Any
+) -> Report:
     """Report what ``torch.compile(model, backend="mctf", options=options)`` would do; compiles nothing.
 
-    With ``target="latency_ms=..."`` or ``profit="measure"`` the model is compiled and timed, without gradients.
+    The model is captured in its present mode and not run: it, the random state and what Dynamo has compiled stay as
+    they are. One with graph breaks is run on tensors without data, as far as that goes. With
+    ``target="latency_ms=..."`` or ``profit="measure"`` its graph is compiled and timed, on copies of the inputs.
 
     Args:
-        model: any module; it is captured with Dynamo in its present mode and not run otherwise.
+        model: any module or function.
         inputs: example inputs.
+        kwargs: those that are given by name.
         options: as for the backend.
 
     Returns:
         The report; with graph breaks, that of the graph with the most multiply-accumulates.
+
+    Raises:
+        ConfigError: an option is wrong, or does not fit the model.
+        NothingFusedError: with ``strict=True``.
+        MctfError: Dynamo captures nothing of the model.
     """
     config = FusionConfig.from_options(options)
-    reports: list[Report] = []
-
-    def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-        reports.append(rewrite(gm, example_inputs, config)[1])
-        return gm.forward
-
-    torch._dynamo.reset()
-    torch.compile(model, backend=capture, dynamic=False)(*inputs)
-    torch._dynamo.reset()
-    if not reports:
-        raise MctfError("Dynamo captured no graph of this model: it runs no tensor operation that can be compiled.")
-    return max(reports, key=lambda r: r.macs_before)
+    captured = capture(model, inputs, kwargs or {}, lambda gm, given: fuse_or_decline(gm, given, config)[1])
+    report = captured.largest(lambda report: report.macs_before)
+    if captured.stopped is None:
+        return report
+    return replace(report, remarks=[*report.remarks, f"looked at up to a graph break alone: {captured.stopped}"])

@@ -8,16 +8,16 @@ from typing import Any
 
 from mctf_compile.errors import ConfigError
 from mctf_compile.methods import METHODS, Merging, Method, get_method
-from mctf_compile.options.fields import Options, flag, hint, nearest, one_of, option
+from mctf_compile.options.fields import Frozen, Options, flag, hint, nearest, one_of, option
 from mctf_compile.options.schedule import AUTO, LATENCY
 
 
-def _patches(name: str, value: Any) -> dict[str, Any]:
+def _patches(name: str, value: Any) -> Mapping[str, Any]:
     if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
         raise ConfigError(f"{name}={value!r} must be a dict of Inductor config patches.")
     if value:
         _check_inductor(value)
-    return dict(value)
+    return Frozen(value)
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,26 @@ class Lowering(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.inductor and self.inner != "inductor":
-            raise ConfigError(f"inductor={dict(self.inductor)!r} has no effect with inner={self.inner!r}.")
+            raise ConfigError(f"inductor={self.inductor!r} has no effect with inner={self.inner!r}.")
+
+    def patches(self) -> dict[str, Any]:
+        """The Inductor options, those of a mode among them."""
+        patches = dict(self.inductor)
+        mode = patches.pop("mode", None)
+        if mode is None:
+            return patches
+        from torch._inductor import list_mode_options
+
+        return {**list_mode_options(mode), **patches}
+
+    def inductor_has(self, name: str) -> bool:
+        """Whether Inductor is told so, by these options or by its own configuration."""
+        from torch._inductor import config as inductor
+
+        return bool(self.patches().get(name, inductor.get_config_copy().get(name)))
 
 
+@dataclass(frozen=True, init=False, repr=False)
 class FusionConfig:
     """How tokens are reduced and what compiles the result: ``method`` and ``lowering``.
 
@@ -55,40 +72,43 @@ class FusionConfig:
         method: reduction method, by registry name.
         options: those of the method (see its class: ``mctf_compile.METHODS[name]``) and of ``Lowering``.
 
-    Every option is an attribute too. Raises ``ConfigError`` that names a wrong option and the nearest right one.
+    Every option is an attribute too. Configs do not change; equal ones have equal hashes. Raises ``ConfigError`` that
+    names a wrong option and the nearest right one.
     """
+
+    method: Method
+    lowering: Lowering
 
     def __init__(self, method: str = "mctf", **options: Any) -> None:
         chosen = get_method(method)
-        lowering = {name: options.pop(name) for name in Lowering.option_names() if name in options}
+        given = {name: options.pop(name) for name in Lowering.option_names() if name in options}
         for name in options:
             if name not in chosen.option_names():
                 raise ConfigError(_unknown(name, chosen))
-        self.method: Method = chosen(**options)
-        self.lowering = Lowering(**lowering)
+        reducing, lowering = chosen(**options), Lowering(**given)
         for name in ("dynamic_r", "profit"):
-            value = getattr(self.lowering, name)
-            if value not in (False, "off") and not isinstance(self.method, Merging):
+            value = getattr(lowering, name)
+            if value not in (False, "off") and not isinstance(reducing, Merging):
                 raise ConfigError(f"{name}={value!r} is about the option r, which method {method!r} does not have.")
-        target = getattr(self.method, "target", None)
-        if target is not None and self.lowering.dynamic_r:
+        target = getattr(reducing, "target", None)
+        if target is not None and lowering.dynamic_r:
             # Whatever r is now, set_r may go back to the target.
-            self.method = replace(self.method, r=AUTO)
-        elif target is not None and self.method.r != AUTO:
-            raise ConfigError(f"target={str(target)!r} has no effect with r={self.method.r!r}; it needs r='auto'.")
+            reducing = replace(reducing, r=AUTO)
+        elif target is not None and reducing.r != AUTO:
+            raise ConfigError(f"target={str(target)!r} has no effect with r={reducing.r!r}; it needs r='auto'.")
+        object.__setattr__(self, "method", reducing)
+        object.__setattr__(self, "lowering", lowering)
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether these options leave open what each block removes, until its rewritten graph is known."""
+        return self.lowering.profit != "off" or getattr(self.method, "solved_for", None) is not None
 
     @property
     def by_running(self) -> bool:
         """Whether the graph must be run to settle what these options leave open."""
         target = getattr(self.method, "solved_for", None)
         return self.lowering.profit == "measure" or (target is not None and target.quantity == LATENCY)
-
-    @property
-    def by_counting(self) -> bool:
-        """Whether multiply-accumulates settle what these options leave open."""
-        return not self.by_running and (
-            self.lowering.profit == "model" or getattr(self.method, "solved_for", None) is not None
-        )
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None = None, mode: str | None = None) -> FusionConfig:
@@ -107,11 +127,6 @@ class FusionConfig:
             if held is not None and name in held.option_names():
                 return getattr(held, name)
         raise AttributeError(f"FusionConfig has no option {name!r}")
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, FusionConfig) and (self.method, self.lowering) == (other.method, other.lowering)
-
-    __hash__ = None
 
     def __repr__(self) -> str:
         return f"FusionConfig({self.method}, {self.lowering})"

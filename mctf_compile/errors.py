@@ -22,7 +22,10 @@ class UnsupportedGraph(MctfError):
 
 
 def cause_of(error: Exception) -> Exception:
-    """What a backend raised, which ``torch.compile`` wraps; any other error as it is."""
+    """What a backend raised where ``torch.compile`` wraps it; any other error as it is.
+
+    A compiled model raises the errors of this package as they are, and those of the inner compiler wrapped.
+    """
     return getattr(error, "inner_exception", error)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from mctf_compile.passes.analysis.observations import Observation
     from mctf_compile.passes.analysis.structure import Block, Tower
     from mctf_compile.passes.analysis.token_axes import Axes
+    from mctf_compile.passes.lowering.regions import Cut
+    from mctf_compile.passes.planning.costs import Clock
     from mctf_compile.passes.planning.counts import Counts
     from mctf_compile.passes.planning.plan import Plan
     from mctf_compile.passes.rewriting.rewriter import Unmerge
@@ -52,8 +55,11 @@ class State:
     examples: Sequence[Any] = ()
     # Whether the result is to take the tokens that each block leaves as further inputs.
     adjustable: bool = False
-    # Whether the budget is yet to be settled, on a result that takes them.
+    # Whether the lowered graph is to stay in one piece.
+    whole: bool = False
+    # Whether the budget is yet to be settled, on an adjustable result; and what times that, where it must be run.
     unsettled: bool = False
+    clock: Callable[[State], Clock] | None = None
     counts: Counts | None = None
     normal: fx.GraphModule | None = None
     observations: list[Observation] | None = None
@@ -62,11 +68,14 @@ class State:
     towers: list[Tower] | None = None
     findings: Findings = Findings()
     plan: Plan | None = None
+    # The rewritten graph, in operators whose work can be counted.
     result: fx.GraphModule | None = None
-    # The result before kernels were chosen, in operators whose work can be counted.
-    portable: fx.GraphModule | None = None
-    remarks: list[str] = field(default_factory=list)
     unmerges: list[Unmerge] = field(default_factory=list)
+    # The same with its kernels; then with what is computed of frozen weights alone; then in pieces.
+    lowered: fx.GraphModule | None = None
+    remarks: list[str] = field(default_factory=list)
+    frozen: fx.GraphModule | None = None
+    cut: Cut | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     # Where the graph is written after each pass, if it is.
     dumps: Path | None = None
@@ -79,7 +88,7 @@ class State:
     @property
     def current(self) -> fx.GraphModule:
         """The graph as far as it has come."""
-        return self.result or self.normal or self.gm
+        return self.frozen or self.lowered or self.result or self.normal or self.gm
 
 
 @dataclass(frozen=True)
@@ -131,7 +140,9 @@ def _run_one(step: Pass, state: State, done: list[str]) -> str | None:
     except (ConfigError, PassError, UnsupportedGraph):
         raise
     except Exception as error:
-        raise PassError(f"pass {step.name} failed after {', '.join(done) or 'no other pass'}: {error!r}") from error
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise PassError(f"pass {step.name} failed after {', '.join(done) or 'no other pass'}: {error!r} "
+                        f"(line {place.lineno} of {place.filename})") from error
     unset = [name for name in step.ensures if getattr(state, name) is None]
     if unset:
         raise PassError(f"pass {step.name} did not set {', '.join(unset)}")

@@ -1,5 +1,15 @@
-"""One thread per test process: the processes run side by side."""
+"""One thread per test process: the processes run side by side. A pass that fails is an error, not a dense graph."""
 
+import os
+
+import pytest
 import torch
 
 torch.set_num_threads(1)
+os.environ.setdefault("MCTF_FAULTS", "raise")
+
+
+@pytest.fixture
+def faults_decline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass that fails leaves the graph dense, as it does for users."""
+    monkeypatch.delenv("MCTF_FAULTS")

@@ -1,18 +1,20 @@
 """The backend as users meet it: torch.compile with options, in every numeric and graph situation."""
 
+import copy
+import pickle
 import subprocess
 import sys
 import warnings
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import timm
 import torch
-from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 
 import mctf_compile
-from mctf_compile import ConfigError, FusionConfig, NothingFusedError
-from mctf_compile.passes import PIPELINE
+from mctf_compile import ConfigError, FusionConfig, NothingFusedError, PassError, compiler
+from mctf_compile.passes import ANALYSIS, LOWERING, REWRITING
 
 
 @pytest.fixture(autouse=True)
@@ -125,6 +127,33 @@ def test_options_are_not_changed():
     assert options == before
 
 
+@pytest.mark.parametrize(
+    "options", [{"r": 8}, {"r": [0, 4, 2]}, {"r": (8, 0.5)}, {"layers": [1, 2]}, {"r": "auto", "target": "speedup=2"},
+                {"inductor": {"max_autotune": True, "pre_grad_fusion_options": {}}}, {"method": "tofu"}], ids=str,
+)
+def test_a_config_is_a_value(options):
+    config, same = FusionConfig(**options), FusionConfig(**copy.deepcopy(options))
+    assert config == same and hash(config) == hash(same) and {config: 1}[same] == 1
+    assert config != FusionConfig(r=7) and pickle.loads(pickle.dumps(config)) == config
+    for holder, field in ((config, "method"), (config, "r"), (config.method, "layers"), (config.lowering, "inner")):
+        with pytest.raises(FrozenInstanceError):
+            setattr(holder, field, None)
+
+
+def test_a_config_does_not_follow_the_values_that_it_was_made_of():
+    r, patches = [0, 4, 2], {"pre_grad_fusion_options": {}}
+    config = FusionConfig(r=r, inductor=patches)
+    r.append(3)
+    patches["pre_grad_fusion_options"]["a"] = 1
+    patches["max_autotune"] = True
+    assert config == FusionConfig(r=[0, 4, 2], inductor={"pre_grad_fusion_options": {}})
+
+
+def test_a_list_per_block_is_no_r_with_an_inflection():
+    assert FusionConfig(r=[8, 1]) != FusionConfig(r=(8, 1))
+    assert FusionConfig(r=[8, 1]).method.schedule != FusionConfig(r=(8, 1)).method.schedule
+
+
 def test_an_inductor_mode_by_either_way():
     config = FusionConfig.from_options({"inductor": {"mode": "max-autotune"}})
     assert FusionConfig.from_options({}, mode="max-autotune") == config
@@ -162,9 +191,11 @@ BAD = [
 
 @pytest.mark.parametrize(("options", "message"), BAD, ids=[str(o) for o, _ in BAD])
 def test_bad_options_name_themselves_before_anything_is_compiled(options, message):
-    with pytest.raises(BackendCompilerFailed, match=message) as caught:
+    with pytest.raises(ConfigError, match=message) as caught:
         compiled(tiny(), **options)(IMAGES)
-    assert isinstance(caught.value.inner_exception, ConfigError)
+    # It can be sent to another process, as the same error.
+    copied = pickle.loads(pickle.dumps(caught.value))
+    assert type(copied) is ConfigError and str(copied) == str(caught.value)
 
 
 def dense_warnings(model, images, **options) -> list[str]:
@@ -196,9 +227,19 @@ def test_r_0_does_not_warn():
 
 
 def test_strict_raises_with_the_reasons():
-    with pytest.raises(BackendCompilerFailed, match="block 1: r clamped from 8 to 0 by min_tokens=500") as caught:
+    with pytest.raises(NothingFusedError, match="block 1: r clamped from 8 to 0 by min_tokens=500"):
         compiled(tiny(), strict=True, min_tokens=500)(IMAGES)
-    assert isinstance(caught.value.inner_exception, NothingFusedError)
+
+
+def test_an_error_of_the_inner_compiler_is_told_by_its_cause(monkeypatch):
+    def fail(state):
+        raise KeyError("no such kernel")
+
+    monkeypatch.setattr("mctf_compile.backend.compile_lowered", fail)
+    with pytest.raises(Exception, match="no such kernel") as caught:
+        compiled(tiny())(IMAGES)
+    assert isinstance(mctf_compile.cause_of(caught.value), KeyError)
+    assert mctf_compile.cause_of(ValueError("another")).args == ("another",)
 
 
 def test_integer_images_that_the_model_converts_are_fine():
@@ -227,6 +268,35 @@ def test_explain_leaves_the_model_and_dynamo_usable():
         assert compiled(model)(IMAGES).shape == (4, 10)
 
 
+PASSES = [(stage, step.name) for stage in ("ANALYSIS", "REWRITING", "LOWERING")
+          for step in getattr(mctf_compile.passes, stage)]
+
+
+def break_pass(monkeypatch, stage, name):
+    def fail(state):
+        raise KeyError("a fault")
+
+    steps = [replace(step, run=fail) if step.name == name else step for step in getattr(mctf_compile.passes, stage)]
+    monkeypatch.setattr(compiler, stage, tuple(steps))
+
+
+@pytest.mark.parametrize(("stage", "name"), PASSES, ids=str)
+def test_a_pass_that_fails_leaves_the_graph_dense_with_one_warning(stage, name, monkeypatch, faults_decline):
+    break_pass(monkeypatch, stage, name)
+    (message,) = dense_warnings(tiny(), IMAGES)
+    assert f"pass {name} failed after" in message and "KeyError('a fault') (line" in message and __file__ in message
+
+
+@pytest.mark.parametrize("asked_by", ["strict", "environment"])
+def test_a_pass_that_fails_is_an_error_where_that_is_asked_for(asked_by, monkeypatch, faults_decline):
+    break_pass(monkeypatch, "LOWERING", "regions")
+    assert "pass regions failed" in mctf_compile.explain(tiny(), IMAGES, r=8).reason
+    if asked_by == "environment":
+        monkeypatch.setenv("MCTF_FAULTS", "raise")
+    with pytest.raises(PassError, match="pass regions failed"):
+        compiled(tiny(), strict=asked_by == "strict")(IMAGES)
+
+
 def test_a_graph_break_makes_two_sound_graphs():
     class Broken(torch.nn.Module):
         def __init__(self) -> None:
@@ -252,7 +322,7 @@ def test_every_graph_is_dumped_after_every_pass(tmp_path, monkeypatch):
     assert [folder.name for folder in folders] == ["graph_0", "graph_1"]
     for folder in folders:
         assert sorted(p.name for p in folder.iterdir()) == [
-            f"{i:02}-{step.name}.txt" for i, step in enumerate(PIPELINE)]
+            f"{i:02}-{step.name}.txt" for i, step in enumerate((*ANALYSIS, *REWRITING, *LOWERING))]
     first, second = (next(folder.glob("*-rewrite.txt")).read_text() for folder in folders)
     assert "mctf.ahead" in first and "mctf.ahead" not in second
 

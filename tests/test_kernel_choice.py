@@ -10,17 +10,19 @@ import pytest
 import timm
 import torch
 from torch import fx, nn
-from torch._dynamo.exc import BackendCompilerFailed
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mctf_compile
+from mctf_compile import ConfigError
 from mctf_compile.compiler import rewrite, run_pipeline
 from mctf_compile.config import FusionConfig
 from mctf_compile.inner.regional import CompiledRegion
+from mctf_compile.kernels.device import architecture, dot_precision
 from mctf_compile.passes.lowering import cpp as cpp_kernels
 from mctf_compile.passes.lowering import triton as triton_kernels
+from mctf_compile.passes.lowering.choose_kernels import kernel_family
 from mctf_compile.passes.lowering.regions import Symbol, split
 
 pytest.importorskip("triton", reason="Triton is optional, and these tests are about it")
@@ -79,14 +81,30 @@ TWO_BLOCKS = {"importance": 2, "ahead": 2, "match": 2, "group": 2, "pool": 2}
 ON_TRITON = {f"{name}_triton": count for name, count in TWO_BLOCKS.items()}
 
 
-@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this PyTorch has no CUDA devices, not even fake ones")
+NO_CUDA = pytest.mark.skipif(
+    not torch.backends.cuda.is_built(), reason="this PyTorch has no CUDA devices, not even fake ones"
+)
+
+
+@NO_CUDA
 @pytest.mark.parametrize(("kernels", "expected"), [("auto", ON_TRITON), ("triton", ON_TRITON), ("aten", TWO_BLOCKS)])
-def test_auto_takes_triton_on_cuda(kernels, expected):
+def test_auto_takes_triton_on_a_gpu(kernels, expected):
     def chosen(gm, inputs):
         return targets(rewrite(gm, inputs, FusionConfig(r=4, kernels=kernels))[0])
 
     with torch.no_grad():
         assert look(chosen, "cuda") == expected
+
+
+@pytest.mark.parametrize(("device", "family"), [("cuda", "triton"), ("xpu", "triton"), ("cpu", "cpp"), ("mps", "aten")])
+def test_auto_takes_what_is_written_for_the_device(device, family):
+    assert kernel_family("auto", torch.device(device)) == family
+    assert kernel_family("aten", torch.device(device)) == "aten"
+
+
+def test_products_are_computed_as_the_device_has_them():
+    assert architecture(torch.device("xpu")) == "xpu"
+    assert [dot_precision(arch) for arch in ("xpu", "gfx942", "sm_90")] == ["ieee", "ieee", "tf32x3"]
 
 
 ON_CPP = {f"{name}_cpp": count for name, count in TWO_BLOCKS.items()}
@@ -124,7 +142,7 @@ def test_auto_takes_aten_where_nothing_can_be_built(monkeypatch):
     with torch.no_grad():
         gm, report = look(lambda gm, inputs: rewrite(gm, inputs, FusionConfig(r=4)))
         assert targets(gm) == TWO_BLOCKS and "kernels are ATen: there is no compiler" in report.remarks
-        with pytest.raises(BackendCompilerFailed, match="kernels='cpp': there is no compiler; use 'auto' or 'aten'"):
+        with pytest.raises(ConfigError, match="kernels='cpp': there is no compiler; use 'auto' or 'aten'"):
             mctf_compile.explain(vit(), torch.zeros(1, 3, 48, 48), r=4, kernels="cpp")
 
 
@@ -136,7 +154,7 @@ def test_cpp_leaves_float64_to_aten():
 
 
 def test_triton_on_the_cpu_is_an_error():
-    with pytest.raises(BackendCompilerFailed, match="kernels='triton': the model is on cpu; use 'auto' or 'aten'"):
+    with pytest.raises(ConfigError, match="kernels='triton': the model is on cpu; use 'auto' or 'aten'"):
         mctf_compile.explain(vit(), torch.zeros(1, 3, 48, 48), r=4, kernels="triton")
 
 
@@ -201,8 +219,8 @@ def test_launches_keep_token_counts_symbolic(any_device, dtype, launches):
     """One compilation of a block serves any near numbers of tokens; no kernel asks for a number."""
     def block(gm, inputs):
         state = run_pipeline(gm, inputs, FusionConfig(r=4, kernels="triton"), adjustable=True)[0]
-        assert targets(state.result) == ON_TRITON
-        return max(split(state.result)[1], key=lambda region: region.sites)
+        assert targets(state.lowered) == ON_TRITON
+        return max(split(state.lowered).regions, key=lambda region: region.sites)
 
     with torch.no_grad():
         region = look(block, dtype=dtype)

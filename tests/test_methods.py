@@ -16,7 +16,6 @@ from timm.layers import set_fused_attn
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn.functional import cross_entropy
 from vectors import Recorder, capture, load, near, official_match
 
@@ -454,9 +453,8 @@ def test_fusing_duplicates_changes_nothing(pooling):
     ({"method": "dtem"}, "needs modules that this model does not have; mctf_compile.attach\\(model, method='dtem'\\)"),
 ], ids=str)
 def test_bad_options_name_the_method_and_what_it_takes(options, message):
-    with pytest.raises(BackendCompilerFailed, match=message) as caught:
+    with pytest.raises(ConfigError, match=message):
         compiled(plain(0, 1), **options)(IMAGES)
-    assert isinstance(caught.value.inner_exception, ConfigError)
 
 
 def test_a_method_that_reads_the_class_token_says_so_where_there_is_none():

@@ -52,7 +52,7 @@ def test_a_wheel_works_from_another_directory(tmp_path):
         "import mctf_compile, mctf_compile.passes.rules, mctf_compile.kernels.ahead.reference, torch\n"
         "assert mctf_compile.__file__.startswith(__import__('sys').argv[1]), mctf_compile.__file__\n"
         "from mctf_compile.kernels import cpp\n"
-        "print(torch.ops.mctf.match.default._schema.name, mctf_compile.passes.PIPELINE[0].name, cpp.problem())\n"
+        "print(torch.ops.mctf.match.default._schema.name, mctf_compile.passes.ANALYSIS[0].name, cpp.problem())\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True, timeout=300,

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 import mctf_compile
 from mctf_compile import FusionConfig, set_r
 from mctf_compile.inner.regional import CompiledRegion
-from mctf_compile.passes import PIPELINE
+from mctf_compile.passes import ANALYSIS, LOWERING, REWRITING
 from mctf_compile.testing import TinyViT, VitSpec
 
 THREADS = 4
@@ -192,7 +192,7 @@ def test_graphs_are_rewritten_and_dumped_from_several_threads(monkeypatch, tmp_p
     want = [text(graph) for graph in graphs]
     assert at_once(*(lambda g=g: text(g) for g in graphs)) == want
     folders = {path.name: sorted(p.name for p in path.iterdir()) for path in tmp_path.iterdir()}
-    names = [f"{i:02}-{step.name}.txt" for i, step in enumerate(PIPELINE)]
+    names = [f"{i:02}-{step.name}.txt" for i, step in enumerate((*ANALYSIS, *REWRITING, *LOWERING))]
     assert folders == {f"graph_{i}": names for i in range(6)}
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from mctf_compile.kernels.device import device_of
 from mctf_compile.kernels.library import LIBRARY, declare
 
 # By weight, for as long as that lives: its elements in the order in which oneDNN reads them.
@@ -12,7 +13,8 @@ _packed = WeakTensorKeyDictionary()
 
 def frozen_linear_supported(weight: Tensor, dtype: torch.dtype) -> bool:
     """Whether oneDNN has products of this weight, in ``dtype``, on this machine."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+    available = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    if not available or not device_of(weight.device).packs_weights:
         return False
     if dtype is torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()

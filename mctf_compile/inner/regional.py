@@ -16,24 +16,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental import _config as config
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from mctf_compile.passes.lowering.regions import Region, Symbol, split
+from mctf_compile.passes.lowering.regions import Cut, Region, Symbol
 from mctf_compile.passes.planning.counts import new_symbol
 
 # What it makes takes a list of operands, and may empty it: then nobody keeps in memory what is not read again.
 RegionCompiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[[list[Any]], Any]]
 
 
-def compile_regions(gm: fx.GraphModule, compiler: RegionCompiler) -> Callable[..., Any] | None:
-    """A function that computes what ``gm`` does, with each region compiled when it first runs.
-
-    None where the graph cannot be cut, or where nothing speaks for it: no two blocks are alike, and the numbers of
-    tokens are fixed.
-    """
-    parts = split(gm)
-    if parts is None or all(region.sites == 1 and not region.adjustable for region in parts[1]):
-        return None
-    outer, regions = parts
-    for i, region in enumerate(regions):
+def compile_regions(cut: Cut, compiler: RegionCompiler) -> Callable[..., Any]:
+    """A function that computes what a graph in regions does, with each compiled when it first runs."""
+    outer = cut.outer
+    for i, region in enumerate(cut.regions):
         run = CompiledRegion(region, compiler).run
         for call in outer.find_nodes(op="call_module", target=f"region_{i}"):
             site, *operands = call.args
@@ -41,7 +34,7 @@ def compile_regions(gm: fx.GraphModule, compiler: RegionCompiler) -> Callable[..
                 boxed = outer.call_function(_boxed, tuple(operands))
                 call.replace_all_uses_with(outer.call_function(run, (site, boxed)))
             outer.erase_node(call)
-    held = _hold(outer, gm)
+    held = _hold(outer, cut.root)
     return partial(fx.GraphModule(nn.Module(), outer).forward, *held)
 
 

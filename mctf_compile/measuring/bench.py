@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from mctf_compile.compiler import explain
 from mctf_compile.config import FusionConfig
 from mctf_compile.errors import ConfigError, MctfError
-from mctf_compile.inner.lowering import inductor_patches
 from mctf_compile.options.fields import nearest
 from mctf_compile.report import Report
 
@@ -258,7 +257,7 @@ def candidate(name: str, model: nn.Module, options: Mapping[str, Any]) -> Callab
         options = {**options, **({"inductor": patches} if patches else {})}
         return torch.compile(copy.deepcopy(model), backend="mctf", options=options)
     given = FusionConfig.from_options(options).lowering.inductor
-    patches = inductor_patches(FusionConfig(inductor={**given, **DENSE[name]}))
+    patches = FusionConfig(inductor={**given, **DENSE[name]}).lowering.patches()
     return torch.compile(copy.deepcopy(model), options=patches or None, dynamic=name in DYNAMIC or None)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -16,6 +17,28 @@ Check = Callable[[str, Any], Any]
 def option(default: Any, check: Check) -> Any:
     """A dataclass field for an option with a default."""
     return field(default=default, metadata={"check": check})
+
+
+class Frozen(Mapping[str, Any]):
+    """A dict that is an option: nobody changes it, and it can be hashed whatever its values are."""
+
+    def __init__(self, items: Mapping[str, Any]) -> None:
+        self._items = copy.deepcopy(dict(items))
+
+    def __getitem__(self, key: str) -> Any:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._items))
+
+    def __repr__(self) -> str:
+        return repr(self._items)
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,22 @@ class Removal:
     acts: bool = False
 
 
+class PerBlock(tuple):
+    """The option ``r`` as a list with one entry per block, which nobody changes: unlike any ``(r, inflection)``."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, (PerBlock, list)) and list(self) == list(other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash((PerBlock, *self))
+
+    def __repr__(self) -> str:
+        return repr(list(self))
+
+
 @dataclass(frozen=True)
 class Schedule:
     """A validated ``r`` option: ``request`` is an int, a ratio, a list or (r, inflection)."""
@@ -82,10 +98,10 @@ class Schedule:
 
 
 def check_r(name: str, r: Any) -> Any:
-    """The option ``r`` as it is, if it is one."""
+    """The option ``r``, if it is one, with a list in a form that does not change."""
     if r != AUTO:
         parse_r(r)
-    return r
+    return PerBlock(r) if isinstance(r, list) else r
 
 
 def parse_target(name: str, target: Any) -> Target | None:
@@ -133,7 +149,7 @@ def parse_r(r: Any) -> Schedule:
         if r not in PRESETS:
             raise ConfigError(f"r={r!r} is no preset; the presets are {', '.join(map(repr, (*PRESETS, AUTO)))}.")
         return Schedule(PRESETS[r][0], preset=PRESETS[r][1])
-    if isinstance(r, list):
+    if isinstance(r, (list, PerBlock)):
         return Schedule(tuple(_one(v, f"r[{i}]") for i, v in enumerate(r)))
     if isinstance(r, tuple):
         if len(r) != 2 or isinstance(r[1], bool) or not isinstance(r[1], (int, float)) or not -1 <= r[1] <= 1:

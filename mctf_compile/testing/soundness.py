@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mctf_compile.compiler import rewrite
 from mctf_compile.config import FusionConfig
@@ -48,12 +48,12 @@ class Recorder:
         self.graphs.append(fused)
         return _Watch(fused, self).run
 
-    def run(self, model: nn.Module, *inputs: Any) -> Any:
+    def run(self, model: nn.Module, *inputs: Any, **kwargs: Any) -> Any:
         """The model's output under this backend."""
         self.groups.clear()
         self.spread = 0.0
         torch._dynamo.reset()
-        return torch.compile(model, backend=self, dynamic=False)(*inputs)
+        return torch.compile(model, backend=self, dynamic=False)(*inputs, **kwargs)
 
     def miscounted(self) -> list[str]:
         """Where the last run fused other numbers of tokens than the reports say."""
@@ -137,7 +137,8 @@ class _Variants:
 
 
 def check_rewrite(
-    model: nn.Module, *inputs: Any, duplicates: bool | None = None, tolerance: float = 1e-4, **options: Any
+    model: nn.Module, *inputs: Any, kwargs: Mapping[str, Any] | None = None, duplicates: bool | None = None,
+    tolerance: float = 1e-4, **options: Any,
 ) -> Soundness:
     """Measure whether fusing tokens in ``model`` keeps its contract; see ``assert_rewrite_sound``.
 
@@ -159,8 +160,8 @@ def check_rewrite(
     def run(version: str) -> list[Tensor]:
         backend.chosen = version
         torch.manual_seed(0)
-        given = [x.clone() if isinstance(x, Tensor) and not x.requires_grad else x for x in inputs]
-        outputs = [leaf for leaf in tree_leaves(compiled(*given)) if isinstance(leaf, Tensor)]
+        given, named = tree_map_only(Tensor, _own, (inputs, dict(kwargs or {})))
+        outputs = [leaf for leaf in tree_leaves(compiled(*given, **named)) if isinstance(leaf, Tensor)]
         for module, name, buffer, value in state:
             buffer.data.copy_(value)
             module._buffers[name] = buffer
@@ -188,8 +189,14 @@ def check_rewrite(
     return Soundness(reports, problems, at_zero, error)
 
 
+def _own(x: Tensor) -> Tensor:
+    """A tensor that a run may change; gradients belong to the user's."""
+    return x if x.requires_grad else x.clone()
+
+
 def assert_rewrite_sound(
-    model: nn.Module, *inputs: Any, duplicates: bool | None = None, tolerance: float = 1e-4, **options: Any
+    model: nn.Module, *inputs: Any, kwargs: Mapping[str, Any] | None = None, duplicates: bool | None = None,
+    tolerance: float = 1e-4, **options: Any,
 ) -> Report:
     """Assert that fusing tokens in ``model`` keeps its contract.
 
@@ -203,6 +210,7 @@ def assert_rewrite_sound(
     Args:
         model: any module, in the mode to be tested.
         inputs: its inputs.
+        kwargs: those that are given by name.
         duplicates: True to demand the theorem whatever is fused (the caller knows that duplicates alone
             are), False to leave it out, None to demand it where the values that were fused are equal.
         options: as for the backend.
@@ -213,7 +221,7 @@ def assert_rewrite_sound(
     Raises:
         AssertionError: names every property that fails.
     """
-    found = check_rewrite(model, *inputs, duplicates=duplicates, tolerance=tolerance, **options)
+    found = check_rewrite(model, *inputs, kwargs=kwargs, duplicates=duplicates, tolerance=tolerance, **options)
     assert not found.problems, "; ".join(found.problems)
     return found.report
 

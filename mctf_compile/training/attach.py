@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from mctf_compile.capture import capture
 from mctf_compile.config import FusionConfig
 from mctf_compile.errors import ConfigError
 from mctf_compile.methods.base import Reads
@@ -19,7 +20,9 @@ from mctf_compile.passes.analysis.structure import Block
 aten = torch.ops.aten
 
 
-def attach(model: nn.Module, *inputs: Any, method: str, **options: Any) -> nn.Module:
+def attach(
+    model: nn.Module, *inputs: Any, method: str, kwargs: Mapping[str, Any] | None = None, **options: Any
+) -> nn.Module:
     """Add a method's modules to ``model``, one per block that it acts on, and return ``model``.
 
     They become the submodule ``mctf_<method>`` (a ``ModuleDict`` by block number): their parameters are in
@@ -31,6 +34,7 @@ def attach(model: nn.Module, *inputs: Any, method: str, **options: Any) -> nn.Mo
         model: any module with self-attention; blocks are found as the compiler finds them.
         inputs: example inputs; for a timm model they may be left out.
         method: ``dtem``, ``dynamicvit``, or a registered method that has modules.
+        kwargs: example inputs that are given by name.
         options: the method's options, as for the backend.
 
     Raises:
@@ -45,7 +49,7 @@ def attach(model: nn.Module, *inputs: Any, method: str, **options: Any) -> nn.Mo
         raise ConfigError(f"this model has the modules of method {method!r} already, as {name!r}.")
     if isinstance(model, nn.Sequential):
         raise ConfigError("attach cannot add modules to an nn.Sequential, which would run them; wrap it in a module.")
-    state = _analyse(model, inputs or _example(model), config)
+    state = _analyse(model, inputs if inputs or kwargs else _example(model), kwargs or {}, config)
     flow, added, module = Dataflow(state.normal.graph), nn.ModuleDict(), None
     readers: set[nn.Module] = set()
     device = next((p.device for p in model.parameters()), None)
@@ -80,21 +84,14 @@ def _example(model: nn.Module) -> tuple[Any, ...]:
     return (torch.zeros(2, *size, device=parameter.device, dtype=parameter.dtype),)
 
 
-def _analyse(model: nn.Module, inputs: Sequence[Any], config: FusionConfig) -> State:
-    """The analysis of the model's largest graph."""
-    states: list[State] = []
+def _analyse(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any], config: FusionConfig) -> State:
+    """The analysis of the graph with the most blocks; the model is not run."""
 
-    def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-        states.append(run_passes(ANALYSIS, State(gm, fake_inputs(gm, example_inputs), config, example_inputs)))
-        return gm.forward
+    def analyse(gm: fx.GraphModule, given: Sequence[Any]) -> State:
+        return run_passes(ANALYSIS, State(gm, fake_inputs(gm, given), config, given))
 
-    torch._dynamo.reset()
     with torch.no_grad():
-        torch.compile(model, backend=capture, dynamic=False)(*inputs)
-    torch._dynamo.reset()
-    if not states:
-        raise ConfigError("Dynamo captured no graph of this model, so there is nothing to attach to.")
-    return max(states, key=lambda s: len(s.blocks))
+        return capture(model, inputs, kwargs, analyse).largest(lambda state: len(state.blocks))
 
 
 def _reader(model: nn.Module, block: Block, reads: Reads, flow: Dataflow) -> tuple[nn.Module, int]:

@@ -1,19 +1,20 @@
-"""Pass: leave the bias of a CPU projection to the next pointwise kernel."""
+"""Pass: leave the bias of a projection to the next pointwise kernel, where a product copies it."""
 
 from __future__ import annotations
 
 import torch
 from torch import fx
 
+from mctf_compile.kernels.device import device_of
 from mctf_compile.passes.pipeline import State, graph_pass
 
 aten = torch.ops.aten
 
 
-@graph_pass("biases", requires=("result",))
+@graph_pass("biases", requires=("lowered",))
 def run(state: State) -> None:
     if state.config.lowering.inner == "inductor":
-        loosen_biases(state.result)
+        loosen_biases(state.lowered)
 
 
 def loosen_biases(gm: fx.GraphModule) -> None:
@@ -29,9 +30,9 @@ def loosen_biases(gm: fx.GraphModule) -> None:
     """
     for node in gm.graph.find_nodes(op="call_function", target=aten.linear.default):
         value = node.meta["val"]
-        if len(node.args) < 3 or node.args[2] is None or value.device.type != "cpu" or value.dim() < 3:
+        if len(node.args) < 3 or node.args[2] is None or value.dim() < 3:
             continue
-        if value.dtype is not torch.float32:
+        if not device_of(value.device).copies_biases or value.dtype is not torch.float32:
             continue
         bias = node.args[2]
         node.args = node.args[:2]

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from mctf_compile.errors import ConfigError
+from mctf_compile.kernels.device import device_of
 from mctf_compile.passes.lowering import cpp, triton
 from mctf_compile.passes.lowering.replacing import readers_of_map
 from mctf_compile.passes.pipeline import State, graph_pass
@@ -19,8 +20,6 @@ from mctf_compile.passes.pipeline import State, graph_pass
 aten = torch.ops.aten
 
 FAMILIES = {"triton": triton, "cpp": cpp}
-# What ``auto`` takes; on other devices everything stays ATen.
-FIRST_CHOICE = {"cuda": "triton", "cpu": "cpp"}
 
 
 @graph_pass("prepare", requires=("plan",))
@@ -29,10 +28,9 @@ def prepare(state: State) -> None:
         prepare_kernels(state.config.lowering.kernels, state.inputs)
 
 
-@graph_pass("kernels", requires=("result",), ensures=("portable",))
+@graph_pass("kernels", requires=("result",), ensures=("lowered",))
 def run(state: State) -> None:
-    state.portable = state.result
-    state.result, state.remarks = choose_kernels(state.result, state.config.lowering.kernels, state.inputs)
+    state.lowered, state.remarks = choose_kernels(state.result, state.config.lowering.kernels, state.inputs)
 
 
 def recorded(gm: fx.GraphModule, inputs: Sequence[Any]) -> set[fx.Node]:
@@ -52,30 +50,32 @@ def recorded(gm: fx.GraphModule, inputs: Sequence[Any]) -> set[fx.Node]:
 def prepare_kernels(wanted: str, inputs: Sequence[Any]) -> None:
     """Start what the kernels of a graph on such inputs need, beside the passes that come before their choice."""
     device = next((x.device for x in inputs if isinstance(x, Tensor)), torch.device("cpu"))
-    name = _family(wanted, device)
+    name = kernel_family(wanted, device)
     if name != "aten":
         FAMILIES[name].prepare(device)
 
 
-def _family(wanted: str, device: torch.device) -> str:
-    return FIRST_CHOICE.get(device.type, "aten") if wanted == "auto" else wanted
+def kernel_family(wanted: str, device: torch.device) -> str:
+    """The family of kernels to take; ``auto`` takes the first that is written for the device, or else ATen."""
+    return next(iter(device_of(device).kernels), "aten") if wanted == "auto" else wanted
 
 
 def choose_kernels(gm: fx.GraphModule, wanted: str, inputs: Sequence[Any]) -> tuple[fx.GraphModule, list[str]]:
-    """A rewritten graph with other kernels for its ``mctf`` operators, and remarks on what stays ATen.
+    """A copy of a rewritten graph with other kernels for its ``mctf`` operators, and remarks on what stays ATen.
 
     Args:
         gm: the graph; it is not changed.
-        wanted: the option ``kernels``. ``auto`` takes Triton on CUDA and C++ on a CPU, where they can run.
+        wanted: the option ``kernels``. ``auto`` takes what is written for the device, where that can run.
         inputs: those of the graph. What records gradients on such is not for the C++ kernels, which have none.
 
     Raises ``ConfigError`` where the kernels that are asked for cannot run.
     """
+    gm = fx.GraphModule(gm, copy.deepcopy(gm.graph))
     first = next((n for n in gm.graph.nodes if _is_ours(n)), None)
     if first is None:
         return gm, []
     device = next(n.meta["val"].device for n in first.all_input_nodes if isinstance(n.meta.get("val"), Tensor))
-    name = _family(wanted, device)
+    name = kernel_family(wanted, device)
     if name == "aten":
         return gm, []
     family = FAMILIES[name]
@@ -85,7 +85,6 @@ def choose_kernels(gm: fx.GraphModule, wanted: str, inputs: Sequence[Any]) -> tu
             raise ConfigError(f"kernels={wanted!r}: {problem}; use 'auto' or 'aten'.")
         return gm, [f"kernels are ATen: {problem}"]
 
-    gm = fx.GraphModule(gm, copy.deepcopy(gm.graph))
     replacements = {gradients: family.replacements(gradients) for gradients in (False, True)}
     kept, recording = [], recorded(gm, inputs)
     for node in [n for n in gm.graph.nodes if n.target in replacements[True]]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from mctf_compile.kernels.device import device_of
 from mctf_compile.passes.axes import hint_of, size_of
 from mctf_compile.passes.lowering.replacing import (
     NOT_TAKEN,
@@ -35,7 +36,7 @@ def prepare(device: torch.device) -> None:
     """Start to build the kernels where they may be asked for."""
     from mctf_compile.kernels import cpp
 
-    if device.type == "cpu":
+    if "cpp" in device_of(device).kernels:
         cpp.building()
 
 
@@ -43,7 +44,7 @@ def problem(device: torch.device) -> str | None:
     """Why C++ kernels cannot run there, or None."""
     from mctf_compile.kernels import cpp
 
-    return f"the model is on {device.type}" if device.type != "cpu" else cpp.problem()
+    return cpp.problem() if "cpp" in device_of(device).kernels else f"the model is on {device.type}"
 
 
 def replacements(gradients: bool) -> dict[object, Replacement]:

@@ -11,8 +11,17 @@ from torch._ops import OpOverload
 
 from mctf_compile.kernels.library import without_autocast
 from mctf_compile.kernels.linear.op import frozen_linear_supported
+from mctf_compile.passes.lowering.regions import stays_whole
+from mctf_compile.passes.pipeline import State, graph_pass
 
 aten = torch.ops.aten
+
+
+@graph_pass("freezing", requires=("lowered",))
+def run(state: State) -> None:
+    """Weights are operands to a region; of a graph that stays whole Inductor freezes them itself."""
+    if state.config.lowering.inductor_has("freezing") and not torch.is_grad_enabled() and not stays_whole(state):
+        state.frozen = freeze(state.lowered)
 
 
 def freeze(gm: fx.GraphModule) -> fx.GraphModule:

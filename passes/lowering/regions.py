@@ -10,14 +10,36 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._ops import HigherOrderOperator, OpOverload
 
+from mctf_compile.kernels.device import device_of
 from mctf_compile.passes.axes import Size, hint_of, size_of
 from mctf_compile.passes.lowering.autocast import devices_of, keep_autocast_out
+from mctf_compile.passes.pipeline import State, graph_pass
 from mctf_compile.passes.planning.segments import SEGMENT
 
 aten = torch.ops.aten
+
+
+@graph_pass("regions", requires=("lowered",))
+def run(state: State) -> None:
+    cut = None if stays_whole(state) else split(state.frozen or state.lowered)
+    # Something speaks for it where blocks are alike, or numbers of tokens may change.
+    if cut is not None and any(region.sites > 1 or region.adjustable for region in cut.regions):
+        state.cut = cut
+
+
+def stays_whole(state: State) -> bool:
+    """Whether the inner compiler is to see the graph in one piece.
+
+    CUDA graphs record one set of addresses; with an interpreter there is nothing to share.
+    """
+    lowering = state.config.lowering
+    if state.whole or lowering.inner == "eager":
+        return True
+    recorders = {device_of(x.device).recorder for x in state.inputs if isinstance(x, Tensor)} - {None}
+    return state.counts is None and any(map(lowering.inductor_has, recorders))
 
 
 @dataclass(frozen=True)
@@ -46,7 +68,20 @@ class Region:
     adjustable: bool
 
 
-def split(gm: fx.GraphModule) -> tuple[fx.Graph, list[Region]] | None:
+@dataclass(frozen=True)
+class Cut:
+    """A graph in regions.
+
+    ``outer`` calls the submodule ``region_<i>`` with the number of the site and its operands, and takes a tuple of
+    results. It reads the attributes of ``root``.
+    """
+
+    root: fx.GraphModule
+    outer: fx.Graph
+    regions: list[Region]
+
+
+def split(gm: fx.GraphModule) -> Cut | None:
     """Cut a graph whose nodes carry ``SEGMENT`` into regions; None where it cannot be cut.
 
     Before::  block 1, block 2, block 3, ... each with its own number of tokens
@@ -56,9 +91,6 @@ def split(gm: fx.GraphModule) -> tuple[fx.Graph, list[Region]] | None:
     numbers that operators take for sizes. What differs among the sites is a symbol; numbers that are equal to each
     other at every site are one symbol. Each site runs what its own segment says, so nothing rests on a guess at how
     sizes are related.
-
-    Returns the outer graph, in which the submodule ``region_<i>`` is called with the number of the site and its
-    operands and returns a tuple, and the regions.
     """
     if any(isinstance(n.target, HigherOrderOperator) or n.op in ("call_module", "call_method") for n in gm.graph.nodes):
         return None
@@ -71,7 +103,7 @@ def split(gm: fx.GraphModule) -> tuple[fx.Graph, list[Region]] | None:
     for segment in segments:
         groups.setdefault(segment.key, []).append(segment)
     regions, operands = zip(*(_region(gm, group) for group in groups.values()))
-    return _outer(gm.graph, segments, list(groups), regions, operands), list(regions)
+    return Cut(gm, _outer(gm.graph, segments, list(groups), regions, operands), list(regions))
 
 
 def _take_apart(node: fx.Node) -> None:

@@ -8,6 +8,7 @@ import os
 import torch
 from torch import fx
 
+from mctf_compile.kernels.device import device_of
 from mctf_compile.passes.lowering.replacing import (
     NOT_TAKEN,
     Replacement,
@@ -32,7 +33,7 @@ def problem(device: torch.device) -> str | None:
     """Why Triton kernels cannot run there, or None."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if "triton" not in device_of(device).kernels and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the model is on {device.type}"
     if device.type == "cuda" and torch.cuda.is_available() and not torch.version.hip:
         major = torch.cuda.get_device_capability(device)[0]

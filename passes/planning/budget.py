@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-from torch import fx
-
 from mctf_compile.errors import ConfigError
-from mctf_compile.options.schedule import GMACS, SPEEDUP, Target, least, spread
+from mctf_compile.options.schedule import GMACS, LATENCY, SPEEDUP, Target, least, spread
 from mctf_compile.passes.axes import hint_of
 from mctf_compile.passes.pipeline import State, graph_pass
+from mctf_compile.passes.planning.costs import Clock, Measure, measured, nominal, unprofitable
 from mctf_compile.passes.planning.macs import count_macs, macs_by_counts
-from mctf_compile.passes.planning.plan import PlannedBlock, make_plan, tokens_left
+from mctf_compile.passes.planning.plan import tokens_left
+
+# Refinements of a latency, and how close to the goal is good enough.
+ATTEMPTS, CLOSE = 4, 0.97
 
 
 @graph_pass("budget", requires=("result",))
@@ -22,108 +23,61 @@ def run(state: State) -> str | None:
     if not state.unsettled:
         return None
     if state.counts is None:
-        raise ConfigError("r='auto' and profit='model' need the tokens that are removed, and a model in training keeps "
-                          "all; set r while it trains.")
+        raise ConfigError("r='auto' and profit need the tokens that are removed, and a model in training keeps all; "
+                          "set r while it trains.")
     declined = state.findings.declined
-    settle(state, macs_by_counts(state.result, state.counts), estimated(state))
+    settle(state)
     # Where blocks dropped out, what a target takes is found anew without them.
     state.unsettled = state.unsolved is not None
     return None if state.adjustable and state.findings.declined == declined else "plan"
 
 
-# Of a run, from the tokens that each fusing block leaves: multiply-accumulates, or seconds.
-Measure = Callable[[Sequence[int]], float]
+def settle(state: State) -> None:
+    """Put into ``state.findings`` the ``r`` that meets the target, and the blocks where fusing takes longer than it
+    saves, as far as the options ask for either.
 
-
-@dataclass(frozen=True)
-class Costs:
-    """What work takes on a device, in seconds.
-
-    ``per_mac``: a multiply-accumulate, with all that grows and shrinks with it. ``fusion``: by block, what fusing
-    adds whatever it removes. ``source``: where the numbers come from, for the report.
+    ``state`` has an adjustable result. Raises ``ConfigError`` for a target out of reach.
     """
-
-    per_mac: float
-    fusion: Mapping[int, float]
-    source: str
-
-
-@dataclass(frozen=True)
-class Device:
-    """Orders of magnitude of a kind of device: MACs, bytes and operator calls per second."""
-
-    macs: float
-    bytes: float
-    calls: float
-
-
-# A CPU per thread with AVX2 or AVX-512 in float32; a data-centre GPU in bfloat16.
-DEVICES = {"cpu": Device(4e10, 1e10, 2e5), "cuda": Device(2e14, 2e12, 2e5)}
-# What a fusion adds: generated kernels and library calls, passes over the residual stream, passes over the map.
-CALLS, STREAM_PASSES, MAP_PASSES = 12, 6, 2
-
-
-def nominal(blocks: Sequence[PlannedBlock]) -> Costs:
-    """Costs from the kind of device and the shapes, for ``profit="model"``."""
-    entry = blocks[0].block.entry.meta["val"]
-    device = DEVICES.get(entry.device.type, DEVICES["cpu"])
-    threads = torch.get_num_threads() if entry.device.type == "cpu" else 1
-    fusion = {}
-    for planned in blocks:
-        share = (planned.tokens_in or 0) / planned.block.tokens.total
-        traffic = STREAM_PASSES * share * _bytes(planned.block.entry) + MAP_PASSES * share**2 * _map_bytes(planned)
-        fusion[planned.index] = CALLS / device.calls + traffic / (device.bytes * threads)
-    return Costs(1 / (device.macs * threads), fusion, f"estimated for {entry.device.type}")
-
-
-def estimated(state: State) -> Costs | None:
-    """What ``profit="model"`` weighs; None where the option is another."""
-    return nominal(state.plan.fusing) if state.config.lowering.profit == "model" else None
-
-
-def _bytes(node: fx.Node) -> float:
-    value = node.meta["val"]
-    size = value.element_size()
-    for s in value.shape:
-        size *= hint_of(s)
-    return size
-
-
-def _map_bytes(planned: PlannedBlock) -> float:
-    """Of the attention map over the original tokens."""
-    query = planned.block.attention.query
-    return _bytes(query) / hint_of(query.meta["val"].shape[-1]) * planned.block.tokens.total
-
-
-def settle(state: State, macs: Measure, costs: Costs | None = None) -> None:
-    """Put into ``state.findings`` the ``r`` that meets a target in multiply-accumulates, and with ``costs`` the blocks
-    where fusing takes more time than it saves.
-
-    ``state`` has an adjustable result, ``macs`` counts it. Raises ``ConfigError`` for a target out of reach.
-    """
-    target = state.unsolved
+    macs = macs_by_counts(state.result, state.counts)
+    clock = state.clock(state) if state.config.by_running else None
+    target, profit = state.unsolved, state.config.lowering.profit
     if target is not None:
-        found = _for_macs(state, target, macs)
-        if found is None:
+        timed = target.quantity == LATENCY
+        found = _for_latency(state, target, clock, macs) if timed else _for_macs(state, target, macs)
+        if isinstance(found, str):
+            _decline(state, {b.index: found for b in state.plan.fusing})
             return
-        state.findings = replace(state.findings, r=tuple(found), met=str(target))
-    declined = unprofitable(state, macs, costs) if costs is not None else {}
+        state.findings = replace(state.findings, r=tuple(found.r), met=found.met)
+    if profit == "off":
+        return
+    costs = nominal(state.plan.fusing) if profit == "model" else measured(state, clock, macs)
+    declined = unprofitable(state, macs, costs)
     if declined:
-        # A target is met by the other blocks then.
-        unsolved = None if state.config.method.solved_for else state.findings.r
-        state.findings = replace(state.findings, declined=state.findings.declined | declined, r=unsolved)
+        _decline(state, declined)
+        if target is not None:
+            # It is met by the other blocks then.
+            state.findings = replace(state.findings, r=None)
 
 
-def _for_macs(state: State, target: Target, macs: Measure) -> list[int] | None:
-    """The removal per block that meets a target; None, and every block declined, where the dense graph does."""
+def _decline(state: State, reasons: dict[int, str]) -> None:
+    state.findings = replace(state.findings, declined=state.findings.declined | reasons)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The removal per block that meets a target, and what it meets, for the report."""
+
+    r: list[int]
+    met: str
+
+
+def _for_macs(state: State, target: Target, macs: Measure) -> Solution | str:
+    """What meets a target in multiply-accumulates; why no block need fuse, where the dense graph does."""
     dense = count_macs(state.normal)
     images = _images(state)
     goal = {GMACS: lambda: target.value * 1e9 * images, SPEEDUP: lambda: dense / target.value}[target.quantity]()
     if dense <= goal:
-        met = f"the dense model meets the target {target}"
-        declined = state.findings.declined | {b.index: met for b in state.plan.fusing}
-        state.findings = replace(state.findings, declined=declined)
-        return None
+        return f"the dense model meets the target {target}"
     found = solve(state, lambda left: macs(left) <= goal)
     if found is None:
         reached = macs(tokens_left(state, requests=everything(state)))
@@ -131,7 +85,33 @@ def _for_macs(state: State, target: Target, macs: Measure) -> list[int] | None:
             f"target={str(target)!r} is out of reach: the most tokens that method {state.plan.method.name!r} can "
             f"remove leave {reached / images / 1e9:.3f} GMACs per image, {dense / reached:.2f}x fewer."
         )
-    return found
+    return Solution(found, str(target))
+
+
+def _for_latency(state: State, target: Target, clock: Clock, macs: Measure) -> Solution | str:
+    """As ``_for_macs``, for a latency: time is about linear in multiply-accumulates."""
+    goal = target.value / 1e3
+    none, most = ([0] * len(state.blocks), everything(state))
+    lefts = [tokens_left(state, requests=r) for r in (none, most)]
+    dense, slow, fast = clock.seconds(None, *lefts)
+    if dense <= goal:
+        return f"the dense model meets the target {target}: {1e3 * dense:.2f} ms"
+    if fast > goal:
+        raise ConfigError(f"target={str(target)!r} is out of reach: with the most tokens that method "
+                          f"{state.plan.method.name!r} can remove, a call takes {1e3 * fast:.2f} ms.")
+    high, low = map(macs, lefts)
+    per_mac = max(slow - fast, 0.0) / max(high - low, 1)
+    best, taken, offset = most, fast, fast - per_mac * low
+    for _ in range(ATTEMPTS):
+        found = solve(state, lambda left, offset=offset: offset + per_mac * macs(left) <= goal) or most
+        left = tokens_left(state, requests=found)
+        (seconds,) = clock.seconds(left)
+        if seconds <= goal and sum(found) < sum(best):
+            best, taken = found, seconds
+        if CLOSE * goal <= seconds <= goal:
+            break
+        offset = seconds - per_mac * macs(left)
+    return Solution(best, f"{target}: {1e3 * taken:.2f} ms measured")
 
 
 def solve(state: State, meets: Callable[[Sequence[int]], bool]) -> list[int] | None:
@@ -160,27 +140,6 @@ def everything(state: State) -> list[int]:
     """A request that every block can but fall short of."""
     fusing, most = {b.index for b in state.plan.fusing}, most_of_any(state)
     return [most if i in fusing else 0 for i in range(len(state.blocks))]
-
-
-def unprofitable(state: State, macs: Measure, costs: Costs) -> dict[int, str]:
-    """The blocks whose fusion takes longer than it saves in all, here and in later blocks, with the reasons."""
-    planned = make_plan(state, state.config.method, state.findings.r, adjustable=True)
-    removed = [block.removed for block in planned.blocks]
-    declined: dict[int, str] = {}
-    while any(removed):
-        now = macs(tokens_left(state, requests=removed))
-        verdicts = []
-        for i in (i for i, r in enumerate(removed) if r):
-            without = [0 if j == i else r for j, r in enumerate(removed)]
-            saved = (macs(tokens_left(state, requests=without)) - now) * costs.per_mac
-            verdicts.append((saved - costs.fusion[i], i, saved))
-        balance, i, saved = min(verdicts)
-        if balance >= 0:
-            break
-        declined[i] = (f"fusing {removed[i]} tokens here would save {1e3 * saved:.3f} ms and cost "
-                       f"{1e3 * costs.fusion[i]:.3f} ms ({costs.source})")
-        removed[i] = 0
-    return declined
 
 
 def _images(state: State) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from mctf_compile.errors import ConfigError
 from mctf_compile.methods import Count, Merging, Method, Need, Site
 from mctf_compile.methods.base import OF_CLASS_TOKEN
-from mctf_compile.options.schedule import NOT_CHOSEN, Removal
+from mctf_compile.options.schedule import NOT_CHOSEN, PerBlock, Removal
 from mctf_compile.passes.analysis.projections import Projection
 from mctf_compile.passes.analysis.structure import Block, Mask, Tower
 from mctf_compile.passes.analysis.token_axes import Axes
@@ -209,7 +209,7 @@ def _check_layers(method: Method, blocks: Sequence[Block], towers: Sequence[Towe
     if beyond:
         has = f"the model has {depths[-1]}" if len(towers) == 1 else f"the deepest of its towers has {depths[-1]}"
         raise ConfigError(f"layers={list(method.layers)}: block {beyond[0]} does not exist; {has}.")
-    if len(depths) > 1 and isinstance(getattr(method, "r", None), list):
+    if len(depths) > 1 and isinstance(getattr(method, "r", None), PerBlock):
         named = ", ".join(f"{tower.module or 'one'} of {len(tower.blocks)} blocks" for tower in free)
         raise ConfigError(f"r is a list of {len(method.r)} entries, and the model has towers of several depths "
                           f"({named}); give a number, or choose towers of one depth with modules=...")

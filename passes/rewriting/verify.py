@@ -13,7 +13,7 @@ from mctf_compile.passes.planning.counts import Counts
 
 @graph_pass("verify", requires=("result",))
 def run(state: State) -> None:
-    verify(state.normal, state.result, state.counts)
+    verify(state.normal, state.current, state.counts)
 
 
 def verify(before: fx.GraphModule, after: fx.GraphModule, counts: Counts | None = None) -> None:

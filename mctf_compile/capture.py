@@ -1,0 +1,207 @@
+"""The graphs that Dynamo captures of a model, which is not run; it and PyTorch stay as they were."""
+
+from __future__ import annotations
+
+import copy
+import random
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FunctionType
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_map_only
+
+from mctf_compile.compat import counters_restored, forget_compilations, isolated
+from mctf_compile.errors import MctfError
+
+T = TypeVar("T")
+# Makes something of a graph and its inputs.
+Take = Callable[[fx.GraphModule, Sequence[Any]], T]
+
+
+@dataclass(frozen=True)
+class Captured(Generic[T]):
+    """What was made of each graph, and why the capture ended before the model did, if so."""
+
+    found: list[T]
+    stopped: str | None = None
+
+    def largest(self, size: Callable[[T], int]) -> T:
+        """The one of the greatest size. Raises ``MctfError`` where no graph was captured."""
+        if not self.found:
+            raise MctfError(f"Dynamo captured no graph of this model: {self.stopped or NOTHING_TO_COMPILE}.")
+        return max(self.found, key=size)
+
+
+NOTHING_TO_COMPILE = "it runs no tensor operation that can be compiled"
+
+
+class _Stop(Exception):
+    """Raised in the place of running a graph."""
+
+
+def capture(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], take: Take[T]) -> Captured[T]:
+    """What ``take`` makes of each graph that Dynamo captures of ``model(*args, **kwargs)`` with static shapes.
+
+    A model that is one graph is not run at all. One with graph breaks is run on fake tensors, and what it sets of its
+    modules meanwhile is set back; that ends where the model asks for the values of its tensors.
+
+    Raises what ``take`` raises, and what ``torch.compile`` raises of the model.
+    """
+    with counters_restored():
+        found = _one_graph(model, args, kwargs, take)
+        return _pieces(model, args, kwargs, take) if found is None else found
+
+
+def _one_graph(
+    model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], take: Take[T]
+) -> Captured[T] | None:
+    """The graph of a model without graph breaks; None for any other."""
+    backend = _Backend(take)
+    try:
+        torch.compile(_call(), backend=backend, fullgraph=True, dynamic=False)(model, args, kwargs)
+    except _Stop:
+        return Captured(backend.found)
+    except Exception:
+        backend.raise_failure()
+    return None
+
+
+def _pieces(
+    model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], take: Take[T]
+) -> Captured[T]:
+    """The graphs of a model that is run on fake tensors, as far as that goes."""
+    backend = _Backend(take, run=True)
+    compiled = torch.compile(_call(), backend=backend, dynamic=False, **isolated())
+    stopped = None
+    with forget_compilations(backend), _random_state_restored(), _modules_restored(model), _NoData():
+        try:
+            compiled(model, args, kwargs)
+        except Exception as error:
+            backend.raise_failure()
+            if not _needs_data(error):
+                raise
+            stopped = f"{_place(error)} needs the values of tensors"
+    return Captured(backend.found, stopped)
+
+
+class _Backend(Generic[T]):
+    """A backend that keeps what ``take`` makes of each graph, or the error that it raises."""
+
+    def __init__(self, take: Take[T], run: bool = False) -> None:
+        self.take, self.run = take, run
+        self.found: list[T] = []
+        self.failure: Exception | None = None
+
+    def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        try:
+            with _disable_current_modes():
+                self.found.append(self.take(gm, inputs))
+        except Exception as error:
+            self.failure = error
+            raise
+        return gm.forward if self.run else _stop
+
+    def raise_failure(self) -> None:
+        """Raise the error of ``take`` as it was, which Dynamo wraps."""
+        if self.failure is not None:
+            raise self.failure from None
+
+
+def _needs_data(error: Exception) -> bool:
+    """Whether it is what ends a run on tensors without data, where one with data goes on."""
+    kinds = (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException,
+             fake_tensor.UnsupportedFakeTensorException, fake_tensor.UnsupportedOperatorException)
+    return isinstance(error, kinds) or ".numpy() is not supported for tensor subclasses" in str(error)
+
+
+def _place(error: Exception) -> str:
+    """The line of the model's own code that an error comes from."""
+    torch_folder = str(Path(torch.__file__).parent)
+    frames = [f for f in traceback.extract_tb(error.__traceback__)
+              if f.filename != __file__ and not f.filename.startswith(torch_folder)]
+    return f"line {frames[-1].lineno} of {frames[-1].filename}" if frames else "the model"
+
+
+def _stop(*inputs: Any) -> Any:
+    raise _Stop
+
+
+def _call() -> Callable[[Callable[..., Any], Sequence[Any], Mapping[str, Any]], Any]:
+    """A function that calls a model, with code of its own: what Dynamo keeps of it goes with it."""
+
+    def call(self: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        return self(*args, **kwargs)
+
+    return FunctionType(call.__code__.replace(), globals(), call.__name__)
+
+
+class _NoData(FakeTensorMode):
+    """Computes shapes alone, of real tensors too: none of them is read or written."""
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+
+    def dispatch(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        # A number that the program itself makes a tensor of is known.
+        if func not in self.lift_fns:
+            args, kwargs = tree_map_only(Tensor, self._without_data, (args, kwargs or {}))
+        return super().dispatch(func, types, args, kwargs)
+
+    def _without_data(self, x: Tensor) -> Tensor:
+        return self.from_tensor(x) if type(x) in (Tensor, nn.Parameter) else x
+
+
+@contextmanager
+def _random_state_restored() -> Iterator[None]:
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng([]))
+        stack.callback(random.setstate, random.getstate())
+        numpy = sys.modules.get("numpy")
+        if numpy is not None:
+            stack.callback(numpy.random.set_state, numpy.random.get_state())
+        yield
+
+
+@contextmanager
+def _modules_restored(model: Callable[..., Any]) -> Iterator[None]:
+    """What modules hold, and the lists, dicts and sets among it, are as before when it ends."""
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    held: dict[int, tuple[Any, Any]] = {}
+    for module in modules:
+        for value in (module.__dict__, *module.__dict__.values()):
+            if isinstance(value, (dict, list, set)):
+                held[id(value)] = value, copy.copy(value)
+    tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+    try:
+        # A write counts as one, though nothing is written.
+        with torch.autograd._unsafe_preserve_version_counter(tuple(tensors)):
+            yield
+    finally:
+        for value, before in held.values():
+            _set_back(value, before)
+
+
+def _set_back(value: dict | list | set, before: dict | list | set) -> None:
+    """Make a container what it was. One that is as it was is not touched: other threads may read it."""
+    if isinstance(value, dict):
+        for key in [key for key in value if key not in before]:
+            del value[key]
+        for key, item in before.items():
+            if key not in value or value[key] is not item:
+                value[key] = item
+    elif isinstance(value, set):
+        if value != before:
+            value.clear()
+            value.update(before)
+    elif len(value) != len(before) or any(a is not b for a, b in zip(value, before)):
+        value[:] = before

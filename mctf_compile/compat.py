@@ -1,0 +1,94 @@
+"""What this package needs of PyTorch's insides, which may be elsewhere in another release."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+
+from mctf_compile.errors import MctfError
+
+
+def unwrapped(error: MctfError) -> MctfError:
+    """The same error for a backend to raise, of a kind that Dynamo raises as it is; it wraps others."""
+    return _unwrapped_kind(type(error))(str(error), sys._getframe(1))
+
+
+@cache
+def _unwrapped_kind(kind: type[MctfError]) -> type[MctfError]:
+    from torch._dynamo.exc import ShortenTraceback
+
+    class Unwrapped(kind, ShortenTraceback):
+        def __init__(self, message: str, frame: FrameType) -> None:
+            Exception.__init__(self, message)
+            # Tracebacks are shown from there on; what Dynamo adds to the message is about faults of its own.
+            self.message, self.first_useful_frame = message, frame
+
+        def __str__(self) -> str:
+            return self.message
+
+        def __reduce__(self) -> tuple:
+            return kind, (self.message,)
+
+    for name in ("__name__", "__qualname__", "__module__", "__doc__"):
+        setattr(Unwrapped, name, getattr(kind, name))
+    return Unwrapped
+
+
+def isolated() -> dict[str, bool]:
+    """Arguments for ``torch.compile`` that keep a compilation apart from others of the same code, where it has them."""
+    known = inspect.signature(torch.compile).parameters
+    return {"isolate_recompiles": True} if "isolate_recompiles" in known else {}
+
+
+@contextmanager
+def counters_restored() -> Iterator[None]:
+    """Dynamo counts what happens within, but not for those who look afterwards."""
+    from torch._dynamo.utils import counters
+
+    before = {name: Counter(counter) for name, counter in counters.items()}
+    try:
+        yield
+    finally:
+        for name in list(counters):
+            if name not in before:
+                del counters[name]
+        for name, counter in before.items():
+            counters[name].clear()
+            counters[name].update(counter)
+
+
+@contextmanager
+def forget_compilations(backend: Callable[..., Any]) -> Iterator[None]:
+    """What Dynamo compiles with ``backend`` within is forgotten afterwards; what it compiled for others stays."""
+    from torch._dynamo.convert_frame import input_codes
+
+    before = set(input_codes.seen_ids)
+    try:
+        yield
+    finally:
+        for code in [reference() for reference in input_codes.seen]:
+            if code is not None:
+                _forget(code, backend, id(code) not in before)
+
+
+def _forget(code: CodeType, backend: Callable[..., Any], new: bool) -> None:
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
+    from torch._dynamo.guards import DeletedGuardManagerWrapper
+
+    entries = _debug_get_cache_entry_list(code)
+    own = [entry for entry in entries if getattr(entry.backend, "compiler_fn", None) is backend]
+    if len(own) == len(entries):
+        if new or own:
+            reset_code(code)
+        return
+    for entry in own:
+        manager = entry.guard_manager
+        manager.extra_state.invalidate(entry, DeletedGuardManagerWrapper("only looked at"))

@@ -1,0 +1,70 @@
+"""Times what the passes made, for options that only running a model settles."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._guards import TracingContext, detect_fake_mode, tracing
+from torch._subclasses.fake_tensor import FakeTensor
+
+from mctf_compile.errors import ConfigError
+from mctf_compile.inner.lowering import compile_lowered
+from mctf_compile.passes import LOWERING, State, run_passes
+from mctf_compile.passes.rewriting.rewriter import rewrite_graph
+
+# Timed runs of each variant.
+ROUNDS = 7
+
+
+class Clock:
+    """Seconds of a run: of the dense graph, and of the fused one as a function of the tokens that its blocks leave.
+
+    Both are compiled, and run without gradients on copies of all inputs that are not parameters; the random state is
+    set back afterwards.
+
+    Args:
+        state: has an adjustable result, and inputs with data among its examples.
+
+    Raises ``ConfigError`` for inputs without data.
+    """
+
+    def __init__(self, state: State) -> None:
+        if any(isinstance(x, Tensor) and (x.is_meta or isinstance(x, FakeTensor)) for x in state.examples):
+            raise ConfigError("target='latency_ms=...' and profit='measure' run the model when it is compiled: give it "
+                              "real inputs, or use target='speedup=...' and profit='model'.")
+        # The graph may write into buffers.
+        self._inputs = [x.detach().clone() if isinstance(x, Tensor) and not isinstance(x, nn.Parameter) else x
+                        for x in state.examples]
+        self._fused = compile_lowered(run_passes(LOWERING, replace(state, whole=False)))
+        nothing = replace(state.plan, blocks=[replace(b, reason="dense") for b in state.plan.blocks], projections={})
+        dense = rewrite_graph(state.normal, state.inputs, state.axes, nothing).graph
+        with tracing(TracingContext(detect_fake_mode(state.inputs))):
+            self._dense = compile_lowered(run_passes(LOWERING, replace(state, result=dense, counts=None, whole=False)))
+
+    def seconds(self, *variants: Sequence[int] | None) -> list[float]:
+        """Medians of interleaved runs; None is the dense graph."""
+        runs = [self._run(left) for left in variants]
+        times: list[list[float]] = [[] for _ in runs]
+        devices = {x.device for x in self._inputs if isinstance(x, Tensor) and x.device.type != "cpu"}
+        kind = next((device.type for device in devices), "cuda")
+        with torch.no_grad(), torch.random.fork_rng(devices, device_type=kind):
+            for i in range(-1, ROUNDS):
+                for run, seconds in zip(runs, times):
+                    start = time.perf_counter()
+                    run()
+                    for device in devices:
+                        torch.accelerator.synchronize(device)
+                    if i >= 0:
+                        seconds.append(time.perf_counter() - start)
+        return [statistics.median(seconds) for seconds in times]
+
+    def _run(self, left: Sequence[int] | None) -> Callable[[], Any]:
+        if left is None:
+            return lambda: self._dense(*self._inputs)
+        return lambda: self._fused(*self._inputs, *left)
