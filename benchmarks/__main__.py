@@ -13,8 +13,13 @@ from mctf_compile.cli.console import FAILURE, INTERRUPTED, CommandError, report_
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m benchmarks", description="Time mctf against the dense model.")
-    top.add_argument("command", nargs="?", choices=("run", "report"), default="run",
-                     help="report: make the tables and plots of the results that are there (default: run)")
+    top.add_argument(
+        "command",
+        nargs="?",
+        choices=("run", "report"),
+        default="run",
+        help="report: make the tables and plots of the results that are there (default: run)",
+    )
     top.add_argument("--suite", choices=("cpu", "cuda", "quick"), default="cpu", help="default: cpu")
     top.add_argument("--rows", type=parse_names, metavar="NAME,...", help="rows of the suite (default: all)")
     top.add_argument("--rounds", type=positive, default=15, metavar="N", help="timed rounds (default: 15)")
@@ -67,11 +72,15 @@ def run(suite: str, names: Sequence[str] | None, rounds: int, folder: Path) -> i
                 continue
             finished += 1
             measured = result.measured
-            print(f"{row.name}: {measured['speedup_over_best_dense']:.2f}x over {measured['best_dense']}, "
-                  f"{measured['macs_ratio']:.2f}x fewer MACs ({i + 1}/{len(rows)}; {path.name})")
+            print(
+                f"{row.name}: {measured['speedup_over_best_dense']:.2f}x over {measured['best_dense']}, "
+                f"{measured['macs_ratio']:.2f}x fewer MACs ({i + 1}/{len(rows)}; {path.name})"
+            )
     except KeyboardInterrupt:
-        print(f"interrupted in {row.name}; the results of {finished} finished rows of {len(rows)} are in {folder}",
-              file=sys.stderr)
+        print(
+            f"interrupted in {row.name}; the results of {finished} finished rows of {len(rows)} are in {folder}",
+            file=sys.stderr,
+        )
         return INTERRUPTED
     if finished:
         make_report(folder)

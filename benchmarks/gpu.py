@@ -90,23 +90,43 @@ def cases(block: Block, device: str, dtype: torch.dtype) -> list[Case]:
 
     map64 = lambda: attention.probabilities(q, k, log_size, None, scale)
     return [
-        Case("attention", lambda: mctf.attention_triton(q, k, v, log_size, None, scale)[:1],
-             lambda: [attention.attention(*doubled(q, k, v), log_size, None, scale)],
-             lambda: [mctf.attention(q, k, v, log_size, None, scale, 0.0)]),
-        Case("importance", lambda: mctf.importance_triton(q, k, log_size, None, scale)[:1],
-             lambda: [map64().mean((1, 2))], lambda: [mctf.importance(q, k, log_size, None, scale)[0]]),
-        Case("ahead", lambda: mctf.ahead_triton(q, k, fused, log_size, None, scale, lse, index, weight, *matching)[:1],
-             lambda: [ahead_reference(map64(), fused.double(), weight, *matching)],
-             lambda: [mctf.ahead(weights, norm, fused, index, weight, *matching, 0.0)]),
-        Case("scores", lambda: relative(triton.scores(x, *criteria)),
-             lambda: relative(aten.scores(x.double(), *doubled(*criteria[:2]), *criteria[2:], None)),
-             lambda: relative(aten.scores(x, *criteria, None))),
+        Case(
+            "attention",
+            lambda: mctf.attention_triton(q, k, v, log_size, None, scale)[:1],
+            lambda: [attention.attention(*doubled(q, k, v), log_size, None, scale)],
+            lambda: [mctf.attention(q, k, v, log_size, None, scale, 0.0)],
+        ),
+        Case(
+            "importance",
+            lambda: mctf.importance_triton(q, k, log_size, None, scale)[:1],
+            lambda: [map64().mean((1, 2))],
+            lambda: [mctf.importance(q, k, log_size, None, scale)[0]],
+        ),
+        Case(
+            "ahead",
+            lambda: mctf.ahead_triton(q, k, fused, log_size, None, scale, lse, index, weight, *matching)[:1],
+            lambda: [ahead_reference(map64(), fused.double(), weight, *matching)],
+            lambda: [mctf.ahead(weights, norm, fused, index, weight, *matching, 0.0)],
+        ),
+        Case(
+            "scores",
+            lambda: relative(triton.scores(x, *criteria)),
+            lambda: relative(aten.scores(x.double(), *doubled(*criteria[:2]), *criteria[2:], None)),
+            lambda: relative(aten.scores(x, *criteria, None)),
+        ),
         Case("match", lambda: mctf.match_triton(*args), assigned, assigned),
-        Case("group, pool", lambda: grouped_and_pooled(mctf.group_triton, mctf.pool_triton, importance * size, size, x),
-             lambda: grouped_and_pooled(mctf.group, mctf.pool, *doubled(importance * size, size, x)),
-             lambda: grouped_and_pooled(mctf.group, mctf.pool, importance * size, size, x)),
-        Case("unmerge", lambda: [mctf.unmerge_triton(x[:, : n - r], index, 1)],
-             lambda: [mctf.unmerge(x[:, : n - r], index, 1)], lambda: [mctf.unmerge(x[:, : n - r], index, 1)]),
+        Case(
+            "group, pool",
+            lambda: grouped_and_pooled(mctf.group_triton, mctf.pool_triton, importance * size, size, x),
+            lambda: grouped_and_pooled(mctf.group, mctf.pool, *doubled(importance * size, size, x)),
+            lambda: grouped_and_pooled(mctf.group, mctf.pool, importance * size, size, x),
+        ),
+        Case(
+            "unmerge",
+            lambda: [mctf.unmerge_triton(x[:, : n - r], index, 1)],
+            lambda: [mctf.unmerge(x[:, : n - r], index, 1)],
+            lambda: [mctf.unmerge(x[:, : n - r], index, 1)],
+        ),
     ]
 
 

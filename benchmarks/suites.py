@@ -28,8 +28,12 @@ LARGE = {"vit_large_patch16_224": 8, "vit_large_patch16_384": 23}
 
 def _on_cuda(name: str, model: str, r: int | str, batch: int) -> Row:
     options = {"inductor": {"mode": "max-autotune"}}
-    return Row(f"cuda-{name}", Workload(model, r, batch, dtype="bfloat16", device="cuda", options=options), ON_CUDA,
-               ("eager", "max-autotune", "mctf"))
+    return Row(
+        f"cuda-{name}",
+        Workload(model, r, batch, dtype="bfloat16", device="cuda", options=options),
+        ON_CUDA,
+        ("eager", "max-autotune", "mctf"),
+    )
 
 
 CUDA = [

@@ -34,10 +34,13 @@ def main() -> None:
     data, model = load(), make_model(class_token=True)
     with stages() as progress:
         train(model, data, progress)
-        rows = compare(model, data.test, data.test_labels, settings(), batch=args.batch, rounds=args.rounds,
-                       progress=progress)
-    caption = (f"Top-1 over {len(data.test)} test images; change in percent points. ms: of a batch of {args.batch} "
-               f"(inner=eager, threads=1), median of {args.rounds} interleaved rounds.")
+        rows = compare(
+            model, data.test, data.test_labels, settings(), batch=args.batch, rounds=args.rounds, progress=progress
+        )
+    caption = (
+        f"Top-1 over {len(data.test)} test images; change in percent points. ms: of a batch of {args.batch} "
+        f"(inner=eager, threads=1), median of {args.rounds} interleaved rounds."
+    )
     console = Console()
     console.print(table(rows, TITLE, caption))
     draw(rows, args.output / "compare.png", TITLE)

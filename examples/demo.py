@@ -45,9 +45,11 @@ def inductor_works() -> bool:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(64))
     except Exception as error:
         first = str(error).strip().splitlines()[0]
-        print(f"Inductor cannot compile on this machine ({first});\n"
-              "install g++ and python3-dev for timings of compiled graphs. Eager graphs are timed instead.",
-              file=sys.stderr)
+        print(
+            f"Inductor cannot compile on this machine ({first});\n"
+            "install g++ and python3-dev for timings of compiled graphs. Eager graphs are timed instead.",
+            file=sys.stderr,
+        )
         return False
     return True
 

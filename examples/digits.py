@@ -50,15 +50,24 @@ def load() -> Digits:
         F.interpolate(torch.from_numpy(x)[:, None], size=(SIZE, SIZE), mode="bilinear") for x in (train, test)
     )
     mean, std = train.mean(), train.std()
-    return Digits((train - mean) / std, torch.from_numpy(train_labels),
-                  (test - mean) / std, torch.from_numpy(test_labels))
+    return Digits(
+        (train - mean) / std, torch.from_numpy(train_labels), (test - mean) / std, torch.from_numpy(test_labels)
+    )
 
 
 def make_model(class_token: bool = False) -> VisionTransformer:
     """A plain ViT: 49 patch tokens, four blocks; average pooling, or a class token."""
     model = VisionTransformer(
-        img_size=SIZE, patch_size=4, in_chans=1, num_classes=10, embed_dim=64, depth=4, num_heads=4,
-        mlp_ratio=2, global_pool="token" if class_token else "avg", class_token=class_token,
+        img_size=SIZE,
+        patch_size=4,
+        in_chans=1,
+        num_classes=10,
+        embed_dim=64,
+        depth=4,
+        num_heads=4,
+        mlp_ratio=2,
+        global_pool="token" if class_token else "avg",
+        class_token=class_token,
     )
     # From timm's 0.02, so short a training would hardly learn where a patch is.
     nn.init.normal_(model.pos_embed, std=0.5)
@@ -107,13 +116,21 @@ def fused_row(model: nn.Module, data: Digits, r: int) -> Row:
 def table(rows: Sequence[Row]) -> Table:
     """One line for each ``r``; the first row is the dense model."""
     result = Table(title="Digits: test accuracy without retraining", title_justify="left")
-    for name, justify in (("r", "right"), ("tokens after each block", "left"), ("MMACs", "right"),
-                          ("fewer", "right"), ("test accuracy", "right")):
+    for name, justify in (
+        ("r", "right"),
+        ("tokens after each block", "left"),
+        ("MMACs", "right"),
+        ("fewer", "right"),
+        ("test accuracy", "right"),
+    ):
         result.add_column(name, justify=justify)
     for row in rows:
         result.add_row(
-            str(row.r) if row.r else "dense", " ".join(map(str, row.tokens[1:])), f"{row.macs / 1e6:.1f}",
-            f"{rows[0].macs / row.macs:.2f}x", f"{row.accuracy:.1%}",
+            str(row.r) if row.r else "dense",
+            " ".join(map(str, row.tokens[1:])),
+            f"{row.macs / 1e6:.1f}",
+            f"{rows[0].macs / row.macs:.2f}x",
+            f"{row.accuracy:.1%}",
         )
     return result
 

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 import mctf_compile
 
 matplotlib.use("Agg")  # a file, with or without a display
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 
 @dataclass(frozen=True)

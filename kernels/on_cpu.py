@@ -95,8 +95,10 @@ declare("pool_cpp(Tensor x, Tensor weight, Tensor keep, Tensor gone, Tensor into
 
 
 def _no_gradient(ctx: Any, *grads: Tensor) -> NoReturn:
-    raise RuntimeError("The C++ kernels of mctf_compile have no gradient: compile the model where gradients are "
-                       "recorded (without torch.no_grad), or with kernels='aten'.")
+    raise RuntimeError(
+        "The C++ kernels of mctf_compile have no gradient: compile the model where gradients are "
+        "recorded (without torch.no_grad), or with kernels='aten'."
+    )
 
 
 for _name in ("attention_cpp", "importance_cpp", "ahead_cpp", "group_cpp", "pool_cpp"):

@@ -28,8 +28,16 @@ def attention(
 
 @triton_op("mctf::attention_triton_backward", mutates_args=())
 def attention_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None, bias: Tensor | None, scale: float, o: Tensor,
-    lse: Tensor, bias_gradient: bool,
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_size: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    o: Tensor,
+    lse: Tensor,
+    bias_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *grads, dbias = _gradients.attention_backward(do, q, k, v, log_size, bias, scale, o, lse, bias_gradient)
     return *grads, q.new_empty(0) if dbias is None else dbias
@@ -66,8 +74,18 @@ importance.register_autograd(lambda ctx, *grads: (None,) * 5)
 
 @triton_op("mctf::ahead_triton", mutates_args=())
 def ahead(
-    q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None, bias: Tensor | None, scale: float, lse: Tensor,
-    index: Tensor, weight: Tensor, keep: Tensor, gone: Tensor, into: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_size: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    lse: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    keep: Tensor,
+    gone: Tensor,
+    into: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """``mctf::ahead`` without dropout, and the rows that it adds up, for its backward.
 
@@ -78,8 +96,20 @@ def ahead(
 
 @triton_op("mctf::ahead_triton_backward", mutates_args=())
 def ahead_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None, bias: Tensor | None, scale: float,
-    lse: Tensor, index: Tensor, weight: Tensor, keep: Tensor, gone: Tensor, into: Tensor, rows: Tensor,
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_size: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    lse: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    keep: Tensor,
+    gone: Tensor,
+    into: Tensor,
+    rows: Tensor,
     bias_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *grads, dbias = _ahead.ahead_backward(
@@ -108,8 +138,17 @@ ahead.register_autograd(_ahead_gradients, setup_context=_keep_ahead)
 
 @triton_op("mctf::match_triton", mutates_args=())
 def match(
-    x: Tensor, importance: Tensor | None, size: Tensor, r: int, lead: int, tail: int, tau_sim: float, tau_info: float,
-    tau_size: float, bidirectional: bool, kind: Tensor | None = None,
+    x: Tensor,
+    importance: Tensor | None,
+    size: Tensor,
+    r: int,
+    lead: int,
+    tail: int,
+    tau_sim: float,
+    tau_info: float,
+    tau_size: float,
+    bidirectional: bool,
+    kind: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``mctf::match``."""
     return _matching.match(x, importance, size, r, lead, tail, tau_sim, tau_info, tau_size, bidirectional, kind)
@@ -119,9 +158,7 @@ match.register_autograd(lambda ctx, *grads: (None,) * 11)
 
 
 @triton_op("mctf::group_triton", mutates_args=())
-def group(
-    raw: Tensor, size: Tensor, keep: Tensor, gone: Tensor, into: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def group(raw: Tensor, size: Tensor, keep: Tensor, gone: Tensor, into: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``mctf::group``."""
     return _pooling.group(raw, size, keep, gone, into)
 

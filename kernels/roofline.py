@@ -46,7 +46,7 @@ class Block:
 
     @property
     def removed(self) -> int:
-        """r = 16 at 197 tokens, and the same share of more."""
+        """R = 16 at 197 tokens, and the same share of more."""
         return 16 * self.tokens // 197
 
     @property
@@ -91,9 +91,7 @@ class Block:
         half = self.tokens // 2
         scores = self.batch * (self.tokens - half) * half
         criteria = 2 * EXACT * self.batch * self.tokens
-        return Cost(
-            2 * scores * self.channels, self.rows(self.tokens) + criteria + 3 * EXACT * scores + self.matching
-        )
+        return Cost(2 * scores * self.channels, self.rows(self.tokens) + criteria + 3 * EXACT * scores + self.matching)
 
     def pool(self) -> Cost:
         """``group`` and ``pool``: the map, the weights and the sizes, then the tokens."""

@@ -76,9 +76,7 @@ def _one_graph(
     return None
 
 
-def _pieces(
-    model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], take: Take[T]
-) -> Captured[T]:
+def _pieces(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], take: Take[T]) -> Captured[T]:
     """The graphs of a model that is run on fake tensors, as far as that goes."""
     backend = _Backend(take, run=True)
     compiled = torch.compile(_call(), backend=backend, dynamic=False, **isolated())
@@ -119,16 +117,23 @@ class _Backend(Generic[T]):
 
 def _needs_data(error: Exception) -> bool:
     """Whether it is what ends a run on tensors without data, where one with data goes on."""
-    kinds = (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException,
-             fake_tensor.UnsupportedFakeTensorException, fake_tensor.UnsupportedOperatorException)
+    kinds = (
+        fake_tensor.DataDependentOutputException,
+        fake_tensor.DynamicOutputShapeException,
+        fake_tensor.UnsupportedFakeTensorException,
+        fake_tensor.UnsupportedOperatorException,
+    )
     return isinstance(error, kinds) or ".numpy() is not supported for tensor subclasses" in str(error)
 
 
 def _place(error: Exception) -> str:
     """The line of the model's own code that an error comes from."""
     torch_folder = str(Path(torch.__file__).parent)
-    frames = [f for f in traceback.extract_tb(error.__traceback__)
-              if f.filename != __file__ and not f.filename.startswith(torch_folder)]
+    frames = [
+        f
+        for f in traceback.extract_tb(error.__traceback__)
+        if f.filename != __file__ and not f.filename.startswith(torch_folder)
+    ]
     return f"line {frames[-1].lineno} of {frames[-1].filename}" if frames else "the model"
 
 

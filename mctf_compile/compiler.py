@@ -27,7 +27,10 @@ from mctf_compile.report import BlockReport, Report
 
 
 def rewrite(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], config: FusionConfig | None = None, *,
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    config: FusionConfig | None = None,
+    *,
     kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[fx.GraphModule, Report]:
     """Insert token fusion into a captured graph, for any compiler that takes FX graphs.
@@ -80,7 +83,10 @@ def fuse_or_decline(
 
 
 def run_pipeline(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], config: FusionConfig, adjustable: bool = False,
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    config: FusionConfig,
+    adjustable: bool = False,
     whole: bool = False,
 ) -> tuple[State, Report]:
     """All that the passes found, and the report. ``adjustable`` and ``whole``: see ``State``.
@@ -113,8 +119,10 @@ def make_report(state: State) -> Report:
     reason = None
     if not fused:
         reasons = {b.reason for b in planned} - {NOT_CHOSEN} or {NOT_CHOSEN}
-        reason = "the graph has no self-attention over tokens" if not planned else (
-            reasons.pop() if len(reasons) == 1 else "no block can fuse"
+        reason = (
+            "the graph has no self-attention over tokens"
+            if not planned
+            else (reasons.pop() if len(reasons) == 1 else "no block can fuse")
         )
     return Report(
         blocks=[
@@ -128,9 +136,7 @@ def make_report(state: State) -> Report:
         target=state.findings.met,
         remarks=_remarks(state) if fused else [],
         seconds=state.seconds,
-        count_blocks=partial(
-            macs_by_block, state.normal, state.result if fused else None, [b.block for b in planned]
-        ),
+        count_blocks=partial(macs_by_block, state.normal, state.result if fused else None, [b.block for b in planned]),
     )
 
 
@@ -149,8 +155,10 @@ def _remarks(state: State) -> list[str]:
     name = state.plan.method.name
     if not any(o.state == "untrained" for o in state.observations):
         return state.remarks
-    return [f"the modules of method {name!r} are untrained: train them, or load their weights (mctf_{name})",
-            *state.remarks]
+    return [
+        f"the modules of method {name!r} are untrained: train them, or load their weights (mctf_{name})",
+        *state.remarks,
+    ]
 
 
 def _count(before: fx.GraphModule, after: fx.GraphModule | None) -> tuple[int, int]:
@@ -158,9 +166,7 @@ def _count(before: fx.GraphModule, after: fx.GraphModule | None) -> tuple[int, i
     return dense, dense if after is None else count_macs(after)
 
 
-def explain(
-    model: torch.nn.Module, *inputs: Any, kwargs: Mapping[str, Any] | None = None, **options: Any
-) -> Report:
+def explain(model: torch.nn.Module, *inputs: Any, kwargs: Mapping[str, Any] | None = None, **options: Any) -> Report:
     """Report what ``torch.compile(model, backend="mctf", options=options)`` would do; compiles nothing.
 
     The model is captured in its present mode and not run: it, the random state and what Dynamo has compiled stay as

@@ -137,8 +137,10 @@ def _unknown(name: str, method: type[Method]) -> str:
     takes = [*method.option_names(), *Lowering.option_names()]
     others = sorted(m.name for m in METHODS.values() if name in m.option_names())
     if others:
-        return (f"method {method.name!r} takes no option {name!r} ({', '.join(others)} "
-                f"{'does' if len(others) == 1 else 'do'}); it takes: {', '.join(takes)}.")
+        return (
+            f"method {method.name!r} takes no option {name!r} ({', '.join(others)} "
+            f"{'does' if len(others) == 1 else 'do'}); it takes: {', '.join(takes)}."
+        )
     known = ["method", *takes]
     return f"unknown option {name!r}; {nearest(name, known)}The options are: {', '.join(known)}."
 

@@ -46,7 +46,7 @@ class Adjustable:
         return self._left[key]
 
 
-class set_r(AbstractContextManager):  # noqa: N801  called like torch.set_grad_enabled
+class set_r(AbstractContextManager):
     """Change the reduction of a model that was compiled with ``dynamic_r=True``; nothing is compiled again.
 
     As a function, ``mctf_compile.set_r(compiled, 8)`` holds until the next change; as a context manager
@@ -69,8 +69,9 @@ class set_r(AbstractContextManager):  # noqa: N801  called like torch.set_grad_e
     def __init__(self, compiled: Any, r: int | float | list | tuple | str) -> None:
         self.options = _options(compiled)
         if self.options is None:
-            raise ConfigError('set_r takes what torch.compile(model, backend="mctf", options={"dynamic_r": True, ...}) '
-                              "returned.")
+            raise ConfigError(
+                'set_r takes what torch.compile(model, backend="mctf", options={"dynamic_r": True, ...}) returned.'
+            )
         # Where the number of blocks is known, a list of another length is refused by the next call.
         Merging(r=r, target=self.options.get("target") if r == AUTO else None)
         self.before = self.options.get("r")

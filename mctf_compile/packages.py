@@ -14,7 +14,7 @@ EXTRA = "pip install 'mctf-compile[pictures]'"
 
 
 def figure_class() -> type[Figure]:
-    """matplotlib's figure that needs no display; raises ``ImportError``, naming what installs it."""
+    """Matplotlib's figure that needs no display; raises ``ImportError``, naming what installs it."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

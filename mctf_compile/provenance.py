@@ -175,8 +175,13 @@ def _block(state: State, report: Report, graph: int, index: int, tensors: Mappin
     judged_by = next((name for name in JUDGED_BY if name in tensors), None)
     first, grid = _patches(state, state.plan.blocks[index])
     return BlockTrace(
-        report.blocks[index], graph, *(tensors[name] for name in ("source", "before", "size", "dropped")),
-        importance=tensors.get(judged_by), judged_by=judged_by, first=first, grid=grid,
+        report.blocks[index],
+        graph,
+        *(tensors[name] for name in ("source", "before", "size", "dropped")),
+        importance=tensors.get(judged_by),
+        judged_by=judged_by,
+        first=first,
+        grid=grid,
     )
 
 
@@ -201,8 +206,10 @@ def _options(model: Any) -> dict[str, Any]:
     for backend in found:
         if getattr(backend, "compiler_fn", None) is mctf:
             return dict(backend.kwargs.get("options") or {})
-    raise ConfigError('the model was compiled by another backend than "mctf"; give the model itself, or what '
-                      'torch.compile(model, backend="mctf") made of it.')
+    raise ConfigError(
+        'the model was compiled by another backend than "mctf"; give the model itself, or what '
+        'torch.compile(model, backend="mctf") made of it.'
+    )
 
 
 def _portable(options: Mapping[str, Any]) -> dict[str, Any]:

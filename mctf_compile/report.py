@@ -130,16 +130,26 @@ class Report:
     def table(self) -> Table:
         """The report as a rich table."""
         table = Table(title=self.summary, title_justify="left")
-        for name, justify in (("block", "right"), ("module", "left"), ("tokens in", "right"), ("out", "right"),
-                              ("", "left")):
+        for name, justify in (
+            ("block", "right"),
+            ("module", "left"),
+            ("tokens in", "right"),
+            ("out", "right"),
+            ("", "left"),
+        ):
             table.add_column(name, justify=justify)
         for name, blocks in self.by_tower():
             if len(self.towers) > 1:
                 table.add_row("", f"[bold]{escape(name)}[/bold]", "", "", "")
             for b in blocks:
                 remark = f"dense: {b.reason}" if b.reason is not None else b.note or ""
-                table.add_row(str(b.index), escape(b.module or ""), str(b.tokens_in or "?"), str(b.tokens_out or "?"),
-                              escape(remark))
+                table.add_row(
+                    str(b.index),
+                    escape(b.module or ""),
+                    str(b.tokens_in or "?"),
+                    str(b.tokens_out or "?"),
+                    escape(remark),
+                )
         lines = [*(f"unmerged before {line}" for line in self.unmerged), *self.remarks]
         if lines:
             table.caption, table.caption_justify = escape("\n".join(lines)), "left"

@@ -12,9 +12,7 @@ from mctf_compile.passes.rewriting import rewriter, verify
 
 # What only looks at the graph, and what makes another of it.
 ANALYSIS: tuple[Pass, ...] = (normalize.run, observations.run, token_axes.run, blocks.run, masks.run, towers.run)
-REWRITING: tuple[Pass, ...] = (
-    plan.run, choose_kernels.prepare, projections.run, rewriter.run, budget.run, verify.run
-)
+REWRITING: tuple[Pass, ...] = (plan.run, choose_kernels.prepare, projections.run, rewriter.run, budget.run, verify.run)
 # What makes it fit a device and the inner compiler.
 LOWERING: tuple[Pass, ...] = (choose_kernels.run, biases.run, freezing.run, verify.run, regions.run)
 

@@ -74,7 +74,7 @@ def product(axes: Iterable[Axis]) -> Size:
 
 
 def quotient(a: Size, b: Size) -> Size | None:
-    """a / b where b divides a for every value of the symbols, else None."""
+    """A / b where b divides a for every value of the symbols, else None."""
     if b == 0:
         return None
     if isinstance(a, int) and isinstance(b, int):

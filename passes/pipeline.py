@@ -141,8 +141,10 @@ def _run_one(step: Pass, state: State, done: list[str]) -> str | None:
         raise
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
-        raise PassError(f"pass {step.name} failed after {', '.join(done) or 'no other pass'}: {error!r} "
-                        f"(line {place.lineno} of {place.filename})") from error
+        raise PassError(
+            f"pass {step.name} failed after {', '.join(done) or 'no other pass'}: {error!r} "
+            f"(line {place.lineno} of {place.filename})"
+        ) from error
     unset = [name for name in step.ensures if getattr(state, name) is None]
     if unset:
         raise PassError(f"pass {step.name} did not set {', '.join(unset)}")
@@ -156,8 +158,13 @@ def _dump(name: str, state: State) -> None:
     if not folder:
         return
     state.dumps = state.dumps or _numbered(Path(folder))
-    lines = [f"# {state.config}", *(f"# block {b.index}: {b.tokens_in} -> {b.tokens_out} {b.reason or ''}"
-             for b in (state.plan.blocks if state.plan else []))]
+    lines = [
+        f"# {state.config}",
+        *(
+            f"# block {b.index}: {b.tokens_in} -> {b.tokens_out} {b.reason or ''}"
+            for b in (state.plan.blocks if state.plan else [])
+        ),
+    ]
     for node in state.current.graph.nodes:
         dims = state.axes.dims.get(node) if state.axes and state.result is None else None
         shown = f"  # {state.axes.of(node)}" if isinstance(dims, tuple) else ""

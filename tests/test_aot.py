@@ -86,20 +86,29 @@ TABLE: dict[str, Callable[[], None]] = {
     },
     **{f"ahead-D{width}-{str(dtype)[6:]}": partial(attend_ahead, width, dtype, 197) for width, dtype in SIZES},
     # One program per image for up to 16, 32, ... 256 tokens a side, and tiles beyond.
-    **{f"match-N{n}-{str(dtype)[6:]}": partial(match, n, dtype)
-       for n in (31, 63, 127, 197, 500, 1025) for dtype in (torch.bfloat16, torch.float32)},
+    **{
+        f"match-N{n}-{str(dtype)[6:]}": partial(match, n, dtype)
+        for n in (31, 63, 127, 197, 500, 1025)
+        for dtype in (torch.bfloat16, torch.float32)
+    },
     "match-N197-unprotected": partial(match, 197, torch.bfloat16, 0),
-    **{f"pool-C{c}-{str(dtype)[6:]}": partial(pool, c, dtype)
-       for c in (1, 16, 64, 384) for dtype in (torch.bfloat16, torch.float32)},
+    **{
+        f"pool-C{c}-{str(dtype)[6:]}": partial(pool, c, dtype)
+        for c in (1, 16, 64, 384)
+        for dtype in (torch.bfloat16, torch.float32)
+    },
     "attention-N577-D128-tf32": partial(with_tf32, partial(attend, 128, torch.float32, 577)),
     "ahead-D64-tf32": partial(with_tf32, partial(attend_ahead, 64, torch.float32, 197)),
 }
 
 
 ARCHITECTURES = [
-    pytest.param(arch, marks=pytest.mark.skipif(
-        arch.startswith("sm") and not CUOBJDUMP.exists(), reason="this triton comes without cuobjdump"
-    ))
+    pytest.param(
+        arch,
+        marks=pytest.mark.skipif(
+            arch.startswith("sm") and not CUOBJDUMP.exists(), reason="this triton comes without cuobjdump"
+        ),
+    )
     for arch in TARGETS
 ]
 

@@ -65,8 +65,12 @@ def test_what_is_below_knows_nothing_of_what_is_above() -> None:
     graph = rooms()
     above = {room: nx.ancestors(graph, room) for room in graph}
     stages = ["passes.rules", "passes.analysis", "passes.planning", "passes.rewriting", "passes", "compiler", "cli"]
-    pairs = [("options", "methods"), ("methods", "passes.planning"), ("passes.lowering", "passes"),
-             *zip(stages, stages[1:])]
+    pairs = [
+        ("options", "methods"),
+        ("methods", "passes.planning"),
+        ("passes.lowering", "passes"),
+        *zip(stages, stages[1:]),
+    ]
     for lower, upper in pairs:
         assert f"mctf_compile.{upper}" in above[f"mctf_compile.{lower}"], (lower, upper)
     assert not {room for room in above["mctf_compile.cli"] if not room.startswith(("benchmarks", "examples"))}

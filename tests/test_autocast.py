@@ -45,8 +45,9 @@ class Regions(nn.Module):
         torch.manual_seed(0)
         self.qkv = nn.ModuleList(nn.Linear(32, 96) for _ in range(3))
         self.out = nn.ModuleList(nn.Linear(32, 32) for _ in range(3))
-        self.mlp = nn.ModuleList(nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
-                                 for _ in range(3))
+        self.mlp = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)) for _ in range(3)
+        )
         self.attend, self.around_block, self.around_mlp = attend, block, mlp
 
     def forward(self, x: Tensor) -> Tensor:

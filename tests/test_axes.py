@@ -80,6 +80,7 @@ def test_a_transposed_or_partial_grid_is_no_place():
 @pytest.mark.parametrize("head_first", [True, False])
 def test_an_unknown_operator_gives_fresh_axes(head_first):
     """Default-deny: nothing is known of the result of an operator without a rule."""
+
     def program(x):
         return x.cumsum(1).sort(1).values if head_first else torch.fft.fft(x).real
 
@@ -163,10 +164,20 @@ def test_keys_are_where_the_softmax_runs(spelling, options):
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("operator", [
-    lambda x: x.sort(stable=True)[0], lambda x: x.sort(dim=0)[1], lambda x: x.mode()[0], lambda x: x.cumsum(-1),
-    lambda x: x.softmax(0), lambda x: x.argmax(-1), lambda x: x.sum(0), lambda x: x.amax(-1), lambda x: x.flip(0),
-])
+@pytest.mark.parametrize(
+    "operator",
+    [
+        lambda x: x.sort(stable=True)[0],
+        lambda x: x.sort(dim=0)[1],
+        lambda x: x.mode()[0],
+        lambda x: x.cumsum(-1),
+        lambda x: x.softmax(0),
+        lambda x: x.argmax(-1),
+        lambda x: x.sum(0),
+        lambda x: x.amax(-1),
+        lambda x: x.flip(0),
+    ],
+)
 def test_a_value_without_dimensions_has_no_axes(operator):
     """PyTorch lets the first and the last dimension of such a value be named."""
     axes, nodes, graph = axes_of(lambda x: operator(x.sum()), torch.randn(2, 9, 4))

@@ -53,11 +53,14 @@ def test_the_backend_is_listed_once():
     assert torch._dynamo.list_backends().count("mctf") == 1
 
 
-@pytest.mark.parametrize(("context", "inners"), [
-    (torch.no_grad, ("eager", "aot_eager", "inductor")),
-    (torch.inference_mode, ("eager", "aot_eager")),
-    (torch.enable_grad, ("eager", "aot_eager")),
-])
+@pytest.mark.parametrize(
+    ("context", "inners"),
+    [
+        (torch.no_grad, ("eager", "aot_eager", "inductor")),
+        (torch.inference_mode, ("eager", "aot_eager")),
+        (torch.enable_grad, ("eager", "aot_eager")),
+    ],
+)
 def test_every_inner_compiler_computes_the_same(context, inners):
     model = tiny()
     with context():
@@ -128,8 +131,17 @@ def test_options_are_not_changed():
 
 
 @pytest.mark.parametrize(
-    "options", [{"r": 8}, {"r": [0, 4, 2]}, {"r": (8, 0.5)}, {"layers": [1, 2]}, {"r": "auto", "target": "speedup=2"},
-                {"inductor": {"max_autotune": True, "pre_grad_fusion_options": {}}}, {"method": "tofu"}], ids=str,
+    "options",
+    [
+        {"r": 8},
+        {"r": [0, 4, 2]},
+        {"r": (8, 0.5)},
+        {"layers": [1, 2]},
+        {"r": "auto", "target": "speedup=2"},
+        {"inductor": {"max_autotune": True, "pre_grad_fusion_options": {}}},
+        {"method": "tofu"},
+    ],
+    ids=str,
 )
 def test_a_config_is_a_value(options):
     config, same = FusionConfig(**options), FusionConfig(**copy.deepcopy(options))
@@ -268,8 +280,11 @@ def test_explain_leaves_the_model_and_dynamo_usable():
         assert compiled(model)(IMAGES).shape == (4, 10)
 
 
-PASSES = [(stage, step.name) for stage in ("ANALYSIS", "REWRITING", "LOWERING")
-          for step in getattr(mctf_compile.passes, stage)]
+PASSES = [
+    (stage, step.name)
+    for stage in ("ANALYSIS", "REWRITING", "LOWERING")
+    for step in getattr(mctf_compile.passes, stage)
+]
 
 
 def break_pass(monkeypatch, stage, name):
@@ -322,7 +337,8 @@ def test_every_graph_is_dumped_after_every_pass(tmp_path, monkeypatch):
     assert [folder.name for folder in folders] == ["graph_0", "graph_1"]
     for folder in folders:
         assert sorted(p.name for p in folder.iterdir()) == [
-            f"{i:02}-{step.name}.txt" for i, step in enumerate((*ANALYSIS, *REWRITING, *LOWERING))]
+            f"{i:02}-{step.name}.txt" for i, step in enumerate((*ANALYSIS, *REWRITING, *LOWERING))
+        ]
     first, second = (next(folder.glob("*-rewrite.txt")).read_text() for folder in folders)
     assert "mctf.ahead" in first and "mctf.ahead" not in second
 

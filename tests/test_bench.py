@@ -259,8 +259,11 @@ def test_one_dense_candidate_is_compiled_for_any_batch(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(
     ("names", "message"),
-    [(["eager", "inductr", "mctf"], "no candidate 'inductr'; did you mean 'inductor'"), (["eager"], "compares nothing"),
-     (["mctf", "mctf-freezing"], "compares nothing")],
+    [
+        (["eager", "inductr", "mctf"], "no candidate 'inductr'; did you mean 'inductor'"),
+        (["eager"], "compares nothing"),
+        (["mctf", "mctf-freezing"], "compares nothing"),
+    ],
 )
 def test_candidates_that_are_no_comparison_are_refused(names: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

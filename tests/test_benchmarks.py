@@ -27,8 +27,15 @@ from mctf_compile.measuring.results import Result, append, latest, read
 from mctf_compile.measuring.workload import Workload
 
 MACHINE = {
-    "cpu": "Made Up 9000", "simd": "AVX2", "cores": 4, "threads": 1, "memory_gib": 15.5, "load": 0.25,
-    "system": "Linux x86_64", "compiler": "g++ 12.2.0", "python": "3.11.7",
+    "cpu": "Made Up 9000",
+    "simd": "AVX2",
+    "cores": 4,
+    "threads": 1,
+    "memory_gib": 15.5,
+    "load": 0.25,
+    "system": "Linux x86_64",
+    "compiler": "g++ 12.2.0",
+    "python": "3.11.7",
     "versions": {"torch": "2.15.0", "triton": None},
 }
 
@@ -83,8 +90,21 @@ def test_the_page_says_what_was_measured() -> None:
     speed, *alone = cells(page, "small")
     # Round by round mctf is 24 / 16, 26 / 13 and 25 / 16 times faster: 1.5, 2 and 1.5625.
     assert speed == [
-        "small", "test_vit at 96", "2", "1", "float32", "8 {'tau_size': 0}", "31.0 (1.0)", "25.0 (1.0)",
-        "25.0 (1.0) inductor", "16.0 (1.5)", "16.0 (1.5) mctf", "1.60", "1.56 (1.53 to 1.78)", "0.98", "1.56",
+        "small",
+        "test_vit at 96",
+        "2",
+        "1",
+        "float32",
+        "8 {'tau_size': 0}",
+        "31.0 (1.0)",
+        "25.0 (1.0)",
+        "25.0 (1.0) inductor",
+        "16.0 (1.5)",
+        "16.0 (1.5) mctf",
+        "1.60",
+        "1.56 (1.53 to 1.78)",
+        "0.98",
+        "1.56",
     ]
     assert alone == [
         ["small", "eager", "0.5 (0.03x)", "0.5 (0.12x)", "0", "1.0 (0.50x)"],
@@ -199,8 +219,11 @@ def test_a_child_gives_its_result_and_its_progress(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("job")
 @pytest.mark.parametrize(
     ("function", "arguments", "message"),
-    [("fail", {"wrong": True}, "^wrong outputs$"), ("fail", {"wrong": False}, "^ValueError: a bug$"),
-     ("die", {}, "ended with status 3: Killed")],
+    [
+        ("fail", {"wrong": True}, "^wrong outputs$"),
+        ("fail", {"wrong": False}, "^ValueError: a bug$"),
+        ("die", {}, "ended with status 3: Killed"),
+    ],
 )
 def test_a_child_that_fails_says_why(function: str, arguments: dict, message: str, tmp_path: Path) -> None:
     with pytest.raises(MctfError, match=message):
@@ -229,8 +252,12 @@ def test_a_warm_start_is_the_median_of_several(monkeypatch: pytest.MonkeyPatch) 
         caches.append(cache)
         number = len(caches) - 1
         assert arguments["state"] == ("warm" if number else "cold")
-        return {"seconds": [30.0, 5.0, 9.0, 6.0][number], "peak_bytes": 100 + number, "kernels": 7 * (not number),
-                "misses": [4, 0, 1, 0][number]}
+        return {
+            "seconds": [30.0, 5.0, 9.0, 6.0][number],
+            "peak_bytes": 100 + number,
+            "kernels": 7 * (not number),
+            "misses": [4, 0, 1, 0][number],
+        }
 
     monkeypatch.setattr(isolated, "run_in_child", start)
     found = isolate(Workload("test_vit"), "mctf")
@@ -286,8 +313,10 @@ def test_a_row_whose_outputs_are_wrong_has_no_result(
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--suite", "quick", "--rows", "quik"], "suite quick has no row 'quik'; its rows are: quick, quick-batch1"),
-     (["report", "--output", "no/such/folder"], "no/such/folder has no results; python -m benchmarks measures them")],
+    [
+        (["--suite", "quick", "--rows", "quik"], "suite quick has no row 'quik'; its rows are: quick, quick-batch1"),
+        (["report", "--output", "no/such/folder"], "no/such/folder has no results; python -m benchmarks measures them"),
+    ],
 )
 def test_a_mistake_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(arguments) == 2

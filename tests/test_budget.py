@@ -147,8 +147,10 @@ def test_fusions_are_dropped_from_the_least_useful_on():
         state = run_pipeline(gm, inputs, FusionConfig(r=6), adjustable=True)[0]
         macs = macs_by_counts(state.result, state.counts)
         # What the fusion of each block saves as long as the others fuse.
-        counts = {i: rewrite(gm, inputs, FusionConfig(r=[0, *(6 * (j != i) for j in (1, 2, 3))]))[1].macs_after
-                  for i in range(DEPTH)}
+        counts = {
+            i: rewrite(gm, inputs, FusionConfig(r=[0, *(6 * (j != i) for j in (1, 2, 3))]))[1].macs_after
+            for i in range(DEPTH)
+        }
         saved = {i: (counts[i] - counts[0]) * per_mac for i in (1, 2, 3)}
 
         def declined(cost: float) -> dict[int, str]:
@@ -190,8 +192,12 @@ class Synthetic:
         self.dense, self.fusions = count_macs(state.normal), len(state.plan.fusing)
 
     def seconds(self, *variants):
-        return [self.base + self.per_mac * (self.dense if left is None else self.macs(left))
-                + (0 if left is None else self.fusion * self.fusions) for left in variants]
+        return [
+            self.base
+            + self.per_mac * (self.dense if left is None else self.macs(left))
+            + (0 if left is None else self.fusion * self.fusions)
+            for left in variants
+        ]
 
 
 def test_a_latency_is_met_by_the_fewest_tokens(monkeypatch):
@@ -201,7 +207,8 @@ def test_a_latency_is_met_by_the_fewest_tokens(monkeypatch):
     taken = 1e3 * (Synthetic.base + 3 * Synthetic.fusion + Synthetic.per_mac * report.macs_after)
     assert 0.97 * 100 <= taken <= 100 and f"latency_ms=100: {taken:.2f} ms measured" in report.summary
     assert mctf_compile.explain(model, IMAGES, r="auto", target="latency_ms=900").reason.startswith(
-        "the dense model meets the target latency_ms=900")
+        "the dense model meets the target latency_ms=900"
+    )
     with pytest.raises(ConfigError, match="latency_ms=20' is out of reach"):
         mctf_compile.explain(model, IMAGES, r="auto", target="latency_ms=20")
 

@@ -156,6 +156,7 @@ def test_errors_come_as_they_are():
 
 def test_constants_are_those_of_the_model():
     """A look knows the values of buffers, as compilation does."""
+
     class Masked(nn.Module):
         def __init__(self, value: float) -> None:
             super().__init__()
@@ -170,16 +171,20 @@ def test_constants_are_those_of_the_model():
                 x = x + F.scaled_dot_product_attention(q, k, v, self.bias).transpose(1, 2).flatten(2)
             return x.mean(1)
 
-    reasons = [{b.reason for b in mctf_compile.explain(Masked(v).eval(), TOKENS, method="tome", r=2).blocks}
-               for v in (0.5, float("-inf"))]
+    reasons = [
+        {b.reason for b in mctf_compile.explain(Masked(v).eval(), TOKENS, method="tome", r=2).blocks}
+        for v in (0.5, float("-inf"))
+    ]
     assert reasons[0] == {None} and "masked by pairs of tokens" in reasons[1].pop()
 
 
 def test_inputs_by_name():
     model, scale = Net().eval(), torch.tensor(2.0)
     positional = mctf_compile.explain(model, TOKENS, scale, r=2)
-    named = [mctf_compile.explain(model, kwargs={"x": TOKENS, "scale": scale}, r=2),
-             mctf_compile.explain(model, TOKENS, kwargs={"scale": scale}, r=2)]
+    named = [
+        mctf_compile.explain(model, kwargs={"x": TOKENS, "scale": scale}, r=2),
+        mctf_compile.explain(model, TOKENS, kwargs={"scale": scale}, r=2),
+    ]
     assert {str(report) for report in named} == {str(positional)}
     with torch.no_grad():
         assert assert_rewrite_sound(model, kwargs={"x": TOKENS, "scale": scale}, r=2).removed == positional.removed

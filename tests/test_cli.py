@@ -69,8 +69,13 @@ def test_ctrl_c_exits_with_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 @pytest.mark.parametrize(
-    "arguments", [["bench", MODEL, "--batch", "0"], ["bench", MODEL, "-o", "tau_sim"],
-                  ["bench", MODEL, "--json", "no/such/folder/file.json"], []]
+    "arguments",
+    [
+        ["bench", MODEL, "--batch", "0"],
+        ["bench", MODEL, "-o", "tau_sim"],
+        ["bench", MODEL, "--json", "no/such/folder/file.json"],
+        [],
+    ],
 )
 def test_a_bad_command_line_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:
@@ -80,8 +85,16 @@ def test_a_bad_command_line_exits_with_2(arguments: list[str], capsys: pytest.Ca
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("16", 16), ("0.3", 0.3), ("0,8,8", [0, 8, 8]), ("[0, 8]", [0, 8]), ("(8, -1)", (8, -1)), ("fast", "fast"),
-     ("True", True), ("{'mode': 'default'}", {"mode": "default"})],
+    [
+        ("16", 16),
+        ("0.3", 0.3),
+        ("0,8,8", [0, 8, 8]),
+        ("[0, 8]", [0, 8]),
+        ("(8, -1)", (8, -1)),
+        ("fast", "fast"),
+        ("True", True),
+        ("{'mode': 'default'}", {"mode": "default"}),
+    ],
 )
 def test_values_of_options(text: str, value: object) -> None:
     assert parse_value(text) == value
@@ -97,8 +110,20 @@ def test_explain_takes_any_method(method: str, shown: str, capsys: pytest.Captur
 
 def test_bench_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "result.json"
-    arguments = ["--r", "8", "--batch", "2", "--rounds", "2", "--candidates", "eager,mctf",
-                 "-o", "inner=eager", "--json", str(path)]
+    arguments = [
+        "--r",
+        "8",
+        "--batch",
+        "2",
+        "--rounds",
+        "2",
+        "--candidates",
+        "eager,mctf",
+        "-o",
+        "inner=eager",
+        "--json",
+        str(path),
+    ]
     assert cli.main(["bench", MODEL, *arguments]) == 0
     assert "dense eager *" in capsys.readouterr().out
     result = json.loads(path.read_text())

@@ -204,8 +204,15 @@ def test_the_table_compares_with_dense_and_gives_reasons_below() -> None:
 
 def test_values_for_json() -> None:
     found = json.loads(json.dumps(to_dict(MADE_UP)))["rows"]
-    assert found[1] == {"label": "one r=4", "method": "one", "options": {"r": 4}, "accuracy": 0.75, "gmacs": 0.04,
-                        "median_ms": 16.0, "reason": None}
+    assert found[1] == {
+        "label": "one r=4",
+        "method": "one",
+        "options": {"r": 4},
+        "accuracy": 0.75,
+        "gmacs": 0.04,
+        "median_ms": 16.0,
+        "reason": None,
+    }
     assert found[4]["accuracy"] is None and found[4]["reason"] == "it [does] not fit"
 
 
@@ -290,7 +297,11 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     ],
 )
 def test_what_is_wrong_with_the_command_line_is_one_line(
-    counts: dict[str, int] | None, more: list[str], message: str, tmp_path: Path, three_classes: None,
+    counts: dict[str, int] | None,
+    more: list[str],
+    message: str,
+    tmp_path: Path,
+    three_classes: None,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = tmp_path / "data"

@@ -158,8 +158,13 @@ def test_strides_do_not_matter():
 
 def test_results_do_not_change_from_run_to_run(threads):
     q, k, _ = qkv(197, 197, 64, torch.float32)
-    first, *others = ([*ops.importance_cpp(q, k, None, None, 0.125, 50 * 197), *ops.match_cpp(
-        randn(1, 197, 48), positive(1, 197), torch.ones(1, 197), 157, 1, 0, 1.0, 20.0, 40.0, True)] for _ in range(4))
+    first, *others = (
+        [
+            *ops.importance_cpp(q, k, None, None, 0.125, 50 * 197),
+            *ops.match_cpp(randn(1, 197, 48), positive(1, 197), torch.ones(1, 197), 157, 1, 0, 1.0, 20.0, 40.0, True),
+        ]
+        for _ in range(4)
+    )
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other))
 
 
@@ -265,8 +270,10 @@ def test_positions_that_do_not_exist_are_refused(which, position):
     groups = groups_of(9, 4)
     groups[which] = groups[which].clone()
     groups[which][1, 2] = position
-    for call in (lambda: ops.group_cpp(positive(2, 9), torch.ones(2, 9), *groups),
-                 lambda: ops.pool_cpp(randn(2, 9, 5), torch.ones(2, 9), *groups, 1)):
+    for call in (
+        lambda: ops.group_cpp(positive(2, 9), torch.ones(2, 9), *groups),
+        lambda: ops.pool_cpp(randn(2, 9, 5), torch.ones(2, 9), *groups, 1),
+    ):
         with pytest.raises(RuntimeError, match=f"a matching has position {position} of {5 if which == 2 else 9}"):
             call()
 
@@ -291,7 +298,8 @@ def test_shapes_are_declared_as_they_are():
     lse, rows = torch.zeros(2, 3, 37), torch.zeros(2, 3, 20, 37)
     index, weight = torch.zeros(2, 37, dtype=torch.long), torch.ones(2, 37)
     calls = {
-        ops.attention_cpp: (q, k, v, None, None, 1.0), ops.importance_cpp: (q, k, None, None, 1.0, 20 * 37),
+        ops.attention_cpp: (q, k, v, None, None, 1.0),
+        ops.importance_cpp: (q, k, None, None, 1.0, 20 * 37),
         ops.ahead_cpp: (q, k, v, None, None, 1.0, lse, rows, index, weight),
         ops.match_cpp: (randn(2, 37, 8), None, torch.ones(2, 37), 28, 1, 0, 1.0, 1.0, 1.0, True),
         ops.group_cpp: (positive(2, 37), torch.ones(2, 37), *groups_of(37, 9)),
@@ -322,8 +330,11 @@ def test_a_model_is_the_one_on_aten(inner, method):
     model, x = vit(), randn(2, 3, 96, 96)
     torch._dynamo.reset()
     on_cpp, on_aten = (
-        torch.compile(copy.deepcopy(model), backend="mctf",
-                      options={"method": method, "r": 20, "kernels": kernels, "inner": inner, "strict": True})(x)
+        torch.compile(
+            copy.deepcopy(model),
+            backend="mctf",
+            options={"method": method, "r": 20, "kernels": kernels, "inner": inner, "strict": True},
+        )(x)
         for kernels in ("cpp", "aten")
     )
     torch.testing.assert_close(on_cpp, on_aten, rtol=1e-4, atol=1e-5)
@@ -374,8 +385,10 @@ def test_what_does_not_build_is_told_by_its_first_line(monkeypatch):
 def test_what_was_compiled_of_other_sources_is_not_used(monkeypatch):
     """An operator's name alone does not say what it opens up into."""
     tags = []
-    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx",
-                        lambda gm, inputs, **_: tags.append(torch.compiler.config.cache_key_tag) or gm.forward)
+    monkeypatch.setattr(
+        "torch._inductor.compile_fx.compile_fx",
+        lambda gm, inputs, **_: tags.append(torch.compiler.config.cache_key_tag) or gm.forward,
+    )
     for _ in range(2):
         torch._dynamo.reset()
         torch.compile(vit(depth=2), backend="mctf", options={"r": 4})(randn(1, 3, 96, 96))

@@ -136,8 +136,13 @@ def test_code_without_a_fence_is_no_python() -> None:
 
 
 def console_lines() -> list[tuple[str, str]]:
-    return [(page.name, line) for page in PAGES for b in blocks_of(page) if b.language == "console"
-            for line in b.text.splitlines()]
+    return [
+        (page.name, line)
+        for page in PAGES
+        for b in blocks_of(page)
+        if b.language == "console"
+        for line in b.text.splitlines()
+    ]
 
 
 def test_commands_in_the_pages_are_taken() -> None:
@@ -185,8 +190,11 @@ def tables_of_options() -> dict[str, dict[str, str]]:
 def own_options(options: type, *bases: type) -> dict[str, Any]:
     """The options that a class adds to those of others, or gives another default, with their defaults."""
     known = {f.name: default_of(f) for base in bases for f in fields(base)}
-    return {f.name: default_of(f) for f in fields(options)
-            if f.init and (f.name not in known or known[f.name] != default_of(f))}
+    return {
+        f.name: default_of(f)
+        for f in fields(options)
+        if f.init and (f.name not in known or known[f.name] != default_of(f))
+    }
 
 
 def default_of(field: Any) -> Any:
@@ -205,8 +213,10 @@ def test_every_option_has_a_row_with_its_default() -> None:
         own = own_options(method, base)
         if own:
             expected[f"Options of {name}"] = own
-    written = {heading: {name: ast.literal_eval(default) for name, default in rows.items()}
-               for heading, rows in tables_of_options().items()}
+    written = {
+        heading: {name: ast.literal_eval(default) for name, default in rows.items()}
+        for heading, rows in tables_of_options().items()
+    }
     assert written == expected
 
 
@@ -219,7 +229,15 @@ def rows_of(page: str, first: Callable[[str], bool]) -> list[str]:
 def test_every_method_has_a_row_with_its_source() -> None:
     page = (ROOT / "docs" / "methods.md").read_text()
     assert rows_of("methods.md", lambda cell: cell.startswith("`") and cell != "`method`") == [
-        "mctf", "tome", "tofu", "evit", "idlevit", "dynamicvit", "dtem", "random", "none",
+        "mctf",
+        "tome",
+        "tofu",
+        "evit",
+        "idlevit",
+        "dynamicvit",
+        "dtem",
+        "random",
+        "none",
     ]
     assert set(rows_of("methods.md", lambda cell: cell.startswith("`"))) - {"method"} == set(METHODS)
     for method in METHODS.values():

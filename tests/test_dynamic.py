@@ -17,7 +17,28 @@ IMAGES = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
 DEPTH = 4
 # 37 tokens: none, one, odd and even numbers, ratios, lists, more than there are.
 REDUCTIONS = [
-    4, 0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 18, 100, 0.1, 0.25, [0, 3, 0, 5], [4, 0, 1, 2], (3, -0.5)
+    4,
+    0,
+    1,
+    2,
+    3,
+    5,
+    6,
+    7,
+    8,
+    9,
+    10,
+    11,
+    12,
+    13,
+    14,
+    18,
+    100,
+    0.1,
+    0.25,
+    [0, 3, 0, 5],
+    [4, 0, 1, 2],
+    (3, -0.5),
 ]
 
 
@@ -75,8 +96,17 @@ def test_every_r_equals_the_static_compile_and_none_recompiles(inner, start, com
 
 
 @pytest.mark.parametrize(
-    "options", [{"method": "tome"}, {"attention": "exact"}, {"attention": "current"}, {"matching": "one_way"},
-                {"pooling": "max"}, {"layers": [1, 3]}, {"method": "tofu"}, {"min_tokens": 30}],
+    "options",
+    [
+        {"method": "tome"},
+        {"attention": "exact"},
+        {"attention": "current"},
+        {"matching": "one_way"},
+        {"pooling": "max"},
+        {"layers": [1, 3]},
+        {"method": "tofu"},
+        {"min_tokens": 30},
+    ],
     ids=str,
 )
 def test_other_methods_and_options(options):

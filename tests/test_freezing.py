@@ -138,8 +138,15 @@ def test_a_packed_product_is_that_of_float64(dtype: torch.dtype, biased: bool, g
         pytest.skip(f"oneDNN has no products of {dtype} on this machine")
     bias = torch.randn(24, dtype=dtype) if biased else None
     # More rows and fewer than the weight was packed for, none, and rows that do not lie side by side.
-    for x in (torch.randn(6, 40), torch.randn(2, 300, 40), torch.randn(1, 40), torch.randn(2, 0, 40),
-              torch.randn(2, 3, 5, 40), torch.randn(40, 7).t(), torch.randn(3, 9, 40)[:, 2:5]):
+    for x in (
+        torch.randn(6, 40),
+        torch.randn(2, 300, 40),
+        torch.randn(1, 40),
+        torch.randn(2, 0, 40),
+        torch.randn(2, 3, 5, 40),
+        torch.randn(40, 7).t(),
+        torch.randn(3, 9, 40)[:, 2:5],
+    ):
         x = x.to(dtype)
         y = mctf.frozen_linear(x, weight, bias, gelu)
         assert y.dtype is dtype

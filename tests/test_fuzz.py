@@ -19,8 +19,10 @@ aten = torch.ops.aten
 
 
 def unweighted_mean(monkeypatch):
-    broken = replace(RULES[aten.mean.dim], fused=lambda call: call.result(
-        call.intensive("self").tensor.mean(call.args["dim"], call.args["keepdim"])))
+    broken = replace(
+        RULES[aten.mean.dim],
+        fused=lambda call: call.result(call.intensive("self").tensor.mean(call.args["dim"], call.args["keepdim"])),
+    )
     monkeypatch.setitem(RULES, aten.mean.dim, broken)
 
 

@@ -65,8 +65,11 @@ def test_every_operator_with_a_rule_is_drawn(drawn):
 def test_what_is_left_out_cannot_be_part_of_a_graph():
     x, number = torch.ones(4), torch.tensor(1)
     calls = {
-        aten.where.default: (x,), aten.equal.default: (x, x), aten.repeat_interleave.Tensor: (number[None],),
-        aten.repeat_interleave.self_Tensor: (x, number[None]), aten.narrow.Tensor: (x, 0, number, 1),
+        aten.where.default: (x,),
+        aten.equal.default: (x, x),
+        aten.repeat_interleave.Tensor: (number[None],),
+        aten.repeat_interleave.self_Tensor: (x, number[None]),
+        aten.narrow.Tensor: (x, 0, number, 1),
         aten.tensor_split.tensor_indices_or_sections: (x, number),
     }
     assert set(calls) == NOT_CAPTURED

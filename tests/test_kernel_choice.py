@@ -127,6 +127,7 @@ def test_auto_takes_cpp_on_the_cpu(kernels, gradients, expected):
 @pytest.mark.parametrize("pooling", ["attention", "mlerp"])
 def test_the_tokens_of_a_block_are_fused_once(pooling):
     """What its norm reads and what its output is added to are the same tokens."""
+
     def added_to(gm, inputs):
         graph = rewrite(gm, inputs, FusionConfig(r=4, pooling=pooling, layers=[2]))[0].graph
         (pool,) = graph.find_nodes(op="call_function", target=torch.ops.mctf.pool_cpp.default)
@@ -175,6 +176,7 @@ def test_work_is_counted_whatever_the_kernels(any_device):
 
 def test_the_map_is_in_no_tensor(any_device):
     """Of the 37 x 37 attention weights, and what is computed from them, nothing is left."""
+
     def largest(gm, inputs):
         shapes = {}
         for kernels in ("triton", "aten"):
@@ -190,6 +192,7 @@ def test_the_map_is_in_no_tensor(any_device):
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 def test_compilers_see_the_launches(any_device, training):
     """AOTAutograd finds no opaque call, forward and backward."""
+
     def traced(gm, inputs):
         new = rewrite(gm, inputs, FusionConfig(r=4, kernels="triton"))[0]
         graphs = []
@@ -217,6 +220,7 @@ def test_compilers_see_the_launches(any_device, training):
 @pytest.mark.parametrize(("dtype", "launches"), [(torch.float32, 8), (torch.bfloat16, 7)], ids=str)
 def test_launches_keep_token_counts_symbolic(any_device, dtype, launches):
     """One compilation of a block serves any near numbers of tokens; no kernel asks for a number."""
+
     def block(gm, inputs):
         state = run_pipeline(gm, inputs, FusionConfig(r=4, kernels="triton"), adjustable=True)[0]
         assert targets(state.lowered) == ON_TRITON
@@ -231,12 +235,16 @@ def test_launches_keep_token_counts_symbolic(any_device, dtype, launches):
 
     numbers = dict(enumerate(region.typical))
     # Of the block's operands the sizes alone are not in the model's dtype.
-    tensors = [torch.empty([numbers[s.index] if isinstance(s, Symbol) else s for s in shape],
-                           dtype=torch.float32 if shape == [2, Symbol(0)] else dtype) for shape in region.shapes]
+    tensors = [
+        torch.empty(
+            [numbers[s.index] if isinstance(s, Symbol) else s for s in shape],
+            dtype=torch.float32 if shape == [2, Symbol(0)] else dtype,
+        )
+        for shape in region.shapes
+    ]
     with torch.no_grad():
         version = CompiledRegion(region, compiler)._compile(region.typical, tensors)
     assert sum(n.target is LAUNCH for n in graphs[0].graph.nodes) == launches
     assert region.sites == 2 and len(numbers) == 2
     # What one program holds of either side of a matching is a power of two.
     assert all(version.holds([tokens, r]) for tokens in (36, 50, 64) for r in (2, 5, 16)), version.condition
-

@@ -673,8 +673,21 @@ def calls() -> dict[str, tuple[Any, tuple]]:
 
 
 CALLS = (
-    "match-two-way", "match-one-way", "group", "pool-weighted", "pool-maximum", "keep", "mlerp", "select", "nearest",
-    "unmerge", "attention", "attention-sized-biased", "policy_attention", "importance", "ahead-weighted",
+    "match-two-way",
+    "match-one-way",
+    "group",
+    "pool-weighted",
+    "pool-maximum",
+    "keep",
+    "mlerp",
+    "select",
+    "nearest",
+    "unmerge",
+    "attention",
+    "attention-sized-biased",
+    "policy_attention",
+    "importance",
+    "ahead-weighted",
     "ahead-maximum",
 )
 

@@ -69,8 +69,10 @@ def values(model: nn.Module, *inputs: Tensor, **options: object) -> list[float |
 def test_blocks_of_a_timm_model_agree_with_eager_ones(steps: int) -> None:
     torch.manual_seed(0)
     model, images = curved(timm.create_model(MODEL), 8.0), torch.randn(3, 3, 160, 160)
-    expected = [functional_linearity(block, x, steps)
-                for block, (x,) in zip(model.blocks, recorded(model.blocks, model, images))]
+    expected = [
+        functional_linearity(block, x, steps)
+        for block, (x,) in zip(model.blocks, recorded(model.blocks, model, images))
+    ]
     assert values(model, images, steps=steps) == pytest.approx(expected, abs=1e-5)
     assert max(expected) < 0.99
 
@@ -79,17 +81,25 @@ def test_mlps_of_a_timm_model_agree_with_eager_ones() -> None:
     torch.manual_seed(0)
     model, images = curved(timm.create_model(MODEL), 8.0), torch.randn(3, 3, 160, 160)
     middle = recorded(nn.ModuleList(block.norm2 for block in model.blocks), model, images)
-    expected = [functional_linearity(lambda y, b=block: y + b.mlp(b.norm2(y)), x, 10)
-                for block, (x,) in zip(model.blocks, middle)]
+    expected = [
+        functional_linearity(lambda y, b=block: y + b.mlp(b.norm2(y)), x, 10)
+        for block, (x,) in zip(model.blocks, middle)
+    ]
     assert values(model, images, part="mlp") == pytest.approx(expected, abs=1e-5)
     assert max(expected) < 0.99
 
 
 @pytest.mark.parametrize(
     "spec",
-    [{"layout": "nbc"}, {"layout": "bhwc", "prefix": 0, "head": "mean"},
-     {"layout": "bchw", "prefix": 0, "head": "mean"}, {"inplace": True}, {"side": "rope", "position": True},
-     {"side": "padding"}, {"spelling": "flat", "mlp": "swiglu"}],
+    [
+        {"layout": "nbc"},
+        {"layout": "bhwc", "prefix": 0, "head": "mean"},
+        {"layout": "bchw", "prefix": 0, "head": "mean"},
+        {"inplace": True},
+        {"side": "rope", "position": True},
+        {"side": "padding"},
+        {"spelling": "flat", "mlp": "swiglu"},
+    ],
     ids=str,
 )
 def test_other_layouts_and_side_tensors_agree_with_eager_blocks(spec: dict) -> None:
@@ -98,8 +108,10 @@ def test_other_layouts_and_side_tensors_agree_with_eager_blocks(spec: dict) -> N
     if model.spec.side == "padding":
         inputs.append(torch.arange(16) < torch.tensor([13, 4, 16])[:, None])
     batch = 1 if model.spec.layout == "nbc" else 0
-    expected = [functional_linearity(lambda y, b=block, r=rest: b(y.clone(), *r), x, 10, batch)
-                for block, (x, *rest) in zip(model.blocks, recorded(model.blocks, model, *inputs))]
+    expected = [
+        functional_linearity(lambda y, b=block, r=rest: b(y.clone(), *r), x, 10, batch)
+        for block, (x, *rest) in zip(model.blocks, recorded(model.blocks, model, *inputs))
+    ]
     assert values(model, *inputs) == pytest.approx(expected, abs=1e-5)
     assert max(expected) < 0.99
 
@@ -215,9 +227,7 @@ def test_a_batch_of_one_is_refused() -> None:
         linearity(tiny(), torch.randn(1, 3, 16, 16))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"), [({"steps": 1}, "steps=1"), ({"part": "mpl"}, "did you mean 'mlp'")]
-)
+@pytest.mark.parametrize(("options", "message"), [({"steps": 1}, "steps=1"), ({"part": "mpl"}, "did you mean 'mlp'")])
 def test_wrong_arguments_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         linearity(tiny(), torch.randn(2, 3, 16, 16), **options)
@@ -287,9 +297,7 @@ def test_the_command_shows_every_block_and_proposes(
     assert [row[:2] for row in rows(output)] == [[str(i), f"{value:.4f}"] for i, value in enumerate(expected)]
     assert all("█" in row[2] for row in rows(output))
     assert output.splitlines()[0].endswith(f"{MODEL}, random weights, 2 images of noise")
-    assert output.splitlines()[-1] == (
-        f'proposed: options={{"method": "tofu", "prune_layers": {proposal(expected)}}}'
-    )
+    assert output.splitlines()[-1] == (f'proposed: options={{"method": "tofu", "prune_layers": {proposal(expected)}}}')
 
 
 def test_the_command_proposes_nothing_without_blocks(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,9 @@ GOLDEN = Path(__file__).parent / "golden"
 DYNAMICVIT = [f"mse{mse}_rw{weight}" for mse in (0, 1) for weight in (2, 5)]
 IDLEVIT = [
     f"{kinds}_L{layers}_distill{teacher}"
-    for kinds in ("both", "inter", "intra", "none") for layers in (1, 4) for teacher in (0, 1)
+    for kinds in ("both", "inter", "intra", "none")
+    for layers in (1, 4)
+    for teacher in (0, 1)
 ]
 KINDS = {
     "both": {"inter": True, "intra": True},

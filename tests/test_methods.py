@@ -348,9 +348,16 @@ def test_tofu_through_a_whole_model():
 
 # What the papers and their code give for DeiT-S at 224 x 224, in GMACs.
 PUBLISHED = [
-    ("tome", {"r": 8}, 3.43), ("tome", {"r": 13}, 2.71), ("tome", {"r": 16}, 2.30), ("tome", {"r": 20}, 1.88),
-    ("evit", {"keep_rate": 0.9}, 4.03), ("evit", {"keep_rate": 0.8}, 3.48), ("evit", {"keep_rate": 0.7}, 3.04),
-    ("evit", {"keep_rate": 0.6}, 2.64), ("evit", {"keep_rate": 0.5}, 2.31), ("dynamicvit", {}, 2.99),
+    ("tome", {"r": 8}, 3.43),
+    ("tome", {"r": 13}, 2.71),
+    ("tome", {"r": 16}, 2.30),
+    ("tome", {"r": 20}, 1.88),
+    ("evit", {"keep_rate": 0.9}, 4.03),
+    ("evit", {"keep_rate": 0.8}, 3.48),
+    ("evit", {"keep_rate": 0.7}, 3.04),
+    ("evit", {"keep_rate": 0.6}, 2.64),
+    ("evit", {"keep_rate": 0.5}, 2.31),
+    ("dynamicvit", {}, 2.99),
     ("dtem", {"r": 12}, 2.892),
 ]
 
@@ -381,11 +388,16 @@ def plain(seed: int, depth: int) -> VisionTransformer:
     return VisionTransformer(img_size=32, patch_size=4, embed_dim=48, depth=depth, num_heads=3, num_classes=10).eval()
 
 
-
-@pytest.mark.parametrize(("method", "options"), [
-    ("evit", {"keep_rate": 0.5, "fuse_token": False}), ("random", {"r": 9}), ("tofu", {"r": 9, "prune_layers": 9}),
-    ("dynamicvit", {}),
-], ids=lambda value: str(value))
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("evit", {"keep_rate": 0.5, "fuse_token": False}),
+        ("random", {"r": 9}),
+        ("tofu", {"r": 9, "prune_layers": 9}),
+        ("dynamicvit", {}),
+    ],
+    ids=lambda value: str(value),
+)
 def test_what_is_kept_is_the_dense_models_bit_for_bit(method, options):
     model = plain(0, 2)
     residual: list[Tensor] = []
@@ -429,9 +441,12 @@ def test_idle_tokens_are_untouched_bit_for_bit():
 def test_fusing_duplicates_changes_nothing(pooling):
     """The duplicate-token theorem, for every method that merges."""
     spec = VitSpec(head="dense", depth=3, grid=4)
-    for method, options in [("tome", {"pooling": pooling}), ("dtem", {"pooling": pooling}),
-                            ("mctf", {"pooling": pooling, "tau_info": 0, "tau_size": 0}),
-                            ("tofu", {"prune_layers": 0, "weighted": True})]:
+    for method, options in [
+        ("tome", {"pooling": pooling}),
+        ("dtem", {"pooling": pooling}),
+        ("mctf", {"pooling": pooling, "tau_info": 0, "tau_size": 0}),
+        ("tofu", {"prune_layers": 0, "weighted": True}),
+    ]:
         torch.manual_seed(1)
         model = TinyViT(spec).eval()
         images = model.example(2, 0)
@@ -442,16 +457,26 @@ def test_fusing_duplicates_changes_nothing(pooling):
         assert report.removed >= 6
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"method": "tome", "tau_info": 3}, "method 'tome' takes no option 'tau_info' \\(mctf does\\); it takes: layers, "),
-    ({"method": "evit", "r": 8}, "method 'evit' takes no option 'r' .*it takes: .*keep_rate"),
-    ({"method": "evit", "keep_rate": 1.5}, "keep_rate=1.5 must be a number above 0 and at most 1"),
-    ({"method": "tofu", "combine": "mlrep"}, "did you mean 'mlerp'"),
-    ({"method": "tofu", "prune_layers": -1}, "whole number >= 0 or None"),
-    ({"method": "none", "r": 8}, "method 'none' takes no option 'r'"),
-    ({"method": "tome", "keep_ratee": 8}, "unknown option 'keep_ratee'"),
-    ({"method": "dtem"}, "needs modules that this model does not have; mctf_compile.attach\\(model, method='dtem'\\)"),
-], ids=str)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"method": "tome", "tau_info": 3},
+            "method 'tome' takes no option 'tau_info' \\(mctf does\\); it takes: layers, ",
+        ),
+        ({"method": "evit", "r": 8}, "method 'evit' takes no option 'r' .*it takes: .*keep_rate"),
+        ({"method": "evit", "keep_rate": 1.5}, "keep_rate=1.5 must be a number above 0 and at most 1"),
+        ({"method": "tofu", "combine": "mlrep"}, "did you mean 'mlerp'"),
+        ({"method": "tofu", "prune_layers": -1}, "whole number >= 0 or None"),
+        ({"method": "none", "r": 8}, "method 'none' takes no option 'r'"),
+        ({"method": "tome", "keep_ratee": 8}, "unknown option 'keep_ratee'"),
+        (
+            {"method": "dtem"},
+            "needs modules that this model does not have; mctf_compile.attach\\(model, method='dtem'\\)",
+        ),
+    ],
+    ids=str,
+)
 def test_bad_options_name_the_method_and_what_it_takes(options, message):
     with pytest.raises(ConfigError, match=message):
         compiled(plain(0, 1), **options)(IMAGES)
@@ -491,8 +516,12 @@ def test_pruned_tokens_come_back_from_the_most_similar_one_that_was_kept():
 
 
 @pytest.mark.parametrize(
-    "options", [{"method": "random", "r": 1}, {"method": "idlevit", "keep_ratio": 0.01},
-                {"method": "evit", "keep_rate": 0.01, "fuse_token": False}],
+    "options",
+    [
+        {"method": "random", "r": 1},
+        {"method": "idlevit", "keep_ratio": 0.01},
+        {"method": "evit", "keep_rate": 0.01, "fuse_token": False},
+    ],
     ids=lambda o: o["method"],
 )
 def test_patches_alone_come_back_without_the_class_token(options):
@@ -595,8 +624,9 @@ def test_a_training_step_with_the_loss_of_dynamicvit():
     logits = compiled(model, method="dynamicvit", strict=True)(IMAGES)
     decisions = [m.decision for m in model.mctf_dynamicvit.values()]
     teacher, tokens = logits.detach(), torch.zeros(2, 64, 48)
-    loss = losses.dynamicvit(logits, torch.tensor([1, 2]), teacher, tokens, tokens, torch.stack(decisions),
-                             [0.7, 0.49, 0.343])
+    loss = losses.dynamicvit(
+        logits, torch.tensor([1, 2]), teacher, tokens, tokens, torch.stack(decisions), [0.7, 0.49, 0.343]
+    )
     loss.total.backward()
     optimizer.step()
     assert not torch.equal(model.mctf_dynamicvit["1"].score[0].weight, before)

@@ -34,8 +34,12 @@ def test_every_operator_with_a_rule_gets_calls_that_print_as_they_run():
             torch.testing.assert_close(printed, call.run(tensors(dtype)), rtol=0, atol=0, equal_nan=True, msg=program)
     # They run on CUDA alone, or return no tensor, or take probabilities.
     without -= {f"aten.{name}.dtype" for name in ("addmm", "baddbmm", "bmm", "mm")}
-    assert without <= {"aten.equal.default", "aten.rand_like.generator", "aten.randn_like.generator",
-                       "aten.bernoulli.default"}
+    assert without <= {
+        "aten.equal.default",
+        "aten.rand_like.generator",
+        "aten.randn_like.generator",
+        "aten.bernoulli.default",
+    }
 
 
 @pytest.mark.parametrize("target", [torch.ops.aten.sum.dim_IntList, torch.ops.aten.matmul.default])

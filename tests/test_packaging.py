@@ -24,9 +24,16 @@ def test_a_checkout_is_the_package_that_is_installed():
     for name in ("passes", "kernels"):
         assert (ROOT / "mctf_compile" / name).resolve() == ROOT / name
     found = subprocess.run(
-        [sys.executable, "-c", "import pkgutil, mctf_compile as m\n"
-         "for p in pkgutil.walk_packages(m.__path__, 'mctf_compile.'): print(p.name)"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
+        [
+            sys.executable,
+            "-c",
+            "import pkgutil, mctf_compile as m\n"
+            "for p in pkgutil.walk_packages(m.__path__, 'mctf_compile.'): print(p.name)",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.split()
     names = {".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in sources()}
     assert {*found, "mctf_compile"} == names
@@ -55,7 +62,11 @@ def test_a_wheel_works_from_another_directory(tmp_path):
         "print(torch.ops.mctf.match.default._schema.name, mctf_compile.passes.ANALYSIS[0].name, cpp.problem())\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        [sys.executable, "-c", program, str(tmp_path)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
         env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
     )
     assert done.stdout.split() == ["mctf::match", "normalize", "None"], done.stderr

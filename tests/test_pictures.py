@@ -75,8 +75,9 @@ def test_heat_goes_from_black_to_yellow_and_a_single_outlier_hides_nothing() -> 
     torch.testing.assert_close(colours[:, 9, 9], torch.tensor(painting.HEAT[-1]))
     brightness = colours.sum(0).flatten()
     assert (brightness[1:95] > brightness[:94]).all()
-    assert torch.equal(painting.heat(torch.ones(1, 2, 2), torch.zeros(1, 3, 2, 2))[0, :, 0, 0],
-                       torch.tensor(painting.HEAT[0]))
+    assert torch.equal(
+        painting.heat(torch.ones(1, 2, 2), torch.zeros(1, 3, 2, 2))[0, :, 0, 0], torch.tensor(painting.HEAT[0])
+    )
 
 
 def two_colours() -> tuple[nn.Module, Tensor]:
@@ -92,7 +93,9 @@ def test_what_is_drawn_is_what_was_fused(tmp_path: Path) -> None:
     drawn = mctf_compile.visualize(model, images, picture=images, **options)
     traced = mctf_compile.trace(model, images, **options)
     assert [scene.panels[0].caption for scene in drawn.scenes] == [
-        "block 1: 17 -> 11 tokens", "block 2: 11 -> 6 tokens"]
+        "block 1: 17 -> 11 tokens",
+        "block 2: 11 -> 6 tokens",
+    ]
     side = drawing.PANEL // 4
     for scene, block in zip(drawn.scenes, traced.blocks, strict=True):
         tokens, informativeness = (panel.image for panel in scene.panels)
@@ -134,12 +137,19 @@ def test_the_frames_of_a_video_share_tokens() -> None:
     """A model with a time axis: patches of two frames each, in two rows of frames."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config = transformers.VideoMAEConfig(image_size=32, patch_size=16, num_frames=4, hidden_size=16,
-                                         num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    config = transformers.VideoMAEConfig(
+        image_size=32,
+        patch_size=16,
+        num_frames=4,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
     model = transformers.VideoMAEModel(config).eval()
     video = torch.rand(1, 4, 3, 32, 32)
     drawn = mctf_compile.visualize(model, video, picture=video, r=3, min_tokens=1)
-    block, = mctf_compile.trace(model, video, r=3, min_tokens=1).blocks
+    (block,) = mctf_compile.trace(model, video, r=3, min_tokens=1).blocks
     assert (block.first, block.grid) == (0, (2, 2, 2))
     assert [scene.photo.caption for scene in drawn.scenes] == [f"frame {f}" for f in range(4)]
     groups = block.source[0].reshape(2, 2, 2)
@@ -168,6 +178,7 @@ def test_inputs_become_pictures_again() -> None:
 
 
 # Files and the command.
+
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -210,8 +221,10 @@ def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, 
 def test_the_command_draws_an_image(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "a=b" / "out.png"
     path.parent.mkdir()
-    status, output, _ = run([MODEL, str(photos / "frames" / "2.png"), "--r", "8", "-o", "tau_info=0", "-o", str(path),
-                             "--blocks", "3,5"], capsys)
+    status, output, _ = run(
+        [MODEL, str(photos / "frames" / "2.png"), "--r", "8", "-o", "tau_info=0", "-o", str(path), "--blocks", "3,5"],
+        capsys,
+    )
     assert status == 0 and output.startswith(f"{path}: mctf: 5 of 6 blocks fuse, 40 tokens removed")
     with Image.open(path) as still:
         # The image, its patches and two blocks, each with its informativeness: two panels wide at 224 pixels or more.
@@ -226,20 +239,24 @@ def test_the_command_draws_a_video(photos: Path, tmp_path: Path, capsys: pytest.
         assert moving.n_frames == 3
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["test_vitt", "{photos}/video.gif"], "timm has no model 'test_vitt'; the nearest are test_vit"),
-    ([MODEL, "{photos}/nothing.png"], "there is no image"),
-    ([MODEL, "{photos}/text.png"], "text.png cannot be read as an image: it is of no kind that Pillow knows"),
-    ([MODEL, "{photos}/empty"], "empty has no images"),
-    ([MODEL, "{photos}/video.gif", "-o", "out.bmp"], "cannot draw 'out.bmp': its ending must be one of .png"),
-    ([MODEL, "{photos}/video.gif", "-o", "no/such/folder.png"], "cannot write 'no/such/folder.png'"),
-    ([MODEL, "{photos}/video.gif", "--blocks", "1;2"], "'1;2' is not of the form N,N"),
-    ([MODEL, "{photos}/frames/0.png", "--blocks", "0", "-o", "{photos}/x.png"], "block 0 reduces no tokens"),
-    ([MODEL, "{photos}/video.gif", "-o", "tau_simm=1"], "did you mean 'tau_sim'"),
-    ([MODEL, "{photos}/video.gif", "--weights", "{photos}/text.png"], "cannot be read as a state dict"),
-    ([MODEL, "{photos}/video.gif", "--weights", "{photos}/none.pth"], "none.pth' is not there"),
-    ([MODEL, "{photos}/video.gif", "--weights", "{photos}/text.png", "--pretrained"], "not allowed with"),
-], ids=lambda value: "" if isinstance(value, str) else " ".join(value[1:]).replace("{photos}/", ""))
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["test_vitt", "{photos}/video.gif"], "timm has no model 'test_vitt'; the nearest are test_vit"),
+        ([MODEL, "{photos}/nothing.png"], "there is no image"),
+        ([MODEL, "{photos}/text.png"], "text.png cannot be read as an image: it is of no kind that Pillow knows"),
+        ([MODEL, "{photos}/empty"], "empty has no images"),
+        ([MODEL, "{photos}/video.gif", "-o", "out.bmp"], "cannot draw 'out.bmp': its ending must be one of .png"),
+        ([MODEL, "{photos}/video.gif", "-o", "no/such/folder.png"], "cannot write 'no/such/folder.png'"),
+        ([MODEL, "{photos}/video.gif", "--blocks", "1;2"], "'1;2' is not of the form N,N"),
+        ([MODEL, "{photos}/frames/0.png", "--blocks", "0", "-o", "{photos}/x.png"], "block 0 reduces no tokens"),
+        ([MODEL, "{photos}/video.gif", "-o", "tau_simm=1"], "did you mean 'tau_sim'"),
+        ([MODEL, "{photos}/video.gif", "--weights", "{photos}/text.png"], "cannot be read as a state dict"),
+        ([MODEL, "{photos}/video.gif", "--weights", "{photos}/none.pth"], "none.pth' is not there"),
+        ([MODEL, "{photos}/video.gif", "--weights", "{photos}/text.png", "--pretrained"], "not allowed with"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else " ".join(value[1:]).replace("{photos}/", ""),
+)
 def test_mistakes_are_one_line(
     arguments: list[str], message: str, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -261,8 +278,9 @@ def test_weights_are_those_of_the_file(photos: Path, tmp_path: Path, capsys: pyt
     from mctf_compile.cli import models, parser
 
     for name in ("weights.safetensors", "weights.pth"):
-        args = parser().parse_args(["visualize", MODEL, "x.png", "--weights", str(tmp_path / name), "--method",
-                                    "dynamicvit"])
+        args = parser().parse_args(
+            ["visualize", MODEL, "x.png", "--weights", str(tmp_path / name), "--method", "dynamicvit"]
+        )
         loaded = models.load(args, lambda *_: None)
         models.attach_learned(loaded, image, {"method": "dynamicvit"}, args)
         found = mctf_compile.trace(loaded, image, method="dynamicvit")

@@ -23,11 +23,13 @@ def heads(x: Tensor) -> Tensor:
 
 def attend(*lead: int):
     """Attention over the tokens with these dimensions before N and D."""
+
     def program(x: Tensor) -> Tensor:
         q = x.unflatten(2, (lead[-1], -1)).transpose(1, 2) if len(lead) > 1 else x
         q = q.unsqueeze(2) if len(lead) == 3 else q
         q = q.reshape(-1, *q.shape[-2:]) if lead == (B * 2,) else q
         return F.scaled_dot_product_attention(q, q, q).sum(-1)
+
     return program
 
 
@@ -104,9 +106,9 @@ FUSED = {
     "attention, heads joined": attend(B * 2),
     "attention, two dimensions of heads": attend(B, 1, 2),
     "attention with a key mask": lambda x: F.scaled_dot_product_attention(
-        heads(x), heads(x), heads(x), (x[..., 0] > 0)[:, None, None]),
-    "attention with a bias": lambda x: F.scaled_dot_product_attention(
-        heads(x), heads(x), heads(x), torch.ones(N, N)),
+        heads(x), heads(x), heads(x), (x[..., 0] > 0)[:, None, None]
+    ),
+    "attention with a bias": lambda x: F.scaled_dot_product_attention(heads(x), heads(x), heads(x), torch.ones(N, N)),
     "reshape": lambda x: x.reshape(B * N, C).view(B, N, 2, 4).flatten(2).unflatten(2, (4, 2)),
     "transposes": lambda x: x.permute(1, 0, 2).swapaxes(0, 1).movedim(1, 2).mT.squeeze().unsqueeze(0)[0],
     "expand": lambda x: x[:, :, None].expand(-1, -1, 3, -1).sum(2) + x.mean(1, keepdim=True).expand_as(x),

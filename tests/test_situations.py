@@ -174,12 +174,15 @@ class Masked(nn.Module):
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize(("mask", "fuses"), [
-    (torch.ones(24, 24).tril().bool(), False),
-    (torch.full((24, 24), float("-inf")).triu(1), False),
-    (torch.block_diag(torch.ones(12, 12), torch.ones(12, 12)).bool(), False),
-    (torch.zeros(24, 24), True),
-])
+@pytest.mark.parametrize(
+    ("mask", "fuses"),
+    [
+        (torch.ones(24, 24).tril().bool(), False),
+        (torch.full((24, 24), float("-inf")).triu(1), False),
+        (torch.block_diag(torch.ones(12, 12), torch.ones(12, 12)).bool(), False),
+        (torch.zeros(24, 24), True),
+    ],
+)
 def test_a_mask_over_pairs_of_tokens_is_declined_and_a_bias_is_not(mask, fuses, frozen):
     """``frozen``: the mask is an attribute of the graph, not an input."""
     with torch.no_grad(), torch._dynamo.config.patch(prepare_freezing=frozen):

@@ -10,7 +10,9 @@ from mctf_compile.testing.soundness import ONLY_SIMILARITY
 from mctf_compile.testing.strategies import fusion_options, vit_specs
 
 QUICK = settings(
-    max_examples=20, deadline=None, derandomize=True,
+    max_examples=20,
+    deadline=None,
+    derandomize=True,
     suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
 )
 
@@ -59,7 +61,9 @@ def test_fusing_exact_duplicates_changes_nothing(spec, options, kinds, seed):
 
 @QUICK
 @given(
-    spec=vit_specs(position=True, extras=UNBROKEN), options=fusion_options(), batch=st.integers(1, 3),
+    spec=vit_specs(position=True, extras=UNBROKEN),
+    options=fusion_options(),
+    batch=st.integers(1, 3),
     seed=st.integers(0, 99),
 )
 def test_outputs_keep_their_contract_and_sizes_add_up(spec, options, batch, seed):
@@ -108,8 +112,9 @@ def test_maxima_of_talking_heads_count_every_copy():
     """Talking heads leave no weights that add up, so their columns are multiplied by sizes before they are summed."""
     model = build(VitSpec(heads=1, head_dim=4, grid=3, prefix=0, spelling="talking", head="mean"), 0)
     with torch.no_grad():
-        assert_rewrite_sound(model, *model.example(1, 0), duplicates=True, r=1, pooling="max", min_tokens=1,
-                             **ONLY_SIMILARITY)
+        assert_rewrite_sound(
+            model, *model.example(1, 0), duplicates=True, r=1, pooling="max", min_tokens=1, **ONLY_SIMILARITY
+        )
 
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])

@@ -150,10 +150,15 @@ def operators() -> dict[str, Any]:
     v = y.unflatten(2, (2, 4)).transpose(1, 2)
     keep, gone = ops.select(received, 9, 1, 0)
     return {
-        "importance": (received, weights, norm), "match": matching, "group": (index, weight, sizes), "pool": y,
+        "importance": (received, weights, norm),
+        "match": matching,
+        "group": (index, weight, sizes),
+        "pool": y,
         "ahead": ops.ahead(weights, norm, v, index, weight, *matching, 0.0),
         "attention": ops.attention(q[:, :, :12], v, v, sizes.log(), None, 0.5, 0.0),
-        "unmerge": ops.unmerge(y, index, 1), "select": (keep, gone), "keep": ops.keep(x, keep, 1),
+        "unmerge": ops.unmerge(y, index, 1),
+        "select": (keep, gone),
+        "keep": ops.keep(x, keep, 1),
         "nearest": ops.nearest(x, keep, gone, 1, 0),
     }
 

@@ -16,9 +16,14 @@ from mctf_compile.errors import cause_of
 from mctf_compile.testing import TinyViT, VitSpec
 
 METHODS: list[dict[str, Any]] = [
-    {"r": 3}, {"r": 3, "attention": "exact"}, {"r": 3, "attention": "current"}, {"method": "tome", "r": 3},
-    {"method": "tome", "r": 0.4}, {"method": "tofu", "r": [2, 3, 1]},
-    {"method": "evit", "keep_rate": 0.7}, {"method": "idlevit", "keep_ratio": 0.7},
+    {"r": 3},
+    {"r": 3, "attention": "exact"},
+    {"r": 3, "attention": "current"},
+    {"method": "tome", "r": 3},
+    {"method": "tome", "r": 0.4},
+    {"method": "tofu", "r": [2, 3, 1]},
+    {"method": "evit", "keep_rate": 0.7},
+    {"method": "idlevit", "keep_ratio": 0.7},
 ]
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -106,12 +111,16 @@ def test_a_student_behind_options_of_its_own() -> None:
     assert [b.removed for b in report.blocks] == [0, 0, 3, 3, 0, 0]
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"r": [1, 2]}, r"towers of several depths \(teacher.blocks of 3 blocks, student.blocks of 2 blocks\)"),
-    ({"layers": [3]}, "layers=.3.: block 3 does not exist; the deepest of its towers has 3"),
-    ({"r": [1, 2, 3], "modules": "student"}, "r is a list of 3 entries, but the model has 2"),
-    ({"modules": 3}, "modules=3 must be a path or pattern"),
-], ids=str)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r": [1, 2]}, r"towers of several depths \(teacher.blocks of 3 blocks, student.blocks of 2 blocks\)"),
+        ({"layers": [3]}, "layers=.3.: block 3 does not exist; the deepest of its towers has 3"),
+        ({"r": [1, 2, 3], "modules": "student"}, "r is a list of 3 entries, but the model has 2"),
+        ({"modules": 3}, "modules=3 must be a path or pattern"),
+    ],
+    ids=str,
+)
 def test_options_that_fit_no_tower(options: dict[str, Any], message: str) -> None:
     model = Of(lambda m, x: m.teacher(x) - m.student(x), teacher=vit(1), student=vit(2, depth=2))
     with pytest.raises(Exception, match=message) as caught:
@@ -140,8 +149,16 @@ def test_an_encoder_and_its_decoder() -> None:
     """The decoder adds mask tokens and has a width of its own."""
     torch.manual_seed(0)
     config = transformers.ViTMAEConfig(
-        image_size=32, patch_size=4, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32,
-        decoder_hidden_size=8, decoder_num_hidden_layers=2, decoder_num_attention_heads=2, decoder_intermediate_size=16,
+        image_size=32,
+        patch_size=4,
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=32,
+        decoder_hidden_size=8,
+        decoder_num_hidden_layers=2,
+        decoder_num_attention_heads=2,
+        decoder_intermediate_size=16,
     )
     model = Of(lambda m, x, noise: m.mae(x, noise=noise).logits, mae=transformers.ViTMAEForPreTraining(config))
     logits, report = fused(model, torch.randn(2, 3, 32, 32), torch.rand(2, 64), r=3)
@@ -171,8 +188,15 @@ def test_the_stages_of_a_pyramid_are_one_tower() -> None:
         return m.fourth(m.third(x)).mean(1)
 
     torch.manual_seed(0)
-    model = Of(forward, stem=nn.Conv2d(3, 16, 4, 4), first=Stage(16), second=Stage(16), pool=nn.Conv2d(16, 32, 2, 2),
-               third=Stage(32), fourth=Stage(32))
+    model = Of(
+        forward,
+        stem=nn.Conv2d(3, 16, 4, 4),
+        first=Stage(16),
+        second=Stage(16),
+        pool=nn.Conv2d(16, 32, 2, 2),
+        third=Stage(32),
+        fourth=Stage(32),
+    )
     _, report = fused(model, torch.randn(2, 3, 32, 32), method="tome", r=2, layers=[2, 3])
     assert len(report.towers) == 1 and [b.removed for b in report.blocks] == [0, 0, 2, 2]
     assert tokens(report)[2:] == [(16, 14), (14, 12)]
@@ -213,6 +237,7 @@ def test_a_table_is_fused_anew_after_the_tokens_came_back(options: dict[str, Any
 
 def test_a_table_that_is_read_in_two_layouts() -> None:
     """A scale per token meets the residual stream as [B, N, C], and the queries of a later block as [N, B, C]."""
+
     def forward(m: Of, x: Tensor, copy: Tensor, scale: Tensor) -> Tensor:
         x = m.first(x)
         x = x * scale
@@ -221,8 +246,9 @@ def test_a_table_that_is_read_in_two_layouts() -> None:
 
     torch.manual_seed(0)
     model, x, scale = Of(forward, first=Stage(16), second=Stage(16)), torch.randn(2, 36, 16), torch.rand(36, 16)
-    one = fused(Of(lambda m, x, s: forward(m, x, s, s), first=model.first, second=model.second), x, scale,
-                method="tome", r=4)
+    one = fused(
+        Of(lambda m, x, s: forward(m, x, s, s), first=model.first, second=model.second), x, scale, method="tome", r=4
+    )
     two = fused(model, x, scale.clone(), scale, method="tome", r=4)
     torch.testing.assert_close(one[0], two[0], rtol=0, atol=0)
     assert one[1].removed == two[1].removed == 8
@@ -253,12 +279,20 @@ class Joint(nn.Module):
 
 
 @pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("options", [
-    {"r": 4, "layers": [0, 1]}, {"r": 4, "layers": [0, 1], "attention": "exact"},
-    {"r": 4, "layers": [0, 1], "attention": "current"}, {"method": "tome", "r": 4}, {"method": "tofu", "r": 4},
-    {"method": "random", "r": 4}, {"method": "evit", "keep_rate": 0.6, "layers": [0, 1]},
-    {"method": "idlevit", "keep_ratio": 0.6, "layers": [0, 1]},
-], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"r": 4, "layers": [0, 1]},
+        {"r": 4, "layers": [0, 1], "attention": "exact"},
+        {"r": 4, "layers": [0, 1], "attention": "current"},
+        {"method": "tome", "r": 4},
+        {"method": "tofu", "r": 4},
+        {"method": "random", "r": 4},
+        {"method": "evit", "keep_rate": 0.6, "layers": [0, 1]},
+        {"method": "idlevit", "keep_ratio": 0.6, "layers": [0, 1]},
+    ],
+    ids=str,
+)
 def test_the_image_of_joint_attention_fuses_and_its_text_stays(options: dict[str, Any], last: bool) -> None:
     """Image tokens that are copies of each other lose nothing; text tokens are keys, and never candidates."""
     torch.manual_seed(0)

@@ -48,8 +48,10 @@ def stages(model: TinyViT, images: Tensor, r: int) -> list[Stage]:
             keep, gone, into = matching.match(x, importance, size, r, 1, 0, 1.0, 20.0, 40.0, True)
             index, weight, total = pooling.group(importance * size, size, keep, gone, into)
             x = pooling.pool(x, weight, keep, gone, into, 1)
-            joined = [[sorted(n for old, new in zip(olds, image) if new == m for n in old) for m in range(len(keep[0]))]
-                      for olds, image in zip(members, index.tolist())]
+            joined = [
+                [sorted(n for old, new in zip(olds, image) if new == m for n in old) for m in range(len(keep[0]))]
+                for olds, image in zip(members, index.tolist())
+            ]
             found.append(Stage(members, joined, total, importance))
             size, members = total, joined
             g = pooling.assignment(keep, gone, into)
@@ -82,8 +84,12 @@ def test_every_token_is_followed_as_reference_operators_have_it() -> None:
         assert groups(block.before, block.importance.shape[1]) == stage.before
         torch.testing.assert_close(block.size, stage.size)
         torch.testing.assert_close(block.importance, stage.importance)
-        per_token = torch.tensor([[next(a for olds, a in zip(old, image) if n in olds) for n in range(26)]
-                                  for old, image in zip(stage.before, stage.importance.tolist())])
+        per_token = torch.tensor(
+            [
+                [next(a for olds, a in zip(old, image) if n in olds) for n in range(26)]
+                for old, image in zip(stage.before, stage.importance.tolist())
+            ]
+        )
         torch.testing.assert_close(block.spread_importance, per_token.double())
         assert block.judged_by == "importance" and not block.dropped.any()
         assert (block.first, block.grid) == (1, (5, 5)) and block.block.tokens_out == block.size.shape[1]
@@ -181,10 +187,15 @@ def test_padding_is_never_in_a_token_with_patches() -> None:
             assert not set(image[1:][valid].tolist()) & set(image[1:][~valid].tolist())
 
 
-@pytest.mark.parametrize(("spec", "first"), [
-    ({"prefix": 3, "suffix": 2}, 3), ({"prefix": 0, "head": "mean", "layout": "bhwc"}, 0),
-    ({"spelling": "einsum", "prefix": 2}, 2),
-], ids=["ends", "grid-stream", "spelled-out"])
+@pytest.mark.parametrize(
+    ("spec", "first"),
+    [
+        ({"prefix": 3, "suffix": 2}, 3),
+        ({"prefix": 0, "head": "mean", "layout": "bhwc"}, 0),
+        ({"spelling": "einsum", "prefix": 2}, 2),
+    ],
+    ids=["ends", "grid-stream", "spelled-out"],
+)
 def test_patches_are_found_where_they_lie(spec: dict, first: int) -> None:
     model, inputs = model_of(depth=2, **spec)
     (block,) = mctf_compile.trace(model, *inputs, r=2, min_tokens=1).blocks

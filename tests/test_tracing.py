@@ -14,9 +14,15 @@ FORMS = {"function": F.linear, "packet": aten.linear, "overload": aten.linear.de
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(6,), (4, 6), (2, 4, 6), (2, 3, 4, 6), (0, 4, 6)], ids=str)
-@pytest.mark.parametrize(("dtype", "autocast"), [
-    (torch.float32, False), (torch.bfloat16, False), (torch.float64, False), (torch.float32, True),
-])
+@pytest.mark.parametrize(
+    ("dtype", "autocast"),
+    [
+        (torch.float32, False),
+        (torch.bfloat16, False),
+        (torch.float64, False),
+        (torch.float32, True),
+    ],
+)
 def test_a_traced_linear_promises_what_it_gives(form, bias, shape, dtype, autocast):
     operands = [torch.randn(shape, dtype=dtype), torch.randn(5, 6, dtype=dtype)]
     if bias:

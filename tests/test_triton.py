@@ -20,7 +20,9 @@ def test_under_the_interpreter(name, tmp_path):
     report = tmp_path / "report.xml"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-n", "0", "--junitxml", str(report), str(CASES / f"{name}.py")],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     counts = ElementTree.parse(report).getroot().find("testsuite").attrib

@@ -18,8 +18,15 @@ def _shapes(weights: Tensor, norm: Tensor, v: Tensor, *_: object) -> Tensor:
     _shapes,
 )
 def ahead(
-    weights: Tensor, norm: Tensor, v: Tensor, index: Tensor, weight: Tensor | None, keep: Tensor, gone: Tensor,
-    into: Tensor, dropout_p: float,
+    weights: Tensor,
+    norm: Tensor,
+    v: Tensor,
+    index: Tensor,
+    weight: Tensor | None,
+    keep: Tensor,
+    gone: Tensor,
+    into: Tensor,
+    dropout_p: float,
 ) -> Tensor:
     """A' V, where A' = R A S is the attention of the unfused tokens pooled to the fused ones.
 

@@ -37,7 +37,8 @@ def attention(
 def _importance_shapes(q: Tensor, k: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     exact = working_dtype(q.dtype)
     return (
-        q.new_empty(k.shape[0], k.shape[2], dtype=exact), resized(q, 3, k.shape[2]),
+        q.new_empty(k.shape[0], k.shape[2], dtype=exact),
+        resized(q, 3, k.shape[2]),
         q.new_empty(*q.shape[:3], 1, dtype=exact),
     )
 

@@ -14,9 +14,7 @@ def probabilities(q: Tensor, k: Tensor, log_size: Tensor | None, bias: Tensor | 
     return logits.softmax(-1)
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None, bias: Tensor | None, scale: float
-) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None, bias: Tensor | None, scale: float) -> Tensor:
     """The reference of ``torch.ops.mctf.attention`` without dropout; see there."""
     return torch.einsum("bhqk,bhkd->bhqd", probabilities(q, k, log_size, bias, scale), v.double()).to(q.dtype)
 

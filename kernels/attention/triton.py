@@ -82,13 +82,46 @@ def through(index, rows, stride, n, m):
 
 @triton.jit(do_not_specialize=["nq", "nk"])
 def _forward(
-    q, k, v, log_size, bias, o, lse,
-    stride_qb, stride_qh, stride_qn, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
-    stride_vb, stride_vh, stride_vn, stride_vd, stride_ob, stride_oh, stride_on, stride_od,
-    stride_sb, stride_sn, stride_bb, stride_bh, stride_bq, stride_bk,
-    heads, nq, nk, scale,
-    D: tl.constexpr, DV: tl.constexpr, PD: tl.constexpr, PDV: tl.constexpr,
-    BQ: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    q,
+    k,
+    v,
+    log_size,
+    bias,
+    o,
+    lse,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_kd,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_vd,
+    stride_ob,
+    stride_oh,
+    stride_on,
+    stride_od,
+    stride_sb,
+    stride_sn,
+    stride_bb,
+    stride_bh,
+    stride_bq,
+    stride_bk,
+    heads,
+    nq,
+    nk,
+    scale,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    PD: tl.constexpr,
+    PDV: tl.constexpr,
+    BQ: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """One tile of queries of one head: o, and the log-sum-exp; the latter alone where there is no v."""
     tiles = tl.cdiv(nq, BQ)
@@ -136,11 +169,35 @@ def _forward(
 
 @triton.jit(do_not_specialize=["nq", "nk"])
 def _received(
-    q, k, log_size, bias, lse, received,
-    stride_qb, stride_qh, stride_qn, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
-    stride_sb, stride_sn, stride_bb, stride_bh, stride_bq, stride_bk,
-    heads, nq, nk, scale,
-    D: tl.constexpr, PD: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    q,
+    k,
+    log_size,
+    bias,
+    lse,
+    received,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_kd,
+    stride_sb,
+    stride_sn,
+    stride_bb,
+    stride_bh,
+    stride_bq,
+    stride_bk,
+    heads,
+    nq,
+    nk,
+    scale,
+    D: tl.constexpr,
+    PD: tl.constexpr,
+    BQ: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """One tile of keys of one head: the attention that they receive from all queries, over heads and queries."""
     tiles = tl.cdiv(nk, BK)
@@ -169,11 +226,35 @@ def _received(
 
 @triton.jit(do_not_specialize=["nq", "nk"])
 def _received_at_once(
-    q, k, log_size, bias, lse, received,
-    stride_qb, stride_qh, stride_qn, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
-    stride_sb, stride_sn, stride_bb, stride_bh, stride_bq, stride_bk,
-    heads, nq, nk, scale,
-    D: tl.constexpr, PD: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    q,
+    k,
+    log_size,
+    bias,
+    lse,
+    received,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_kd,
+    stride_sb,
+    stride_sn,
+    stride_bb,
+    stride_bh,
+    stride_bq,
+    stride_bk,
+    heads,
+    nq,
+    nk,
+    scale,
+    D: tl.constexpr,
+    PD: tl.constexpr,
+    BQ: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """One tile of queries, all keys of one head: log-sum-exp, and the attention given, over heads and queries."""
     tiles = tl.cdiv(nq, BQ)
@@ -187,9 +268,7 @@ def _received_at_once(
     q_tile = load_rows(q + b * stride_qb + h * stride_qh, queries, stride_qn, stride_qd, nq, D, PD)  # [BQ, PD]
     k_tile = load_rows(k + b * stride_kb + h * stride_kh, keys, stride_kn, stride_kd, nk, D, PD)  # [BK, PD]
     logits = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * LOG2_E)  # [BQ, BK]
-    logits = add_terms(
-        logits, queries[:, None], keys[None, :], log_size, stride_sn, bias, stride_bq, stride_bk, nq, nk
-    )
+    logits = add_terms(logits, queries[:, None], keys[None, :], log_size, stride_sn, bias, stride_bq, stride_bk, nq, nk)
     peak = tl.max(logits, 1)
     empty = peak == float("-inf")
     weights = tl.exp2(logits - tl.where(empty, 0.0, peak)[:, None])
@@ -230,7 +309,7 @@ def forward_launch(width: int, itemsize: int, arch: str) -> Launch:
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor | None, log_size: Tensor | None, bias: Tensor | None, scale: float
 ) -> tuple[Tensor | None, Tensor]:
-    """o [B, H, Nq, Dv] in the dtype of ``q``, and the base-2 log-sum-exp of its logits, float32 [B, H, Nq].
+    """O [B, H, Nq, Dv] in the dtype of ``q``, and the base-2 log-sum-exp of its logits, float32 [B, H, Nq].
 
     The operands are those of ``mctf::attention``, of any strides. Without ``v`` there is no o.
     """
@@ -243,10 +322,32 @@ def attention_forward(
     arch = architecture(q.device)
     launch = forward_launch(max(pd, pdv), q.element_size(), arch)
     wrap_triton(_forward)[(batch * heads * triton.cdiv(nq, launch.rows),)](
-        q, k, v, log_size, bias, o, lse, *q.stride(), *k.stride(), *optional_strides(v, 4), *optional_strides(o, 4),
-        *optional_strides(log_size, 2), *optional_strides(bias, 4), heads, nq, nk, scale,
-        d, dv, pd, pdv, launch.rows, launch.columns, dot_precision(arch),
-        num_warps=launch.warps, num_stages=launch.stages,
+        q,
+        k,
+        v,
+        log_size,
+        bias,
+        o,
+        lse,
+        *q.stride(),
+        *k.stride(),
+        *optional_strides(v, 4),
+        *optional_strides(o, 4),
+        *optional_strides(log_size, 2),
+        *optional_strides(bias, 4),
+        heads,
+        nq,
+        nk,
+        scale,
+        d,
+        dv,
+        pd,
+        pdv,
+        launch.rows,
+        launch.columns,
+        dot_precision(arch),
+        num_warps=launch.warps,
+        num_stages=launch.stages,
     )
     return o, lse
 
@@ -280,8 +381,26 @@ def importance(
     received = q.new_empty(batch, heads * tiles if at_once else heads, nk, dtype=torch.float32)
     wide = expanded(bias, q, k)
     wrap_triton(_received_at_once if at_once else _received)[(batch * heads * tiles,)](
-        q, k, log_size, wide, lse, received, *q.stride(), *k.stride(),
-        *optional_strides(log_size, 2), *optional_strides(wide, 4), heads, nq, nk, scale,
-        d, pd, launch.rows, launch.columns, dot_precision(arch), num_warps=launch.warps, num_stages=launch.stages,
+        q,
+        k,
+        log_size,
+        wide,
+        lse,
+        received,
+        *q.stride(),
+        *k.stride(),
+        *optional_strides(log_size, 2),
+        *optional_strides(wide, 4),
+        heads,
+        nq,
+        nk,
+        scale,
+        d,
+        pd,
+        launch.rows,
+        launch.columns,
+        dot_precision(arch),
+        num_warps=launch.warps,
+        num_stages=launch.stages,
     )
     return received.sum(1), lse

@@ -29,7 +29,7 @@ def _shapes(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: str | None) ->
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: str | None) -> Tensor:
-    """x weight^T + bias, or its GELU, as one product of oneDNN.
+    """X weight^T + bias, or its GELU, as one product of oneDNN.
 
     The weight is packed when it is first met, for as many rows as ``x`` has then, and is twice in memory from then on.
     BLAS packs it in every call, which takes as long as the product of some 20 rows.

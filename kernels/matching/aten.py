@@ -7,7 +7,14 @@ from mctf_compile.kernels.library import without_autocast, working_dtype
 
 
 def scores(
-    x: Tensor, a: Tensor | None, s: Tensor, lead: int, tail: int, tau_sim: float, tau_info: float, tau_size: float,
+    x: Tensor,
+    a: Tensor | None,
+    s: Tensor,
+    lead: int,
+    tail: int,
+    tau_sim: float,
+    tau_info: float,
+    tau_size: float,
     kind: Tensor | None,
 ) -> Tensor:
     """W [B, |alpha|, |beta|] up to a positive factor, which no choice depends on.
@@ -34,8 +41,14 @@ def _sides(lead: int) -> tuple[int, int]:
 
 
 def _products(
-    x: Tensor, a: Tensor | None, s: Tensor, order: Tensor, split: int,
-    tau_sim: float, tau_info: float, tau_size: float,
+    x: Tensor,
+    a: Tensor | None,
+    s: Tensor,
+    order: Tensor,
+    split: int,
+    tau_sim: float,
+    tau_info: float,
+    tau_size: float,
 ) -> Tensor:
     dtype = working_dtype(x.dtype)
     # The outer products of two criteria factor into one number per token.
@@ -58,9 +71,7 @@ def _products(
     return similarity ** (1 / tau_sim) * (emphasis[:, :split, None] * emphasis[:, None, split:])
 
 
-def assign(
-    w: Tensor, n: int, r: int, lead: int, tail: int, bidirectional: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def assign(w: Tensor, n: int, r: int, lead: int, tail: int, bidirectional: bool) -> tuple[Tensor, Tensor, Tensor]:
     """``torch.ops.mctf.assign`` in ATen. A tie goes to the token at the lower position."""
     position = torch.arange(n, device=w.device).expand(w.shape[0], -1)
     if not r:

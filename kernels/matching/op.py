@@ -8,8 +8,17 @@ from mctf_compile.kernels.matching import aten
 
 
 def shapes(
-    x: Tensor, importance: Tensor | None, size: Tensor, r: int, lead: int, tail: int, tau_sim: float,
-    tau_info: float, tau_size: float, bidirectional: bool, kind: Tensor | None = None,
+    x: Tensor,
+    importance: Tensor | None,
+    size: Tensor,
+    r: int,
+    lead: int,
+    tail: int,
+    tau_sim: float,
+    tau_info: float,
+    tau_size: float,
+    bidirectional: bool,
+    kind: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_tokens(x, importance=importance, size=size, kind=kind)
     return _matching(x, x.shape[1], r)
@@ -33,8 +42,17 @@ def _matching(x: Tensor, n: int, r: int) -> tuple[Tensor, Tensor, Tensor]:
     shapes,
 )
 def match(
-    x: Tensor, importance: Tensor | None, size: Tensor, r: int, lead: int, tail: int,
-    tau_sim: float, tau_info: float, tau_size: float, bidirectional: bool, kind: Tensor | None = None,
+    x: Tensor,
+    importance: Tensor | None,
+    size: Tensor,
+    r: int,
+    lead: int,
+    tail: int,
+    tau_sim: float,
+    tau_info: float,
+    tau_size: float,
+    bidirectional: bool,
+    kind: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Match tokens by similarity, informativeness and size, and choose ``r`` that leave.
 
@@ -79,9 +97,7 @@ def _assign_shapes(
     "assign(Tensor scores, SymInt n, SymInt r, int lead, int tail, bool bidirectional) -> (Tensor, Tensor, Tensor)",
     _assign_shapes,
 )
-def assign(
-    scores: Tensor, n: int, r: int, lead: int, tail: int, bidirectional: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def assign(scores: Tensor, n: int, r: int, lead: int, tail: int, bidirectional: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The part of ``mctf::match`` that is no arithmetic: which of ``n`` tokens leave by the scores of their pairs.
 
     Args:

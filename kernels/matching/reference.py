@@ -6,9 +6,7 @@ from torch import Tensor
 from mctf_compile.kernels.library import working_dtype
 
 
-def scores(
-    x: Tensor, a: Tensor | None, s: Tensor, tau_sim: float, tau_info: float, tau_size: float
-) -> Tensor:
+def scores(x: Tensor, a: Tensor | None, s: Tensor, tau_sim: float, tau_info: float, tau_size: float) -> Tensor:
     """The multi-criteria score W of every pair of one image's tokens.
 
     ``x`` [N, C], ``a`` [N] or None, ``s`` [N] -> [N, N]; a temperature of 0 leaves its criterion out.
@@ -29,14 +27,25 @@ def scores(
 
 
 def match(
-    x: Tensor, a: Tensor | None, s: Tensor, r: int, lead: int, tail: int,
-    tau_sim: float, tau_info: float, tau_size: float, bidirectional: bool,
+    x: Tensor,
+    a: Tensor | None,
+    s: Tensor,
+    r: int,
+    lead: int,
+    tail: int,
+    tau_sim: float,
+    tau_info: float,
+    tau_size: float,
+    bidirectional: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The reference of ``torch.ops.mctf.match``; see there. Loops over images and tokens."""
     images = [
         match_image(
             scores(x[b], None if a is None else a[b], s[b], tau_sim, tau_info, tau_size),
-            r, lead, tail, bidirectional,
+            r,
+            lead,
+            tail,
+            bidirectional,
         )
         for b in range(len(x))
     ]
@@ -44,9 +53,7 @@ def match(
     return tuple(torch.tensor(rows, dtype=torch.long).reshape(len(x), -1) for rows in (keep, gone, into))
 
 
-def match_image(
-    w: Tensor, r: int, lead: int, tail: int, bidirectional: bool
-) -> tuple[list[int], list[int], list[int]]:
+def match_image(w: Tensor, r: int, lead: int, tail: int, bidirectional: bool) -> tuple[list[int], list[int], list[int]]:
     """Match one image's tokens by their scores ``w`` [N, N]: (keep, gone, into) as lists."""
     n = len(w)
     if not r:

@@ -49,7 +49,7 @@ def _scores(
     x, a, s, kind, scores, n, c, first, second, alpha, beta, stride_b, stride_n,
     SIM: tl.constexpr, INFO: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """scores [B, alpha, beta] float32 of even positions with odd ones, up to a positive factor for each image.
+    """Scores [B, alpha, beta] float32 of even positions with odd ones, up to a positive factor for each image.
 
     SIM, INFO and SIZE are the exponents of the criteria, 0 for one that is left out.
     """
@@ -209,7 +209,7 @@ def _assign_image(
 def _rows(
     scores, best, choice, alpha, beta, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """best [B, alpha] and choice [B, alpha]: the first best column of each row."""
+    """Best [B, alpha] and choice [B, alpha]: the first best column of each row."""
     image = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BR + tl.arange(0, BR)
     highest = tl.full([BR], float("-inf"), tl.float32)
@@ -229,7 +229,7 @@ def _columns(
     scores, rank, best, host, alpha, beta, r1,
     PROTECTED: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """best [B, beta] and host [B, beta]: the first best surviving row of each column.
+    """Best [B, beta] and host [B, beta]: the first best surviving row of each column.
 
     First in the order of survivors: by position where tokens are protected, else by rank; host is that number.
     """
@@ -252,7 +252,7 @@ def _columns(
 
 @triton.jit(do_not_specialize=["count"])
 def _ranks(best, rank, count, BLOCK: tl.constexpr):
-    """rank [B, count]: how many come before each."""
+    """Rank [B, count]: how many come before each."""
     image = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     own = turn_key(tl.load(best + image * count + i, i < count, 0.0), i)
@@ -344,7 +344,14 @@ def sides(n: int, lead: int, tail: int) -> tuple[int, int, int, int]:
 
 
 def scores(
-    x: Tensor, a: Tensor | None, s: Tensor, lead: int, tail: int, tau_sim: float, tau_info: float, tau_size: float,
+    x: Tensor,
+    a: Tensor | None,
+    s: Tensor,
+    lead: int,
+    tail: int,
+    tau_sim: float,
+    tau_info: float,
+    tau_size: float,
     kind: Tensor | None = None,
 ) -> Tensor:
     """W [B, alpha, beta] float32: products in the dtype of ``x``, summed in float32 (and never in TF32)."""
@@ -362,8 +369,17 @@ def scores(
 
 
 def match(
-    x: Tensor, a: Tensor | None, s: Tensor, r: int, lead: int, tail: int,
-    tau_sim: float, tau_info: float, tau_size: float, bidirectional: bool, kind: Tensor | None = None,
+    x: Tensor,
+    a: Tensor | None,
+    s: Tensor,
+    r: int,
+    lead: int,
+    tail: int,
+    tau_sim: float,
+    tau_info: float,
+    tau_size: float,
+    bidirectional: bool,
+    kind: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``torch.ops.mctf.match``. The scores are in memory, N² / 4 of them, for as long as it takes."""
     return assign(
@@ -371,9 +387,7 @@ def match(
     )
 
 
-def assign(
-    scores: Tensor, n: int, r: int, lead: int, tail: int, bidirectional: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def assign(scores: Tensor, n: int, r: int, lead: int, tail: int, bidirectional: bool) -> tuple[Tensor, Tensor, Tensor]:
     """``torch.ops.mctf.assign``: comparisons alone, so the very same result."""
     torch._check(0 <= 2 * r <= max(n - lead - tail, 0), lambda: f"match: r={r} of {n} tokens is out of range")
     first, second, alpha, beta = sides(n, lead, tail)

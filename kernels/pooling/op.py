@@ -6,9 +6,7 @@ from mctf_compile.kernels.library import composite, resized
 from mctf_compile.kernels.pooling import aten
 
 
-def group_shapes(
-    raw: Tensor, size: Tensor, keep: Tensor, gone: Tensor, into: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def group_shapes(raw: Tensor, size: Tensor, keep: Tensor, gone: Tensor, into: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return keep.new_empty(raw.shape), raw.new_empty(raw.shape), size.new_empty(keep.shape)
 
 

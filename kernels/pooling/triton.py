@@ -96,7 +96,7 @@ def _collect(
     x, weight, keep, gone, into, out, parts, n, m, q, r, stride_b, stride_p, stride_n, stride_q,
     BM: tl.constexpr, BQ: tl.constexpr, LOOK: tl.constexpr,
 ):  # fmt: skip
-    """out [B, P, M, Q]: the rows at ``keep``, if any, plus those at ``gone`` (or 0, 1, ...) that go ``into`` each."""
+    """Out [B, P, M, Q]: the rows at ``keep``, if any, plus those at ``gone`` (or 0, 1, ...) that go ``into`` each."""
     image, part = (tl.program_id(0) // parts).to(tl.int64), (tl.program_id(0) % parts).to(tl.int64)
     new = tl.program_id(1) * BM + tl.arange(0, BM)
     channel = (tl.program_id(2) * BQ + tl.arange(0, BQ)).to(tl.int64)
@@ -133,7 +133,7 @@ def _spread(
     y, weight, keep, gone, into, out, parts, m, n, q, r, stride_b, stride_p, stride_m, stride_q,
     BM: tl.constexpr, BQ: tl.constexpr,
 ):  # fmt: skip
-    """out [B, P, N, Q]: every old token's row of ``y``, weighted where there are weights.
+    """Out [B, P, N, Q]: every old token's row of ``y``, weighted where there are weights.
 
     Row i of the matching is old token keep[i] in new token i, then gone[i - M] in into[i - M]. Where there is
     no ``keep``, old token i is in new token into[i].

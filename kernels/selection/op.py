@@ -9,9 +9,7 @@ from mctf_compile.kernels.selection import aten
 
 def _select_shapes(score: Tensor, count: int, lead: int, tail: int) -> tuple[Tensor, Tensor]:
     kept = lead + count + tail
-    return tuple(
-        score.new_empty(score.shape[0], m, dtype=torch.long) for m in (kept, score.shape[1] - kept)
-    )
+    return tuple(score.new_empty(score.shape[0], m, dtype=torch.long) for m in (kept, score.shape[1] - kept))
 
 
 @composite("select(Tensor score, SymInt count, int lead, int tail) -> (Tensor, Tensor)", _select_shapes)

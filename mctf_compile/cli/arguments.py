@@ -25,12 +25,25 @@ def fused_model() -> argparse.ArgumentParser:
     """The arguments of a command on one timm model with one choice of options."""
     common = argparse.ArgumentParser(add_help=False, parents=[named_model()])
     common.add_argument("--method", metavar="NAME", help="reduction method (default: mctf)")
-    common.add_argument("--r", type=parse_value, metavar="R", help=(
-        'tokens removed per block: a count, a ratio below 1, a list as "0,8,8", "(count, inflection)" '
-        'a preset as "fast", or "auto" with -o target=speedup=1.5 (default: 16)')
+    common.add_argument(
+        "--r",
+        type=parse_value,
+        metavar="R",
+        help=(
+            'tokens removed per block: a count, a ratio below 1, a list as "0,8,8", "(count, inflection)" '
+            'a preset as "fast", or "auto" with -o target=speedup=1.5 (default: 16)'
+        ),
     )
-    common.add_argument("-o", "--option", type=parse_pair, action="append", default=[], dest="options",
-                        metavar="KEY=VALUE", help="another option of the backend; may be repeated")
+    common.add_argument(
+        "-o",
+        "--option",
+        type=parse_pair,
+        action="append",
+        default=[],
+        dest="options",
+        metavar="KEY=VALUE",
+        help="another option of the backend; may be repeated",
+    )
     return common
 
 
@@ -41,9 +54,16 @@ def drawn_model(output: str) -> argparse.ArgumentParser:
     """
     drawn = argparse.ArgumentParser(add_help=False, parents=[fused_model()], conflict_handler="resolve")
     drawn.set_defaults(output=Path(output))
-    drawn.add_argument("-o", "--option", "--output", action=_FileOrOption, default=[], dest="options",
-                       metavar="FILE|KEY=VALUE", help=(
-        f"the file to write (default: {output}), or another option of the backend; may be repeated"))
+    drawn.add_argument(
+        "-o",
+        "--option",
+        "--output",
+        action=_FileOrOption,
+        default=[],
+        dest="options",
+        metavar="FILE|KEY=VALUE",
+        help=(f"the file to write (default: {output}), or another option of the backend; may be repeated"),
+    )
     return drawn
 
 

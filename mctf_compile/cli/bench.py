@@ -18,12 +18,22 @@ def add(commands: Subcommands) -> None:
     parser.add_argument("--batch", type=positive, default=8, metavar="N", help="batch size (default: 8)")
     parser.add_argument("--threads", type=positive, default=1, metavar="N", help="CPU threads (default: 1)")
     parser.add_argument("--rounds", type=positive, default=10, metavar="N", help="timed rounds (default: 10)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
-                         help="bfloat16: under autocast (default: float32)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="bfloat16: under autocast (default: float32)",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
-    parser.add_argument("--candidates", type=parse_names, default=["eager", "inductor", "mctf"], metavar="A,B", help=(
-        "what to time: eager, inductor, max-autotune, freezing, freezing-dynamic, max-autotune-freezing, all dense, "
-        "and mctf and mctf-freezing (default: eager,inductor,mctf)")
+    parser.add_argument(
+        "--candidates",
+        type=parse_names,
+        default=["eager", "inductor", "mctf"],
+        metavar="A,B",
+        help=(
+            "what to time: eager, inductor, max-autotune, freezing, freezing-dynamic, max-autotune-freezing, all "
+            "dense, and mctf and mctf-freezing (default: eager,inductor,mctf)"
+        ),
     )
     parser.add_argument("--json", type=writable, metavar="FILE", help="write the result here too")
     parser.set_defaults(run=run)
@@ -42,8 +52,13 @@ def run(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
         measured_on = machine(args.device)
         result = bench(
-            model.to(args.device), [images.to(args.device)], options, args.rounds, progress,
-            autocast=torch.bfloat16 if args.dtype == "bfloat16" else None, candidates=args.candidates,
+            model.to(args.device),
+            [images.to(args.device)],
+            options,
+            args.rounds,
+            progress,
+            autocast=torch.bfloat16 if args.dtype == "bfloat16" else None,
+            candidates=args.candidates,
         )
     Console().print(result.table())
     if args.json is not None:

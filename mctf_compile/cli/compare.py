@@ -15,19 +15,31 @@ from mctf_compile.cli.models import load
 
 def add(commands: Subcommands) -> None:
     """Add the command to the parser of all."""
-    parser = commands.add_parser("compare", parents=[named_model()],
-                                   help="accuracy, work and time of several methods on your images")
-    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER",
-                          help="images in one subfolder for each class; sorted, these are the classes 0, 1, ...")
-    parser.add_argument("--methods", type=parse_names, metavar="A,B",
-                          help="methods to compare (default: all that need no training)")
-    parser.add_argument("--limit", type=positive, metavar="N",
-                          help="take N images, spread evenly over the folder (default: all)")
+    parser = commands.add_parser(
+        "compare", parents=[named_model()], help="accuracy, work and time of several methods on your images"
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="images in one subfolder for each class; sorted, these are the classes 0, 1, ...",
+    )
+    parser.add_argument(
+        "--methods", type=parse_names, metavar="A,B", help="methods to compare (default: all that need no training)"
+    )
+    parser.add_argument(
+        "--limit", type=positive, metavar="N", help="take N images, spread evenly over the folder (default: all)"
+    )
     parser.add_argument("--batch", type=positive, default=8, metavar="N", help="batch size (default: 8)")
     parser.add_argument("--threads", type=positive, default=1, metavar="N", help="CPU threads (default: 1)")
     parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="timed rounds (default: 5)")
-    parser.add_argument("--inner", choices=("eager", "inductor"), default="eager",
-                          help="what compiles the graphs; Inductor takes far longer for it (default: eager)")
+    parser.add_argument(
+        "--inner",
+        choices=("eager", "inductor"),
+        default="eager",
+        help="what compiles the graphs; Inductor takes far longer for it (default: eager)",
+    )
     parser.add_argument("--plot", type=writable, metavar="FILE", help="draw the result here; needs matplotlib")
     parser.add_argument("--json", type=writable, metavar="FILE", help="write the result here too")
     parser.set_defaults(run=run)
@@ -50,18 +62,30 @@ def run(args: argparse.Namespace) -> None:
         model = load(args, progress)
         classes = len(folder.classes)
         if classes > model.num_classes:
-            raise CommandError(f"--data {args.data} has {classes} subfolders, one for each class, but {args.model} "
-                               f"has {model.num_classes} classes")
+            raise CommandError(
+                f"--data {args.data} has {classes} subfolders, one for each class, but {args.model} "
+                f"has {model.num_classes} classes"
+            )
         folder.transform = evaluation_transform(model, args.img_size)
         torch.set_num_threads(args.threads)
         progress("find the blocks", 0, 1)
         settings = sweeps(model, folder, methods)
-        rows = compare(model, folder, folder.labels, settings, inner=args.inner, batch=args.batch,
-                       rounds=args.rounds, progress=progress)
+        rows = compare(
+            model,
+            folder,
+            folder.labels,
+            settings,
+            inner=args.inner,
+            batch=args.batch,
+            rounds=args.rounds,
+            progress=progress,
+        )
     title = f"{args.model}, {'pretrained' if args.pretrained else 'random'} weights"
-    caption = (f"Top-1 over {len(folder)} of {folder.total} images; change in percent points. "
-               f"ms: of a batch of {min(args.batch, len(folder))} (inner={args.inner}, threads={args.threads}), "
-               f"median of {args.rounds} interleaved rounds.")
+    caption = (
+        f"Top-1 over {len(folder)} of {folder.total} images; change in percent points. "
+        f"ms: of a batch of {min(args.batch, len(folder))} (inner={args.inner}, threads={args.threads}), "
+        f"median of {args.rounds} interleaved rounds."
+    )
     if classes < model.num_classes:
         caption += f" The {classes} subfolders are taken as the first of the model's {model.num_classes} classes."
     Console().print(table(rows, title, caption))

@@ -38,8 +38,12 @@ def stages() -> Iterator[Callable[[str, int, int], None]]:
     Yields ``progress(what, done, total)``: another ``what`` begins another stage.
     """
     console = Console(stderr=True)
-    columns = (SpinnerColumn(finished_text="[green]✓"), TextColumn("{task.description}{task.fields[steps]}"),
-               BarColumn(), TimeElapsedColumn())
+    columns = (
+        SpinnerColumn(finished_text="[green]✓"),
+        TextColumn("{task.description}{task.fields[steps]}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal) as display:
         current: list[str] = []
 

@@ -14,8 +14,13 @@ from mctf_compile.cli.console import CheckFailed, CommandError, stages
 def add(commands: Subcommands) -> None:
     """Add the command to the parser of all."""
     parser = commands.add_parser("coverage", help="rewrite and check a zoo of models; needs transformers, torchvision")
-    parser.add_argument("pattern", nargs="?", default="", metavar="PATTERN",
-                        help='regular expression for "KIND LIBRARY NAME", as "^A" or "timm swin" (default: all)')
+    parser.add_argument(
+        "pattern",
+        nargs="?",
+        default="",
+        metavar="PATTERN",
+        help='regular expression for "KIND LIBRARY NAME", as "^A" or "timm swin" (default: all)',
+    )
     parser.add_argument("-o", "--output", type=writable, metavar="FILE", help="write the table here, as Markdown")
     parser.set_defaults(run=run)
 

@@ -12,13 +12,21 @@ def add(commands: Subcommands) -> None:
     """Add the command to the parser of all."""
     parser = commands.add_parser("fuzz", help="look for a model, a program or options whose rewrite is unsound")
     parser.add_argument("--model", metavar="MODEL", help="a timm model to try options on (default: generated models)")
-    parser.add_argument("--what", choices=("models", "graphs", "both"), default="both",
-                        help="what is generated: models of known parts, programs grown from the rule table, or both "
-                        "(default)")
+    parser.add_argument(
+        "--what",
+        choices=("models", "graphs", "both"),
+        default="both",
+        help="what is generated: models of known parts, programs grown from the rule table, or both (default)",
+    )
     parser.add_argument("--examples", type=positive, default=500, metavar="N", help="how many to try (default: 500)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N",
-                        help="makes a run repeatable: with one PyTorch and one Hypothesis, the same options try the "
-                        "same examples (default: 0)")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="makes a run repeatable: with one PyTorch and one Hypothesis, the same options try the "
+        "same examples (default: 0)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -40,8 +48,10 @@ def run(args: argparse.Namespace) -> None:
             strategy = model_cases(args.model, model, (torch.randn(2, *input_size(model, None)),))
         outcome = fuzz(strategy, args.examples, args.seed, lambda done: progress("fuzz", done, args.examples))
     counts = outcome.counts
-    print(f"{counts['examples']} examples: tokens fused in {counts['fused']}, exact duplicates alone in "
-          f"{counts['duplicates']}; {'1 unsound' if outcome.failure else '0 unsound'}")
+    print(
+        f"{counts['examples']} examples: tokens fused in {counts['fused']}, exact duplicates alone in "
+        f"{counts['duplicates']}; {'1 unsound' if outcome.failure else '0 unsound'}"
+    )
     if outcome.failure is not None:
         case, problem = outcome.failure
         print(f"\n{problem}\n\n{case.program()}")

@@ -14,15 +14,29 @@ from mctf_compile.cli.models import image_files, load, read_images
 
 def add(commands: Subcommands) -> None:
     """Add the command to the parser of all."""
-    parser = commands.add_parser("linearity", parents=[named_model()],
-                                 help="measure in which blocks ToFu should prune, and in which merge")
+    parser = commands.add_parser(
+        "linearity", parents=[named_model()], help="measure in which blocks ToFu should prune, and in which merge"
+    )
     parser.add_argument("--batch", type=positive, default=8, metavar="N", help="batch size, at least 2 (default: 8)")
-    parser.add_argument("--steps", type=positive, default=10, metavar="N",
-                        help="parts that the way from one image to another is cut into (default: 10)")
-    parser.add_argument("--part", choices=("block", "mlp"), default="block",
-                        help="mlp: what comes after attention alone (default: block)")
-    parser.add_argument("--images", type=Path, metavar="FOLDER",
-                        help="take the first images of this folder, up to the batch size (default: noise)")
+    parser.add_argument(
+        "--steps",
+        type=positive,
+        default=10,
+        metavar="N",
+        help="parts that the way from one image to another is cut into (default: 10)",
+    )
+    parser.add_argument(
+        "--part",
+        choices=("block", "mlp"),
+        default="block",
+        help="mlp: what comes after attention alone (default: block)",
+    )
+    parser.add_argument(
+        "--images",
+        type=Path,
+        metavar="FOLDER",
+        help="take the first images of this folder, up to the batch size (default: noise)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -43,8 +57,10 @@ def run(args: argparse.Namespace) -> None:
         progress("measure", 0, 1)
         found = linearity(model, images, steps=args.steps, part=args.part)
     weights = "pretrained" if args.pretrained else "random"
-    print(f"functional linearity (FL) of {args.model}, {weights} weights, {len(images)} images"
-          f"{' of noise' if files is None else ''}")
+    print(
+        f"functional linearity (FL) of {args.model}, {weights} weights, {len(images)} images"
+        f"{' of noise' if files is None else ''}"
+    )
     if found:
         Console().print(table(found))
     values = [block.value for block in found]

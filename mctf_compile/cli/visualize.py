@@ -12,15 +12,27 @@ from mctf_compile.cli.models import attach_learned, chosen_options, load
 
 def add(commands: Subcommands) -> None:
     """Add the command to the parser of all."""
-    parser = commands.add_parser("visualize", parents=[drawn_model("fusion.png")],
-                                 help="draw which patches of an image became one token")
-    parser.add_argument("image", type=Path, metavar="IMAGE", help=(
-        "an image, or a video: a file of several frames (.gif, .webp, .tiff) or a folder of images. A model of images "
-        "sees each frame by itself; models with a time axis are drawn from Python, with mctf_compile.visualize"))
-    parser.add_argument("--blocks", type=parse_numbers, metavar="N,N",
-                        help="blocks to draw (default: all that reduce tokens; of a video the last of them)")
-    parser.add_argument("--frames", type=positive, default=8, metavar="N",
-                        help="take N frames of a video, spread evenly (default: 8)")
+    parser = commands.add_parser(
+        "visualize", parents=[drawn_model("fusion.png")], help="draw which patches of an image became one token"
+    )
+    parser.add_argument(
+        "image",
+        type=Path,
+        metavar="IMAGE",
+        help=(
+            "an image, or a video: a file of several frames (.gif, .webp, .tiff) or a folder of images. A model of "
+            "images sees each frame by itself; models with a time axis are drawn from Python, with mctf_compile.visualize"
+        ),
+    )
+    parser.add_argument(
+        "--blocks",
+        type=parse_numbers,
+        metavar="N,N",
+        help="blocks to draw (default: all that reduce tokens; of a video the last of them)",
+    )
+    parser.add_argument(
+        "--frames", type=positive, default=8, metavar="N", help="take N frames of a video, spread evenly (default: 8)"
+    )
     parser.set_defaults(run=run)
 
 

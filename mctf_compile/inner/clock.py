@@ -36,11 +36,15 @@ class Clock:
 
     def __init__(self, state: State) -> None:
         if any(isinstance(x, Tensor) and (x.is_meta or isinstance(x, FakeTensor)) for x in state.examples):
-            raise ConfigError("target='latency_ms=...' and profit='measure' run the model when it is compiled: give it "
-                              "real inputs, or use target='speedup=...' and profit='model'.")
+            raise ConfigError(
+                "target='latency_ms=...' and profit='measure' run the model when it is compiled: give it "
+                "real inputs, or use target='speedup=...' and profit='model'."
+            )
         # The graph may write into buffers.
-        self._inputs = [x.detach().clone() if isinstance(x, Tensor) and not isinstance(x, nn.Parameter) else x
-                        for x in state.examples]
+        self._inputs = [
+            x.detach().clone() if isinstance(x, Tensor) and not isinstance(x, nn.Parameter) else x
+            for x in state.examples
+        ]
         self._fused = compile_lowered(run_passes(LOWERING, replace(state, whole=False)))
         nothing = replace(state.plan, blocks=[replace(b, reason="dense") for b in state.plan.blocks], projections={})
         dense = rewrite_graph(state.normal, state.inputs, state.axes, nothing).graph

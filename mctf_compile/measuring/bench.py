@@ -168,7 +168,10 @@ class BenchResult:
             compared = ("", "") if name in FUSED else (f"{self.speedup(name):.2f}x", f"{self.realized(name):.0%}")
             table.add_row(
                 label(name) + (" *" if name in (self.best_dense, self.best_fused) else ""),
-                f"{timing.median:.1f}", f"{timing.spread:.1f}", *compared, f"{self.first_call[name]:.1f}",
+                f"{timing.median:.1f}",
+                f"{timing.spread:.1f}",
+                *compared,
+                f"{self.first_call[name]:.1f}",
             )
         return table
 
@@ -240,8 +243,10 @@ def check_candidates(names: Sequence[str]) -> list[str]:
     """The names in the order of ``CANDIDATES``; raises ``ConfigError`` where they are no comparison."""
     for name in names:
         if name not in CANDIDATES:
-            raise ConfigError(f"there is no candidate {name!r}; {nearest(name, list(CANDIDATES))}"
-                              f"The candidates are: {', '.join(CANDIDATES)}.")
+            raise ConfigError(
+                f"there is no candidate {name!r}; {nearest(name, list(CANDIDATES))}"
+                f"The candidates are: {', '.join(CANDIDATES)}."
+            )
     chosen = [name for name in CANDIDATES if name in names]
     if not FUSED.keys() & chosen or not DENSE.keys() & chosen:
         raise ConfigError(f"candidates={','.join(names)} compares nothing; name {MCTF} and a dense one.")
@@ -298,8 +303,10 @@ def first_calls(
         if name in DENSE:
             found = relative_errors(tensors, expected)
             if max(found) > tolerance:
-                raise WrongOutputError(f"the output of {name} is {max(found):.1e} away from dense eager's, by the norm "
-                                       f"of an image's; {tolerance:g} is allowed. No time is reported.")
+                raise WrongOutputError(
+                    f"the output of {name} is {max(found):.1e} away from dense eager's, by the norm "
+                    f"of an image's; {tolerance:g} is allowed. No time is reported."
+                )
             errors[name] = statistics.median(found)
     return seconds, errors
 
@@ -331,16 +338,20 @@ def check_fused(
         errors, moved = relative_errors(tensors_of(fused(*batch)), wanted), relative_errors(plain, wanted)
         for error, distance in zip(errors, moved):
             if not error <= 2 * distance + tolerance:
-                raise WrongOutputError(f"the output of {name} is {error:.1e} away from that of its own rewrite run by "
-                                       f"inner='eager', by the norm of an image's; fusion itself moves it by "
-                                       f"{distance:.1e}. No time is reported.")
+                raise WrongOutputError(
+                    f"the output of {name} is {error:.1e} away from that of its own rewrite run by "
+                    f"inner='eager', by the norm of an image's; fusion itself moves it by "
+                    f"{distance:.1e}. No time is reported."
+                )
         found += errors
         repeats = max(relative_errors(again, wanted)) <= tolerance < TOLERANCES[torch.float16]
         if min(found) <= tolerance or not repeats:
             return statistics.median(found)
-    raise WrongOutputError(f"of {len(found)} images none comes out of {name} as its own rewrite run by inner='eager' "
-                           f"says (relative error {min(found):.1e} or more, {tolerance:g} is rounding). "
-                           f"No time is reported.")
+    raise WrongOutputError(
+        f"of {len(found)} images none comes out of {name} as its own rewrite run by inner='eager' "
+        f"says (relative error {min(found):.1e} or more, {tolerance:g} is rounding). "
+        f"No time is reported."
+    )
 
 
 def _rolled(x: Tensor, steps: int) -> Tensor:

@@ -45,10 +45,18 @@ def run_in_child(
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
     # In a session of its own Ctrl-C reaches this process alone, which then ends the other with all that it started.
-    with tempfile.TemporaryFile("w+") as errors, subprocess.Popen(
-        [sys.executable, "-m", "mctf_compile.measuring.child", function], env=environment, text=True,
-        start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
-    ) as process:
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(
+            [sys.executable, "-m", "mctf_compile.measuring.child", function],
+            env=environment,
+            text=True,
+            start_new_session=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+        ) as process,
+    ):
         try:
             process.stdin.write(repr(dict(arguments)))
             process.stdin.close()

@@ -218,7 +218,8 @@ def compare(
             timings = interleave(calls, rounds, 1, first.device.type, progress)
         torch._dynamo.reset()
     return [
-        Measured(s, reason=reasons[s.label]) if s.label in reasons
+        Measured(s, reason=reasons[s.label])
+        if s.label in reasons
         else Measured(s, accuracy[s.label], macs[s.label] / 1e9, timings[s.label].median)
         for s in every
     ]
@@ -355,8 +356,14 @@ def draw(rows: Sequence[Measured], path: Path, title: str | None = None) -> None
             lines.setdefault(row.setting.method, []).append(row)
     for marker, (method, line) in zip("osD^vPX<>" * len(rows), lines.items()):
         line = sorted(line, key=lambda row: row.gmacs)
-        axes.plot([row.gmacs * scale for row in line], [100 * row.accuracy for row in line], marker + "-", label=method,
-                  markersize=6, alpha=0.9)
+        axes.plot(
+            [row.gmacs * scale for row in line],
+            [100 * row.accuracy for row in line],
+            marker + "-",
+            label=method,
+            markersize=6,
+            alpha=0.9,
+        )
     axes.set_xlabel(f"{unit} per image")
     axes.set_ylabel("top-1 accuracy (%)")
     if title is not None:

@@ -48,13 +48,21 @@ def isolate(work: Workload, name: str, progress: Progress | None = None) -> Isol
     """
     with tempfile.TemporaryDirectory(prefix="mctf-") as cache:
         cold, *warm = (
-            run_in_child(f"{__name__}:first_call", {"work": asdict(work), "name": name, "state": state}, work.threads,
-                         cache, progress)
+            run_in_child(
+                f"{__name__}:first_call",
+                {"work": asdict(work), "name": name, "state": state},
+                work.threads,
+                cache,
+                progress,
+            )
             for state in ("cold", *["warm"] * WARM)
         )
     return Isolated(
-        cold["seconds"], statistics.median(found["seconds"] for found in warm),
-        max(found["peak_bytes"] for found in warm), cold["kernels"], max(found["misses"] for found in warm),
+        cold["seconds"],
+        statistics.median(found["seconds"] for found in warm),
+        max(found["peak_bytes"] for found in warm),
+        cold["kernels"],
+        max(found["misses"] for found in warm),
     )
 
 
@@ -77,8 +85,12 @@ def first_call(work: Mapping[str, Any], name: str, state: str, progress: Progres
         misses = counters["inductor"]["fxgraph_cache_miss"] + counters["inductor"]["fxgraph_cache_bypass"]
         kernels = metrics.generated_kernel_count
         call()
-        return {"seconds": seconds, "peak_bytes": peak_bytes(call, work.device) - held, "kernels": kernels,
-                "misses": misses}
+        return {
+            "seconds": seconds,
+            "peak_bytes": peak_bytes(call, work.device) - held,
+            "kernels": kernels,
+            "misses": misses,
+        }
 
 
 def peak_bytes(call: Call, device: str = "cpu") -> int:

@@ -85,8 +85,12 @@ def linearity(model: nn.Module, *inputs: Any, steps: int = 10, part: str = "bloc
         torch.compile(model, backend=capture, dynamic=False)(*inputs)
         torch._dynamo.reset()
         if not runs:
-            raise refused[0] if refused else MctfError(
-                "Dynamo captured no graph of this model: it runs no tensor operation that can be compiled."
+            raise (
+                refused[0]
+                if refused
+                else MctfError(
+                    "Dynamo captured no graph of this model: it runs no tensor operation that can be compiled."
+                )
             )
         return max(runs, key=lambda run: count_macs(run.state.normal)).measure(steps)
 
@@ -158,8 +162,10 @@ class _Run(fx.Interpreter):
 
     def measure(self, steps: int) -> list[Linearity]:
         """The linearity of each block on the values of the last run."""
-        results = [s if isinstance(s, str) else _measure(s, [self.values[node] for node in s.operands], steps)
-                   for s in self.sections]
+        results = [
+            s if isinstance(s, str) else _measure(s, [self.values[node] for node in s.operands], steps)
+            for s in self.sections
+        ]
         return [Linearity(i, None, r) if isinstance(r, str) else Linearity(i, r) for i, r in enumerate(results)]
 
 
@@ -212,5 +218,7 @@ def _place(dims: Dims, batch: Dim) -> tuple[int, tuple[int, int, int]]:
     """The dimension that holds the batch axes, and the sizes before, of and after them in it."""
     return next(
         (d, (product(dim[:i]), product(batch), product(dim[i + len(batch) :])))
-        for d, dim in enumerate(dims) for i in range(len(dim)) if dim[i : i + len(batch)] == batch
+        for d, dim in enumerate(dims)
+        for i in range(len(dim))
+        if dim[i : i + len(batch)] == batch
     )

@@ -31,8 +31,23 @@ with those that the first process filled, the kernels that Inductor generated, a
 highest beyond weights and inputs. In brackets: over the row's first compiled dense one.
 """
 
-SPEED = ("row", "model", "batch", "threads", "dtype", "r", "dense eager", "dense Inductor", "fastest dense", "mctf",
-         "fastest mctf", "MACs ratio", "speed-up", "realized", "over static")
+SPEED = (
+    "row",
+    "model",
+    "batch",
+    "threads",
+    "dtype",
+    "r",
+    "dense eager",
+    "dense Inductor",
+    "fastest dense",
+    "mctf",
+    "fastest mctf",
+    "MACs ratio",
+    "speed-up",
+    "realized",
+    "over static",
+)
 COST = ("row", "candidate", "first call, cold s", "warm s", "kernels", "peak MiB")
 
 
@@ -92,8 +107,17 @@ def _machines(results: Iterable[Result], order: Sequence[str]) -> list[list[Resu
 def _described(rows: Sequence[Result]) -> str:
     """A machine, the days of its measurements and how busy it was before them, in one line."""
     m = rows[0].machine
-    parts = [m.get("gpu"), m["cpu"], f"{m['cores']} cores", m["simd"], f"{m['memory_gib']} GiB", m["system"],
-             m["compiler"], f"Python {m['python']}", *(f"{k} {v}" for k, v in m["versions"].items() if v)]
+    parts = [
+        m.get("gpu"),
+        m["cpu"],
+        f"{m['cores']} cores",
+        m["simd"],
+        f"{m['memory_gib']} GiB",
+        m["system"],
+        m["compiler"],
+        f"Python {m['python']}",
+        *(f"{k} {v}" for k, v in m["versions"].items() if v),
+    ]
     if m.get("cuda"):
         parts.append(f"CUDA {m['cuda']}")
     days = sorted({r.date for r in rows})
@@ -111,12 +135,19 @@ def _speed(result: Result) -> list[str]:
     size = "" if work.image_size is None else f" at {work.image_size}"
     options = {k: v for k, v in work.options.items() if k != "inner"}
     return [
-        result.row.name, work.model + size, str(work.batch), str(work.threads), work.dtype,
+        result.row.name,
+        work.model + size,
+        str(work.batch),
+        str(work.threads),
+        work.dtype,
         str(work.r) + (f" {options}" if options else ""),
         *(_milliseconds(timings.get(name)) for name in ("eager", "inductor")),
-        f"{_milliseconds(timings[m['best_dense']])} {m['best_dense']}", _milliseconds(timings.get("mctf")),
-        f"{_milliseconds(timings[m['best_fused']])} {m['best_fused']}", f"{m['macs_ratio']:.2f}",
-        f"{m['speedup_over_best_dense']:.2f} ({low:.2f} to {high:.2f})", f"{m['realized_over_best_dense']:.2f}",
+        f"{_milliseconds(timings[m['best_dense']])} {m['best_dense']}",
+        _milliseconds(timings.get("mctf")),
+        f"{_milliseconds(timings[m['best_fused']])} {m['best_fused']}",
+        f"{m['macs_ratio']:.2f}",
+        f"{m['speedup_over_best_dense']:.2f} ({low:.2f} to {high:.2f})",
+        f"{m['realized_over_best_dense']:.2f}",
         f"{static / timings[m['best_fused']]['median_ms']:.2f}",
     ]
 
@@ -129,8 +160,13 @@ def _cost(result: Result) -> list[list[str]]:
     alone = result.isolated
     base = next((values for name, values in alone.items() if name != "eager" and name not in FUSED), None)
     return [
-        [result.row.name, name, *(_over(values, base, key, 1, 1) for key in ("cold_s", "warm_s")),
-         str(values["kernels"]), _over(values, base, "peak_bytes", 2**20, 1)]
+        [
+            result.row.name,
+            name,
+            *(_over(values, base, key, 1, 1) for key in ("cold_s", "warm_s")),
+            str(values["kernels"]),
+            _over(values, base, "peak_bytes", 2**20, 1),
+        ]
         for name, values in alone.items()
     ]
 

@@ -45,8 +45,12 @@ class Predictor(Attached):
         self.decision: Tensor | None = None
         self.enter = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU())
         self.score = nn.Sequential(
-            nn.Linear(width, width // 2), nn.GELU(), nn.Linear(width // 2, width // 4), nn.GELU(),
-            nn.Linear(width // 4, 2), nn.LogSoftmax(-1),
+            nn.Linear(width, width // 2),
+            nn.GELU(),
+            nn.Linear(width // 2, width // 4),
+            nn.GELU(),
+            nn.Linear(width // 4, 2),
+            nn.LogSoftmax(-1),
         )
 
     def forward(self, x: Tensor) -> Tensor:

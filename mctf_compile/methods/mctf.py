@@ -50,8 +50,17 @@ class MCTF(Merging):
 
     def choose(self, evidence: Evidence, r: int) -> Choice:
         keep, gone, into = torch.ops.mctf.match(
-            evidence.x, evidence.importance, evidence.size, r, evidence.lead, evidence.tail,
-            self.tau_sim, self.tau_info, self.tau_size, self.matching == "bidirectional", evidence.padding,
+            evidence.x,
+            evidence.importance,
+            evidence.size,
+            r,
+            evidence.lead,
+            evidence.tail,
+            self.tau_sim,
+            self.tau_info,
+            self.tau_size,
+            self.matching == "bidirectional",
+            evidence.padding,
         )
         if self.pooling == "max":
             return Choice(keep, gone, into, combine=Combine.MAX)

@@ -87,7 +87,7 @@ def whole(least: int, *words: str | None) -> Check:
     """A whole number from ``least`` on, or one of ``words``."""
 
     def check(name: str, value: Any) -> Any:
-        if any(value is word or isinstance(value, str) and value == word for word in words):
+        if any(value is word or (isinstance(value, str) and value == word) for word in words):
             return value
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             also = "".join(f" or {word!r}" for word in words)

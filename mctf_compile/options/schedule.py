@@ -115,8 +115,10 @@ def parse_target(name: str, target: Any) -> Target | None:
         number = math.nan
     least = 1 if quantity == SPEEDUP else 0
     if quantity not in (GMACS, SPEEDUP, LATENCY) or not least < number < math.inf:
-        raise ConfigError(f"{name}={target!r} must be 'gmacs=2.6' (per image), 'speedup=1.5' (times fewer MACs, above "
-                          "1) or 'latency_ms=20' (per call).")
+        raise ConfigError(
+            f"{name}={target!r} must be 'gmacs=2.6' (per image), 'speedup=1.5' (times fewer MACs, above "
+            "1) or 'latency_ms=20' (per call)."
+        )
     return Target(quantity, number)
 
 

@@ -21,8 +21,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 # What a method judges tokens by, in words.
-JUDGED_BY = {"importance": "informativeness", "class_attention": "attention of the class token",
-             "class_logits": "logits of the class token"}
+JUDGED_BY = {
+    "importance": "informativeness",
+    "class_attention": "attention of the class token",
+    "class_logits": "logits of the class token",
+}
 # Pixels: the least width of a panel, the space between panels, the height of a line, and that of its letters.
 PANEL, GAP, LINE, SIZE = 224, 8, 20, 13
 # Milliseconds that a frame of an animation over blocks or images stays, and the last one.
@@ -104,7 +107,10 @@ class Drawing:
 
 
 def visualize(
-    model: Callable[..., Any], *inputs: Any, picture: Tensor | None = None, blocks: Sequence[int] | None = None,
+    model: Callable[..., Any],
+    *inputs: Any,
+    picture: Tensor | None = None,
+    blocks: Sequence[int] | None = None,
     **options: Any,
 ) -> Drawing:
     """Draw which patches of an image became one token, block by block, and what the method judged them by.
@@ -138,14 +144,15 @@ def draw(traced: Trace, videos: Tensor, blocks: Sequence[int] | None = None) -> 
     if videos.shape[0] * videos.shape[1] == 1:
         video = videos[0]
         photo = Panel("image", video[0])
-        scenes = [Scene(photo, [still for still, in _panels(block, video, 0)]) for block in chosen]
+        scenes = [Scene(photo, [still for (still,) in _panels(block, video, 0)]) for block in chosen]
         (patches,) = _tokens(chosen[0], video, torch.arange(chosen[0].source.shape[1])).unbind(0)
         cover = [photo, Panel(f"{chosen[0].source.shape[1]} tokens", patches)][: len(scenes[0].panels)]
         return Drawing(scenes, title, cover)
     scenes = []
     for i, video in enumerate(videos):
-        stills = [panel for block in (chosen if blocks is not None else chosen[-1:])
-                  for panel in _panels(block, video, i)]
+        stills = [
+            panel for block in (chosen if blocks is not None else chosen[-1:]) for panel in _panels(block, video, i)
+        ]
         for f, frame in enumerate(video):
             number = f"image {i}" if len(video) == 1 else f"frame {f}"
             scenes.append(Scene(Panel(number, frame), [panel[f] for panel in stills]))
@@ -161,8 +168,10 @@ def _chosen(traced: Trace, blocks: Sequence[int] | None) -> list[BlockTrace]:
     for number in blocks:
         if number not in known:
             reasons = [b.reason for report in traced.reports for b in report.blocks if b.index == number and b.reason]
-            raise ConfigError(f"block {number} reduces no tokens ({reasons[0] if reasons else 'there is none'}); those "
-                              f"that do are {', '.join(map(str, known))}.")
+            raise ConfigError(
+                f"block {number} reduces no tokens ({reasons[0] if reasons else 'there is none'}); those "
+                f"that do are {', '.join(map(str, known))}."
+            )
     return [block for block in traced.blocks if block.index in blocks]
 
 
@@ -206,8 +215,10 @@ def laid_out(block: BlockTrace, video: Tensor) -> tuple[int, int, int]:
         return 1, *grid
     if len(grid) == 3 and grid[0] <= video.shape[0]:
         return grid
-    raise ConfigError(f"the {'x'.join(map(str, grid))} patches of block {block.index} lie in no grid that could be "
-                      f"drawn on {video.shape[0]} frames of {video.shape[2]}x{video.shape[3]} pixels.")
+    raise ConfigError(
+        f"the {'x'.join(map(str, grid))} patches of block {block.index} lie in no grid that could be "
+        f"drawn on {video.shape[0]} frames of {video.shape[2]}x{video.shape[3]} pixels."
+    )
 
 
 def as_videos(inputs: Sequence[Any], model: Any) -> Tensor:
@@ -234,6 +245,7 @@ def as_videos(inputs: Sequence[Any], model: Any) -> Tensor:
 
 
 # Panels on paper.
+
 
 def _enlarged(video: Tensor) -> Tensor:
     """[T, 3, H, W] with every pixel repeated, so that a panel is not too small to see."""

@@ -11,8 +11,14 @@ BORDER = (1.0, 1.0, 1.0)
 # Values from this quantile on have the greatest colour.
 BRIGHTEST = 0.95
 # From the least to the greatest: the dark end of the scale, then its way to yellow.
-HEAT = ((0.0, 0.0, 0.02), (0.25, 0.04, 0.41), (0.58, 0.15, 0.40), (0.87, 0.32, 0.23), (0.99, 0.65, 0.04),
-        (0.99, 1.0, 0.64))
+HEAT = (
+    (0.0, 0.0, 0.02),
+    (0.25, 0.04, 0.41),
+    (0.58, 0.15, 0.40),
+    (0.87, 0.32, 0.23),
+    (0.99, 0.65, 0.04),
+    (0.99, 1.0, 0.64),
+)
 
 
 def token_colours(video: Tensor, groups: Tensor, dropped: Tensor) -> Tensor:

@@ -11,5 +11,11 @@ from mctf_compile.testing.models import TinyViT, VitSpec, repeated_patches
 from mctf_compile.testing.soundness import Recorder, Soundness, assert_rewrite_sound, check_rewrite
 
 __all__ = [
-    "Recorder", "Soundness", "TinyViT", "VitSpec", "assert_rewrite_sound", "check_rewrite", "repeated_patches",
+    "Recorder",
+    "Soundness",
+    "TinyViT",
+    "VitSpec",
+    "assert_rewrite_sound",
+    "check_rewrite",
+    "repeated_patches",
 ]

@@ -47,15 +47,17 @@ class SpecCase:
 
     def program(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
-        return "\n".join([
-            "import torch",
-            "from mctf_compile.testing import TinyViT, VitSpec, assert_rewrite_sound",
-            "",
-            f"torch.manual_seed({self.seed})",
-            f"model = TinyViT({self.spec}).eval()",
-            "with torch.no_grad():",
-            f"    assert_rewrite_sound(model, *model.example({self.kinds}, {self.seed}), {options})",
-        ])
+        return "\n".join(
+            [
+                "import torch",
+                "from mctf_compile.testing import TinyViT, VitSpec, assert_rewrite_sound",
+                "",
+                f"torch.manual_seed({self.seed})",
+                f"model = TinyViT({self.spec}).eval()",
+                "with torch.no_grad():",
+                f"    assert_rewrite_sound(model, *model.example({self.kinds}, {self.seed}), {options})",
+            ]
+        )
 
 
 @dataclass(frozen=True)
@@ -74,14 +76,16 @@ class ModelCase:
     def program(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
         shapes = ", ".join(f"torch.randn({tuple(x.shape)})" for x in self.inputs)
-        return "\n".join([
-            "import timm, torch",
-            "from mctf_compile.testing import assert_rewrite_sound",
-            "",
-            f"model = timm.create_model({self.name!r}).eval()",
-            "with torch.no_grad():",
-            f"    assert_rewrite_sound(model, {shapes}, {options})",
-        ])
+        return "\n".join(
+            [
+                "import timm, torch",
+                "from mctf_compile.testing import assert_rewrite_sound",
+                "",
+                f"model = timm.create_model({self.name!r}).eval()",
+                "with torch.no_grad():",
+                f"    assert_rewrite_sound(model, {shapes}, {options})",
+            ]
+        )
 
 
 @dataclass
@@ -106,9 +110,12 @@ def cases(what: str = "both") -> st.SearchStrategy[Case]:
 def spec_cases() -> st.SearchStrategy[SpecCase]:
     """Generated models; one in three can tell positions apart, which the duplicate-token theorem cannot judge."""
     return st.builds(
-        SpecCase, st.sampled_from((False, False, True)).flatmap(vit_specs), method_options(),
+        SpecCase,
+        st.sampled_from((False, False, True)).flatmap(vit_specs),
+        method_options(),
         # One kind of patch alone hides how tokens are weighted, and where they went.
-        st.sampled_from((1, 2, 2, 3, 3)), st.integers(0, 999),
+        st.sampled_from((1, 2, 2, 3, 3)),
+        st.integers(0, 999),
     )
 
 
@@ -139,8 +146,14 @@ def fuzz(
     phases = [Phase.generate, Phase.shrink] if shrink else [Phase.generate]
 
     @hypothesis.seed(seed)
-    @settings(max_examples=examples, deadline=None, database=None, phases=phases, report_multiple_bugs=False,
-              suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        phases=phases,
+        report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(strategy)
     def run(case: Case) -> None:
         outcome.counts["examples"] += 1

@@ -57,18 +57,28 @@ class GraphCase:
         head = f"    with torch.set_grad_enabled({self.grown.gradients}):"
         if self.way == "spelling":
             graph = self._apart()
-            return "\n".join([
-                graph.source(), "", plainly(graph).source("Plain").partition("\n\n\n")[2],
+            return "\n".join(
+                [
+                    graph.source(),
+                    "",
+                    plainly(graph).source("Plain").partition("\n\n\n")[2],
+                    'if __name__ == "__main__":',
+                    "    from mctf_compile.testing.soundness import assert_fused_alike",
+                    "",
+                    head,
+                    f"        assert_fused_alike(Program(), Plain(), *inputs{options})",
+                ]
+            )
+        return "\n".join(
+            [
+                self.grown.source(),
                 'if __name__ == "__main__":',
-                "    from mctf_compile.testing.soundness import assert_fused_alike",
-                "", head, f"        assert_fused_alike(Program(), Plain(), *inputs{options})",
-            ])
-        return "\n".join([
-            self.grown.source(), 'if __name__ == "__main__":',
-            "    from mctf_compile.testing import assert_rewrite_sound",
-            "", head,
-            f"        assert_rewrite_sound(Program(), *inputs, tolerance={self.grown.tolerance}{options})",
-        ])
+                "    from mctf_compile.testing import assert_rewrite_sound",
+                "",
+                head,
+                f"        assert_rewrite_sound(Program(), *inputs, tolerance={self.grown.tolerance}{options})",
+            ]
+        )
 
     def _check_graph(self) -> Soundness:
         return self._compare()[0]
@@ -121,8 +131,10 @@ class GraphCase:
     def _apart(self) -> Program:
         """The program on tokens of which none is a copy, in float64: then nothing is decided by rounding."""
         wide = {torch.float32: torch.float64}
-        inputs, held = (tuple(replace(h, dtype=wide.get(h.dtype, h.dtype)) for h in of)
-                        for of in (self.grown.inputs, self.grown.held))
+        inputs, held = (
+            tuple(replace(h, dtype=wide.get(h.dtype, h.dtype)) for h in of)
+            for of in (self.grown.inputs, self.grown.held)
+        )
         return replace(self.grown, kinds=self.grown.kinds.apart(), inputs=inputs, held=held)
 
 

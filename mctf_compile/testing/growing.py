@@ -17,8 +17,14 @@ from mctf_compile.testing.soundness import distance
 aten = torch.ops.aten
 
 # How far a result may be from what another order of the same sums gives, relative to the largest entry.
-ROUNDING = {torch.float64: 1e-15, torch.float32: 1e-7, torch.float16: 3e-4, torch.bfloat16: 2e-3,
-            torch.complex64: 1e-7, torch.complex128: 1e-15}
+ROUNDING = {
+    torch.float64: 1e-15,
+    torch.float32: 1e-7,
+    torch.float16: 3e-4,
+    torch.bfloat16: 2e-3,
+    torch.complex64: 1e-7,
+    torch.complex128: 1e-15,
+}
 # A value that rounding changes by more says nothing.
 UNSTABLE = 0.03
 # Of the differences that rounding was seen to make, what a rewrite may make.
@@ -178,8 +184,15 @@ class Grower:
         outputs = tuple(dict.fromkeys((*more, *leaves)))
         apart = max((distance(self.run.values[r], self.other.values[r]) for r in outputs), default=0.0)
         floor = max((_floor(self.run.values[r]) for r in outputs), default=0.0)
-        return Program(self.kinds, tuple(self.inputs), tuple(self.held), tuple(self.lines), outputs,
-                       float(f"{max(SLACK * apart, floor):.1e}"), self.gradients)
+        return Program(
+            self.kinds,
+            tuple(self.inputs),
+            tuple(self.held),
+            tuple(self.lines),
+            outputs,
+            float(f"{max(SLACK * apart, floor):.1e}"),
+            self.gradients,
+        )
 
 
 def _floor(x: Tensor) -> float:

@@ -26,13 +26,24 @@ HIDDEN = 256
 
 # What a program may hold beside plain blocks; leaving some out looks for other faults.
 FEATURES = (
-    "operators", "integers", "feedback", "tables", "bias", "padding", "streams", "calls", "grid", "regions", "writes",
+    "operators",
+    "integers",
+    "feedback",
+    "tables",
+    "bias",
+    "padding",
+    "streams",
+    "calls",
+    "grid",
+    "regions",
+    "writes",
     "layouts",
 )
 
 
 # Spellings of attention over q, k, v [B, H, N, D] or [B, N, D]. ``bias`` is added to the logits; a boolean one says who
 # takes part.
+
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, bias)
@@ -282,7 +293,7 @@ class Builder:
         return tuple(g(aten.transpose.int, g(aten.reshape.default, t, [BATCH, n, HEADS, d]), 1, 2) for t in three)
 
     def _padding(self) -> Ref:
-        """bool [B, N]: the tokens that take part, alike for those of one kind."""
+        """Bool [B, N]: the tokens that take part, alike for those of one kind."""
         ref = self.g.given("valid", (BATCH, self.g.kinds.total), torch.bool)
         if not self.g.value(ref).any(1).all():
             ones = self.g.value(ref).fill_(True)
@@ -438,8 +449,16 @@ class Builder:
         images = [d for d, size in enumerate(x.shape) if size == BATCH][:1]
         gone = [d for d in range(x.dim()) if d not in images]
         if gone:
-            reduce = g.choose((aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.logsumexp.default,
-                               aten.linalg_vector_norm.default, aten.var.correction))
+            reduce = g.choose(
+                (
+                    aten.mean.dim,
+                    aten.sum.dim_IntList,
+                    aten.amax.default,
+                    aten.logsumexp.default,
+                    aten.linalg_vector_norm.default,
+                    aten.var.correction,
+                )
+            )
             if reduce is aten.linalg_vector_norm.default:
                 v = g(reduce, v, 2, gone)
             else:
@@ -506,8 +525,14 @@ def copies_apart(x: Tensor, kinds: Sequence[int], distinct: bool = True) -> None
 
 
 RANDOM = {
-    aten.rand_like, aten.randn_like, aten.bernoulli, aten.dropout, aten.feature_dropout, aten.alpha_dropout,
-    aten.empty_like, aten.new_empty,
+    aten.rand_like,
+    aten.randn_like,
+    aten.bernoulli,
+    aten.dropout,
+    aten.feature_dropout,
+    aten.alpha_dropout,
+    aten.empty_like,
+    aten.new_empty,
 }
 
 
@@ -523,8 +548,12 @@ def families() -> dict[str, tuple[tuple[OpOverload, ...], ...]]:
 
 # What cannot be part of a captured graph, since numbers in a tensor decide over a shape or a number.
 NOT_CAPTURED = {
-    aten.where.default, aten.equal.default, aten.repeat_interleave.Tensor, aten.repeat_interleave.self_Tensor,
-    aten.narrow.Tensor, aten.tensor_split.tensor_indices_or_sections,
+    aten.where.default,
+    aten.equal.default,
+    aten.repeat_interleave.Tensor,
+    aten.repeat_interleave.self_Tensor,
+    aten.narrow.Tensor,
+    aten.tensor_split.tensor_indices_or_sections,
 }
 
 

@@ -32,7 +32,14 @@ Choose = Callable[[Sequence[Any]], Any]
 aten = torch.ops.aten
 
 DTYPES = (
-    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool,
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
     torch.complex64,
 )
 
@@ -40,8 +47,11 @@ DTYPES = (
 @cache
 def ruled_operators() -> tuple[OpOverload, ...]:
     """Every overload of ATen that has a rule, in the order of their names."""
-    names = (name.removeprefix("aten::").partition(".") for name in torch._C._dispatch_get_all_op_names()
-             if name.startswith("aten::"))
+    names = (
+        name.removeprefix("aten::").partition(".")
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("aten::")
+    )
     overloads = (getattr(getattr(aten, name), kind or "default") for name, _, kind in names)
     return tuple(sorted((o for o in overloads if find_rule(o) is not None), key=str))
 
@@ -122,7 +132,7 @@ class OperatorCall:
             return str(value) if isinstance(value, (Made, torch.dtype)) else repr(value)
 
         shown = [*map(show, self.args), *(f"{name}={show(value)}" for name, value in self.kwargs.items())]
-        return f"torch.ops.{str(self.target)}({', '.join(shown)})"
+        return f"torch.ops.{self.target!s}({', '.join(shown)})"
 
 
 def _leaves(value: Any) -> Iterator[Any]:
@@ -314,8 +324,13 @@ class _Drawing:
             return [d for i in range(rank + more) for d in (i, i - rank - more)]
         if name in ("index", "start", "end", "length", "step"):
             size = shape[self.dim]
-            return {"index": (0, 1, -1, size - 1), "start": (None, 0, 1, 2, -2), "end": (None, size, 2, -1),
-                    "length": (1, 2, size - 1, size), "step": (1, 2)}[name]
+            return {
+                "index": (0, 1, -1, size - 1),
+                "start": (None, 0, 1, 2, -2),
+                "end": (None, size, 2, -1),
+                "length": (1, 2, size - 1, size),
+                "step": (1, 2),
+            }[name]
         if name == "groups":
             return (1, shape[1] if rank > 1 else 1)
         return (1, 2, 3, 0)
@@ -342,7 +357,9 @@ class _Drawing:
             "output_size": [[1] * n for n in (1, 2, 3)] + [[2] * n for n in (1, 2, 3)],
             "pad": [[0, 1], [1, 0], [0, 0, 1, 1], [0, 0], [0, 0, 0, 0, 0, 1]],
             "indices": [[1], [1, 2], [2]],
-            "padding": [[0], [1]], "stride": [[1], [2]], "dilation": [[1], [2]],
+            "padding": [[0], [1]],
+            "stride": [[1], [2]],
+            "dilation": [[1], [2]],
             "shifts": [[1], [-1], [1, 1]],
         }.get(name, [[1], [0], [1, 1]])
 
@@ -356,8 +373,12 @@ class _Drawing:
             size = shape[self.dim]
             return [[n, size // n] for n in range(1, size + 1) if size % n == 0] + [[-1, 2], [1, -1]]
         joined = [[*shape[:i], shape[i] * shape[i + 1], *shape[i + 2 :]] for i in range(len(shape) - 1)]
-        parted = [[*shape[:i], n, shape[i] // n, *shape[i + 1 :]]
-                  for i in range(len(shape)) for n in (1, 2, 3) if shape[i] % n == 0]
+        parted = [
+            [*shape[:i], n, shape[i] // n, *shape[i + 1 :]]
+            for i in range(len(shape))
+            for n in (1, 2, 3)
+            if shape[i] % n == 0
+        ]
         return [shape, *joined, *parted, [-1], [shape[0], -1] if shape else [1]]
 
     def _texts(self, name: str) -> Sequence[str | None]:
@@ -400,12 +421,22 @@ DIMENSIONS = ("dim", "dim0", "dim1", "axis0", "axis1", "source", "destination", 
 ORDERS = {"n": (0, 1, 2), "p": (1, 2), "num_groups": (1, 2), "padding_idx": (-1, 0), "output_size": (None,)}
 
 NUMBERS: dict[str, tuple[Any, ...]] = {
-    "p": (2, 1, 3, 0.5, 0, -1, inf, -inf), "ord": (2, 1, 3, 0.5, 0, -1, inf, -inf), "correction": (None, 1, 0, 2),
-    "min": (None, -0.5, 0), "max": (None, 0.5, 2), "momentum": (0.1,), "eps": (1e-5, 1e-3), "dropout_p": (0.0,),
-    "scale": (None, 0.5), "lower": (0.125,), "upper": (0.25,),
+    "p": (2, 1, 3, 0.5, 0, -1, inf, -inf),
+    "ord": (2, 1, 3, 0.5, 0, -1, inf, -inf),
+    "correction": (None, 1, 0, 2),
+    "min": (None, -0.5, 0),
+    "max": (None, 0.5, 2),
+    "momentum": (0.1,),
+    "eps": (1e-5, 1e-3),
+    "dropout_p": (0.0,),
+    "scale": (None, 0.5),
+    "lower": (0.125,),
+    "upper": (0.25,),
 }
 
 TEXTS: dict[str, tuple[str | None, ...]] = {
-    "approximate": ("none", "tanh"), "rounding_mode": (None, "floor", "trunc"), "padding": ("valid", "same"),
+    "approximate": ("none", "tanh"),
+    "rounding_mode": (None, "floor", "trunc"),
+    "padding": ("valid", "same"),
     "mode": ("constant", "reflect", "replicate", "circular"),
 }

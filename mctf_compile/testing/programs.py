@@ -70,8 +70,9 @@ class Held:
         return f"made({made}, {self.dtype}, {self.seed}){''.join(picks)}{times}"
 
     def tensor(self, kinds: Kinds) -> Tensor:
-        x = made(tuple(max(kinds.of) + 1 if s in (kinds.body, kinds.total) else s for s in self.shape), self.dtype,
-                 self.seed)
+        x = made(
+            tuple(max(kinds.of) + 1 if s in (kinds.body, kinds.total) else s for s in self.shape), self.dtype, self.seed
+        )
         of = torch.tensor(kinds.of)
         for d, size in enumerate(self.shape):
             if size in (kinds.body, kinds.total):
@@ -188,33 +189,37 @@ class Program:
         functions = dict.fromkeys(
             s.target for s in self.steps if not isinstance(s.target, OpOverload) and s.target is not operator.getitem
         )
-        return "\n".join([
-            "import torch",
-            "from torch import nn",
-            "from torch.nn import functional as F",
-            "",
-            "from mctf_compile.testing.operators import made",
-            "",
-            "aten = torch.ops.aten",
-            "# Tokens of one kind are copies of each other.",
-            f"KINDS = torch.tensor({list(self.kinds.of)})",
-            *(f"\n\n{_definition(function)}" for function in functions),
-            "",
-            "",
-            f"class {name}(nn.Module):",
-            "    def __init__(self):",
-            "        super().__init__()",
-            *(f"        {held.ref} = nn.{'Parameter' if held.parameter else 'Buffer'}({held.code(self.kinds)})"
-              for held in self.held),
-            "",
-            f"    def forward(self, {', '.join(str(held.ref) for held in self.inputs)}):",
-            *_indented(self.lines),
-            f"        return {', '.join(map(str, self.outputs))}{',' * (len(self.outputs) == 1)}",
-            "",
-            "",
-            f"inputs = [{', '.join(held.code(self.kinds) for held in self.inputs)}]",
-            "",
-        ])
+        return "\n".join(
+            [
+                "import torch",
+                "from torch import nn",
+                "from torch.nn import functional as F",
+                "",
+                "from mctf_compile.testing.operators import made",
+                "",
+                "aten = torch.ops.aten",
+                "# Tokens of one kind are copies of each other.",
+                f"KINDS = torch.tensor({list(self.kinds.of)})",
+                *(f"\n\n{_definition(function)}" for function in functions),
+                "",
+                "",
+                f"class {name}(nn.Module):",
+                "    def __init__(self):",
+                "        super().__init__()",
+                *(
+                    f"        {held.ref} = nn.{'Parameter' if held.parameter else 'Buffer'}({held.code(self.kinds)})"
+                    for held in self.held
+                ),
+                "",
+                f"    def forward(self, {', '.join(str(held.ref) for held in self.inputs)}):",
+                *_indented(self.lines),
+                f"        return {', '.join(map(str, self.outputs))}{',' * (len(self.outputs) == 1)}",
+                "",
+                "",
+                f"inputs = [{', '.join(held.code(self.kinds) for held in self.inputs)}]",
+                "",
+            ]
+        )
 
     def replaced(self, by: Callable[[Any], Any]) -> Program:
         """The program with other targets: ``by`` says which for each."""

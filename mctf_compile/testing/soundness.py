@@ -137,8 +137,12 @@ class _Variants:
 
 
 def check_rewrite(
-    model: nn.Module, *inputs: Any, kwargs: Mapping[str, Any] | None = None, duplicates: bool | None = None,
-    tolerance: float = 1e-4, **options: Any,
+    model: nn.Module,
+    *inputs: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    duplicates: bool | None = None,
+    tolerance: float = 1e-4,
+    **options: Any,
 ) -> Soundness:
     """Measure whether fusing tokens in ``model`` keeps its contract; see ``assert_rewrite_sound``.
 
@@ -195,8 +199,12 @@ def _own(x: Tensor) -> Tensor:
 
 
 def assert_rewrite_sound(
-    model: nn.Module, *inputs: Any, kwargs: Mapping[str, Any] | None = None, duplicates: bool | None = None,
-    tolerance: float = 1e-4, **options: Any,
+    model: nn.Module,
+    *inputs: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    duplicates: bool | None = None,
+    tolerance: float = 1e-4,
+    **options: Any,
 ) -> Report:
     """Assert that fusing tokens in ``model`` keeps its contract.
 
@@ -226,9 +234,7 @@ def assert_rewrite_sound(
     return found.report
 
 
-def assert_fused_alike(
-    one: nn.Module, other: nn.Module, *inputs: Any, tolerance: float = 1e-6, **options: Any
-) -> None:
+def assert_fused_alike(one: nn.Module, other: nn.Module, *inputs: Any, tolerance: float = 1e-6, **options: Any) -> None:
     """Assert that two models which compute the same fuse the same tokens: their fused outputs are equal.
 
     Rounding decides between tokens that are nearly as alike as others; in float64 there are none.
@@ -246,8 +252,11 @@ def _apart(a: list[Tensor], b: list[Tensor]) -> float:
     """The largest difference; two equal infinities or NaNs are none."""
     if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b)):
         return float("inf")
-    gaps = [torch.where(_same(x, y), 0.0, (x.double() - y.double()).abs()).nan_to_num(float("inf"))
-            for x, y in zip(a, b) if x.numel()]
+    gaps = [
+        torch.where(_same(x, y), 0.0, (x.double() - y.double()).abs()).nan_to_num(float("inf"))
+        for x, y in zip(a, b)
+        if x.numel()
+    ]
     return max((gap.max().item() for gap in gaps), default=0.0)
 
 

@@ -68,7 +68,7 @@ REQUESTS = st.one_of(st.integers(1, 5), st.sampled_from((0.2, 0.35)), st.just((2
 
 
 def fusion_options(
-    pooling: tuple[str, ...] = ("attention", "size", "mean", "max", "mlerp")
+    pooling: tuple[str, ...] = ("attention", "size", "mean", "max", "mlerp"),
 ) -> st.SearchStrategy[dict[str, Any]]:
     """Options of the method ``mctf`` that fuse at least one token of the smallest models."""
     return st.fixed_dictionaries(
@@ -91,10 +91,17 @@ def method_options() -> st.SearchStrategy[dict[str, Any]]:
     rates = st.sampled_from((0.5, 0.7, 0.9))
     others = {
         "tome": {"r": REQUESTS, "pooling": st.sampled_from(("size", "mean", "mlerp"))},
-        "tofu": {"r": REQUESTS, "prune_layers": st.integers(0, 2), "combine": st.sampled_from(("mlerp", "average")),
-                 "weighted": st.booleans()},
-        "evit": {"keep_rate": rates, "fuse_token": st.booleans(),
-                 "score": st.sampled_from(("class_attention", "mean_attention"))},
+        "tofu": {
+            "r": REQUESTS,
+            "prune_layers": st.integers(0, 2),
+            "combine": st.sampled_from(("mlerp", "average")),
+            "weighted": st.booleans(),
+        },
+        "evit": {
+            "keep_rate": rates,
+            "fuse_token": st.booleans(),
+            "score": st.sampled_from(("class_attention", "mean_attention")),
+        },
         "idlevit": {"keep_ratio": rates},
         "random": {"r": REQUESTS},
     }

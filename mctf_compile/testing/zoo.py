@@ -12,8 +12,20 @@ from torch import Tensor, nn
 from mctf_compile.testing.models import repeated_patches
 
 # Names of parameters and buffers that tell positions apart.
-POSITION = ("pos_embed", "position", "pos_emb", "pos_proj", "rel_pos", "relative", "rpe", "rope", "freq", "bands",
-            "attention_bias", "pos_block")
+POSITION = (
+    "pos_embed",
+    "position",
+    "pos_emb",
+    "pos_proj",
+    "rel_pos",
+    "relative",
+    "rpe",
+    "rope",
+    "freq",
+    "bands",
+    "attention_bias",
+    "pos_block",
+)
 
 
 @dataclass(frozen=True)
@@ -93,7 +105,9 @@ def _transformers(entry: Entry) -> nn.Module:
 
 
 MAKERS: dict[str, Callable[[Entry], nn.Module]] = {
-    "timm": _timm, "torchvision": _torchvision, "transformers": _transformers,
+    "timm": _timm,
+    "torchvision": _torchvision,
+    "transformers": _transformers,
 }
 
 
@@ -101,19 +115,19 @@ def _entries(kind: str, library: str, *rows: tuple) -> list[Entry]:
     """Rows of (name, arguments, image size, patch size), the last two optional."""
     made = []
     for name, *rest in rows:
-        arguments, size, patch = (*rest, *({}, 224, 16)[len(rest):])
+        arguments, size, patch = (*rest, *({}, 224, 16)[len(rest) :])
         made.append(Entry(name, kind, library, size, patch, arguments))
     return made
 
 
 _D = {"depth": 3}
-_HF = {"num_hidden_layers": 3, "hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 96,
-       "image_size": 112}
+_HF = {"num_hidden_layers": 3, "hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 96, "image_size": 112}
 _HF_PATCH = {**_HF, "patch_size": 16}
 
 ZOO: list[Entry] = [
     *_entries(
-        "A", "timm",
+        "A",
+        "timm",
         ("deit_tiny_patch16_224", _D),
         ("deit_tiny_distilled_patch16_224", _D),
         ("deit3_small_patch16_224", _D),
@@ -146,7 +160,8 @@ ZOO: list[Entry] = [
         ("cait_xxs24_224", _D),
     ),
     *_entries(
-        "A", "transformers",
+        "A",
+        "transformers",
         ("ViTModel", _HF_PATCH, 112),
         ("DeiTModel", _HF_PATCH, 112),
         ("Dinov2Model", {**_HF, "patch_size": 14}, 112, 14),
@@ -161,10 +176,18 @@ ZOO: list[Entry] = [
         ("YolosModel", {**_HF, "patch_size": 16, "image_size": [112, 112]}, 112),
         ("Aimv2VisionModel", _HF_PATCH, 112),
     ),
-    *_entries("A", "torchvision", ("VisionTransformer", {
-        "image_size": 112, "patch_size": 16, "num_layers": 3, "num_heads": 3, "hidden_dim": 48, "mlp_dim": 96}, 112)),
     *_entries(
-        "B", "timm",
+        "A",
+        "torchvision",
+        (
+            "VisionTransformer",
+            {"image_size": 112, "patch_size": 16, "num_layers": 3, "num_heads": 3, "hidden_dim": 48, "mlp_dim": 96},
+            112,
+        ),
+    ),
+    *_entries(
+        "B",
+        "timm",
         ("beit_base_patch16_224", _D),
         ("beitv2_base_patch16_224", _D),
         ("vit_relpos_small_patch16_224", _D),
@@ -184,35 +207,85 @@ ZOO: list[Entry] = [
         ("vit_pe_spatial_tiny_patch16_512", {**_D, "img_size": 256}, 256),
     ),
     *_entries(
-        "B", "transformers",
+        "B",
+        "transformers",
         ("BeitModel", {**_HF_PATCH, "use_relative_position_bias": True}, 112),
         ("Data2VecVisionModel", {**_HF_PATCH, "use_shared_relative_position_bias": True}, 112),
         ("DINOv3ViTModel", _HF_PATCH, 112),
         ("PixtralVisionModel", {**_HF_PATCH, "head_dim": 16}, 112),
-        ("VJEPA2Model", {"crop_size": 64, "frames_per_clip": 4, "hidden_size": 48, "num_attention_heads": 2,
-                         "num_hidden_layers": 3, "pred_hidden_size": 24, "pred_num_attention_heads": 2,
-                         "pred_num_hidden_layers": 2}, 64),
+        (
+            "VJEPA2Model",
+            {
+                "crop_size": 64,
+                "frames_per_clip": 4,
+                "hidden_size": 48,
+                "num_attention_heads": 2,
+                "num_hidden_layers": 3,
+                "pred_hidden_size": 24,
+                "pred_num_attention_heads": 2,
+                "pred_num_hidden_layers": 2,
+            },
+            64,
+        ),
     ),
     *_entries(
-        "C", "timm",
-        ("pit_ti_224",), ("crossvit_tiny_240", {}, 240), ("tnt_s_patch16_224",), ("xcit_nano_12_p16_224",),
-        ("levit_128s",), ("levit_conv_128s",), ("volo_d1_224",), ("nest_tiny",), ("coat_tiny",), ("coat_lite_tiny",),
-        ("coatnet_0_rw_224",), ("coatnet_nano_rw_224",), ("swin_tiny_patch4_window7_224",), ("mvitv2_tiny",),
-        ("hiera_tiny_224",), ("twins_svt_small",), ("twins_pcpvt_small",), ("pvt_v2_b0",),
-        ("samvit_base_patch16_224", _D), ("davit_tiny",), ("vitamin_small_224",), ("tiny_vit_5m_224",),
-        ("efficientformer_l1",), ("efficientformerv2_s0",), ("nextvit_small",), ("visformer_tiny",),
-        ("fastvit_sa12", {}, 256), ("mobilevit_xxs", {}, 256), ("mobilevitv2_050", {}, 256), ("hieradet_small",),
-        ("botnet26t_256", {}, 256), ("edgenext_xx_small",),
+        "C",
+        "timm",
+        ("pit_ti_224",),
+        ("crossvit_tiny_240", {}, 240),
+        ("tnt_s_patch16_224",),
+        ("xcit_nano_12_p16_224",),
+        ("levit_128s",),
+        ("levit_conv_128s",),
+        ("volo_d1_224",),
+        ("nest_tiny",),
+        ("coat_tiny",),
+        ("coat_lite_tiny",),
+        ("coatnet_0_rw_224",),
+        ("coatnet_nano_rw_224",),
+        ("swin_tiny_patch4_window7_224",),
+        ("mvitv2_tiny",),
+        ("hiera_tiny_224",),
+        ("twins_svt_small",),
+        ("twins_pcpvt_small",),
+        ("pvt_v2_b0",),
+        ("samvit_base_patch16_224", _D),
+        ("davit_tiny",),
+        ("vitamin_small_224",),
+        ("tiny_vit_5m_224",),
+        ("efficientformer_l1",),
+        ("efficientformerv2_s0",),
+        ("nextvit_small",),
+        ("visformer_tiny",),
+        ("fastvit_sa12", {}, 256),
+        ("mobilevit_xxs", {}, 256),
+        ("mobilevitv2_050", {}, 256),
+        ("hieradet_small",),
+        ("botnet26t_256", {}, 256),
+        ("edgenext_xx_small",),
     ),
     *_entries(
         "C", "transformers", ("SegformerModel", {"image_size": 64}, 64, 4), ("PvtModel", {"image_size": 64}, 64, 4)
     ),
     *_entries(
-        "D", "timm",
-        ("swinv2_tiny_window8_256", {}, 256, 4), ("maxvit_tiny_rw_224", {}), ("gcvit_xxtiny",), ("mixer_s16_224",),
-        ("gmlp_s16_224",), ("resmlp_12_224",), ("poolformer_s12",), ("focalnet_tiny_srf",), ("efficientvit_b0",),
-        ("efficientvit_m0",), ("halonet26t", {}, 256), ("convnext_atto",), ("resnet18",), ("eca_halonext26ts", {}, 256),
-        ("sequencer2d_s",), ("convformer_s18",),
+        "D",
+        "timm",
+        ("swinv2_tiny_window8_256", {}, 256, 4),
+        ("maxvit_tiny_rw_224", {}),
+        ("gcvit_xxtiny",),
+        ("mixer_s16_224",),
+        ("gmlp_s16_224",),
+        ("resmlp_12_224",),
+        ("poolformer_s12",),
+        ("focalnet_tiny_srf",),
+        ("efficientvit_b0",),
+        ("efficientvit_m0",),
+        ("halonet26t", {}, 256),
+        ("convnext_atto",),
+        ("resnet18",),
+        ("eca_halonext26ts", {}, 256),
+        ("sequencer2d_s",),
+        ("convformer_s18",),
     ),
     *_entries("D", "torchvision", ("swin_t",), ("maxvit_t",)),
     *_entries("D", "transformers", ("TimesformerModel", {**_HF_PATCH, "num_frames": 4}, 112)),

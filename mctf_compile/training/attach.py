@@ -53,8 +53,12 @@ def attach(
     flow, added, module = Dataflow(state.normal.graph), nn.ModuleDict(), None
     readers: set[nn.Module] = set()
     device = next((p.device for p in model.parameters()), None)
-    chosen = {tower.blocks[i] for tower in state.towers for i in config.method.acts_on(len(tower.blocks))
-              if i < len(tower.blocks)}
+    chosen = {
+        tower.blocks[i]
+        for tower in state.towers
+        for i in config.method.acts_on(len(tower.blocks))
+        if i < len(tower.blocks)
+    }
     for i, block in enumerate(state.blocks):
         if i not in chosen or block.problem is not None:
             continue

@@ -25,8 +25,16 @@ aten = torch.ops.aten
 CONTRACTIONS = (aten.matmul, aten.bmm, aten.einsum, aten.baddbmm)
 # Operators that put dimensions in another order.
 REORDERING = (
-    aten.transpose, aten.swapaxes, aten.swapdims, aten.permute, aten.movedim, aten.moveaxis, aten.t, aten.mT,
-    aten.numpy_T, aten.adjoint,
+    aten.transpose,
+    aten.swapaxes,
+    aten.swapdims,
+    aten.permute,
+    aten.movedim,
+    aten.moveaxis,
+    aten.t,
+    aten.mT,
+    aten.numpy_T,
+    aten.adjoint,
 )
 
 
@@ -114,8 +122,12 @@ def _spelled_out(softmax: fx.Node, axes: Axes) -> Attention | None:
         return is_product(node) and not any(map(is_map, _factors(node)))
 
     before = _walk([softmax.args[0]], is_map, makes_map, lambda n: n.all_input_nodes)
-    after = _walk(list(softmax.users), lambda n: any(map(is_map, n.all_input_nodes)),
-                  lambda n: is_product(n) and not is_map(n), lambda n: list(n.users))
+    after = _walk(
+        list(softmax.users),
+        lambda n: any(map(is_map, n.all_input_nodes)),
+        lambda n: is_product(n) and not is_map(n),
+        lambda n: list(n.users),
+    )
     if before is None or after is None or len(_factors(before)) != 2:
         return None
     factors = _factors(before) if _keys_come_last(softmax, before, dim, is_map, axes) else _factors(before)[::-1]
@@ -182,9 +194,7 @@ def _factors(product: fx.Node) -> list[fx.Node]:
     return [args[name] for name in operands(args)]
 
 
-def _block(
-    site: Attention, following: fx.Node | None, flow: Dataflow, axes: Axes, protected: int | None
-) -> Block:
+def _block(site: Attention, following: fx.Node | None, flow: Dataflow, axes: Axes, protected: int | None) -> Block:
     keys, queries = axes.table.canonical(site.key_axis), axes.table.canonical(site.query_axis)
     if keys != queries:
         return Block(site, None, problem="queries and keys run over different tokens")

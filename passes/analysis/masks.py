@@ -105,7 +105,7 @@ class _Finder:
         packet = getattr(node.target, "overloadpacket", None)
         rule = find_rule(node.target) if node.op == "call_function" else None
         sources = [n for n in node.all_input_nodes if self._count(n)]
-        if rule is None or packet not in _SPREADING and rule is not RULES[aten.add.Tensor] or not sources:
+        if rule is None or (packet not in _SPREADING and rule is not RULES[aten.add.Tensor]) or not sources:
             return Mask.BIAS if self._learned(node) else Mask.PAIRS
         kinds = [self.kind(n) for n in sources]
         singles = [n for n in sources if self._count(n) == 1]
@@ -135,7 +135,26 @@ class _Finder:
 
 # Operators that repeat or rearrange a mask without comparing tokens.
 _SPREADING = {
-    aten.expand, aten.expand_as, aten.repeat, aten.reshape, aten.view, aten._unsafe_view, aten.permute, aten.transpose,
-    aten.unsqueeze, aten.squeeze, aten.to, aten._to_copy, aten.type_as, aten.contiguous, aten.clone, aten.alias,
-    aten.detach, aten.slice, aten.flatten, aten.unflatten, aten.masked_fill, aten.where,
+    aten.expand,
+    aten.expand_as,
+    aten.repeat,
+    aten.reshape,
+    aten.view,
+    aten._unsafe_view,
+    aten.permute,
+    aten.transpose,
+    aten.unsqueeze,
+    aten.squeeze,
+    aten.to,
+    aten._to_copy,
+    aten.type_as,
+    aten.contiguous,
+    aten.clone,
+    aten.alias,
+    aten.detach,
+    aten.slice,
+    aten.flatten,
+    aten.unflatten,
+    aten.masked_fill,
+    aten.where,
 }

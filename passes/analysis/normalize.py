@@ -28,9 +28,7 @@ def fake_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Any]:
     if any(isinstance(v, FakeTensor) for v in example_inputs):
         return list(example_inputs)
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    return [
-        mode.from_tensor(v, static_shapes=True) if isinstance(v, torch.Tensor) else v for v in example_inputs
-    ]
+    return [mode.from_tensor(v, static_shapes=True) if isinstance(v, torch.Tensor) else v for v in example_inputs]
 
 
 @graph_pass("normalize", requires=("gm", "inputs"), ensures=("normal",))

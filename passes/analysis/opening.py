@@ -29,7 +29,10 @@ class Opener(fx.Interpreter):
     """
 
     def __init__(
-        self, gm: fx.GraphModule, checkpoint: int | None = None, gradients: bool | None = None,
+        self,
+        gm: fx.GraphModule,
+        checkpoint: int | None = None,
+        gradients: bool | None = None,
         numbers: Iterator[int] | None = None,
     ) -> None:
         super().__init__(gm)
@@ -101,7 +104,12 @@ class Opener(fx.Interpreter):
         mode.__exit__(None, None, None)
 
     def _open_autocast(
-        self, device: str, dtype: torch.dtype | None, enabled: bool, cached: bool | None, body: fx.GraphModule,
+        self,
+        device: str,
+        dtype: torch.dtype | None,
+        enabled: bool,
+        cached: bool | None,
+        body: fx.GraphModule,
         *operands: Any,
     ) -> Any:
         mode = self._begin_autocast(device, dtype, enabled, cached)
@@ -146,10 +154,26 @@ def _record_gradients(enabled: bool) -> None:
 
 
 def _encoder_layer(
-    x: Tensor, width: int, heads: int, qkv_weight: Tensor, qkv_bias: Tensor, proj_weight: Tensor,
-    proj_bias: Tensor, use_gelu: bool, norm_first: bool, eps: float, norm1_weight: Tensor, norm1_bias: Tensor,
-    norm2_weight: Tensor, norm2_bias: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor,
-    fc2_bias: Tensor, mask: Tensor | None = None, mask_type: int | None = None,
+    x: Tensor,
+    width: int,
+    heads: int,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    use_gelu: bool,
+    norm_first: bool,
+    eps: float,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    mask: Tensor | None = None,
+    mask_type: int | None = None,
 ) -> Tensor | None:
     """``aten._transformer_encoder_layer_fwd`` on [B, N, C] as plain operators; None with a mask."""
     if mask is not None:

@@ -95,7 +95,7 @@ def _feature_indices(chain: list[fx.Node], axes: Axes, inside: set[Axis]) -> Ten
         elif packet not in COPIES:
             value = _STEPS[packet](value, node, axes, inside)
         # Features that were cut to pieces have names of their own, and are followed no further.
-        if value is None or isinstance(value, Tensor) and list(value.shape) != _shrunk(axes.of(node), inside):
+        if value is None or (isinstance(value, Tensor) and list(value.shape) != _shrunk(axes.of(node), inside)):
             return None
     return value
 
@@ -147,8 +147,9 @@ _STEPS = {
     ),
     aten.permute: lambda value, node, axes, inside: value.permute(node.args[1]),
     aten.transpose: lambda value, node, axes, inside: value.transpose(*node.args[1:3]),
-    aten.unbind: lambda value, node, axes, inside: value.unbind(schema_arguments(node)["dim"])
-    if value.shape[schema_arguments(node)["dim"]] > 1 else None,
+    aten.unbind: lambda value, node, axes, inside: (
+        value.unbind(schema_arguments(node)["dim"]) if value.shape[schema_arguments(node)["dim"]] > 1 else None
+    ),
     aten.select: _one,
     aten.slice: _range,
     **dict.fromkeys((aten.split, aten.split_with_sizes, aten.chunk), _parts),

@@ -13,8 +13,20 @@ from mctf_compile.passes.rules import schema_arguments
 aten = torch.ops.aten
 CONVOLUTIONS = (aten.conv1d, aten.conv2d, aten.conv3d)
 LAYOUT = (
-    aten.reshape, aten.view, aten._unsafe_view, aten.flatten, aten.unflatten, aten.permute, aten.transpose,
-    aten.contiguous, aten.clone, aten.unsqueeze, aten.squeeze, aten.roll, aten.pad, aten.constant_pad_nd,
+    aten.reshape,
+    aten.view,
+    aten._unsafe_view,
+    aten.flatten,
+    aten.unflatten,
+    aten.permute,
+    aten.transpose,
+    aten.contiguous,
+    aten.clone,
+    aten.unsqueeze,
+    aten.squeeze,
+    aten.roll,
+    aten.pad,
+    aten.constant_pad_nd,
 )
 ALIKE = (aten.batch_norm, aten.layer_norm, aten.group_norm, aten.gelu, aten.relu, aten.silu, aten.dropout, aten.to)
 

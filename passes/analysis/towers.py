@@ -20,7 +20,13 @@ aten = torch.ops.aten
 CONVOLUTIONS = {aten.conv1d, aten.conv2d, aten.conv3d}
 # Layers: what they give is no longer the residual stream that they read.
 LAYERS = CONVOLUTIONS | {
-    aten.linear, aten.matmul, aten.bmm, aten.mm, aten.addmm, aten.baddbmm, aten.einsum,
+    aten.linear,
+    aten.matmul,
+    aten.bmm,
+    aten.mm,
+    aten.addmm,
+    aten.baddbmm,
+    aten.einsum,
     aten.scaled_dot_product_attention,
 }
 
@@ -61,9 +67,7 @@ def _end(block: Block) -> fx.Node:
     return block.exit or block.middle or block.attention.node
 
 
-def _predecessor(
-    blocks: Sequence[Block], j: int, flow: Dataflow, axes: Axes, channels: set[Atom]
-) -> int | None:
+def _predecessor(blocks: Sequence[Block], j: int, flow: Dataflow, axes: Axes, channels: set[Atom]) -> int | None:
     """The block whose tower block ``j`` goes on with."""
     start = _start(blocks[j])
     leading = [i for i in reversed(range(j)) if _end(blocks[i]) is start or flow.leads(_end(blocks[i]), start)]

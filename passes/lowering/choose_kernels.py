@@ -42,7 +42,7 @@ def recorded(gm: fx.GraphModule, inputs: Sequence[Any]) -> set[fx.Node]:
     for node in gm.graph.nodes:
         value = operator.attrgetter(node.target)(gm) if node.op == "get_attr" else given.get(node)
         starts = isinstance(value, Tensor) and value.requires_grad
-        if starts or node.target is not aten.detach.default and not found.isdisjoint(node.all_input_nodes):
+        if starts or (node.target is not aten.detach.default and not found.isdisjoint(node.all_input_nodes)):
             found.add(node)
     return found
 

@@ -143,8 +143,16 @@ def _importance(node: fx.Node) -> str | None:
         with reader.graph.inserting_before(reader):
             # What is not needed again need not stay in memory.
             again = [None] * 4 if whole else operands
-            arguments = (*again[:2], of_reader["v"], *again[2:], args["scale"], lse, rows, of_reader["index"],
-                         of_reader["weight"])
+            arguments = (
+                *again[:2],
+                of_reader["v"],
+                *again[2:],
+                args["scale"],
+                lse,
+                rows,
+                of_reader["index"],
+                of_reader["weight"],
+            )
             replace(reader, call(reader, mctf.ahead_cpp.default, arguments, ahead(q, k, of_reader["v"].meta["val"])))
     return None
 

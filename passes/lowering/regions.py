@@ -274,7 +274,10 @@ def _body(segment: _Segment, results: list[int], symbols: int, known: Iterator[i
 
 
 def _outer(
-    graph: fx.Graph, segments: list[_Segment], keys: list[tuple], regions: Sequence[Region],
+    graph: fx.Graph,
+    segments: list[_Segment],
+    keys: list[tuple],
+    regions: Sequence[Region],
     operands: Sequence[list[list[Number]]],
 ) -> fx.Graph:
     outer, env = fx.Graph(), {}

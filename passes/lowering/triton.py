@@ -118,7 +118,11 @@ def _importance(node: fx.Node) -> str | None:
         with reader.graph.inserting_before(reader):
             wide = v.meta["val"]
             rows = wide.new_empty(*q.shape[:3], wide.shape[3])
-            ahead = call(reader, mctf.ahead_triton.default,
-                         (*operands[:2], v, *operands[2:], args["scale"], lse, *matching), (reader.meta["val"], rows))
+            ahead = call(
+                reader,
+                mctf.ahead_triton.default,
+                (*operands[:2], v, *operands[2:], args["scale"], lse, *matching),
+                (reader.meta["val"], rows),
+            )
             replace(reader, item(ahead, 0))
     return None

@@ -23,8 +23,10 @@ def run(state: State) -> str | None:
     if not state.unsettled:
         return None
     if state.counts is None:
-        raise ConfigError("r='auto' and profit need the tokens that are removed, and a model in training keeps all; "
-                          "set r while it trains.")
+        raise ConfigError(
+            "r='auto' and profit need the tokens that are removed, and a model in training keeps all; "
+            "set r while it trains."
+        )
     declined = state.findings.declined
     settle(state)
     # Where blocks dropped out, what a target takes is found anew without them.
@@ -97,8 +99,10 @@ def _for_latency(state: State, target: Target, clock: Clock, macs: Measure) -> S
     if dense <= goal:
         return f"the dense model meets the target {target}: {1e3 * dense:.2f} ms"
     if fast > goal:
-        raise ConfigError(f"target={str(target)!r} is out of reach: with the most tokens that method "
-                          f"{state.plan.method.name!r} can remove, a call takes {1e3 * fast:.2f} ms.")
+        raise ConfigError(
+            f"target={str(target)!r} is out of reach: with the most tokens that method "
+            f"{state.plan.method.name!r} can remove, a call takes {1e3 * fast:.2f} ms."
+        )
     high, low = map(macs, lefts)
     per_mac = max(slow - fast, 0.0) / max(high - low, 1)
     best, taken, offset = most, fast, fast - per_mac * low
@@ -150,6 +154,8 @@ def _images(state: State) -> int:
         return hint_of(block.entry.meta["val"].shape[alone[0]])
     sizes = [axis.size for axis in block.tokens.batch]
     if not all(isinstance(size, int) for size in sizes):
-        raise ConfigError("the number of images is symbolic and shares a dimension with others, so gmacs per image "
-                          "cannot be told; give target='speedup=...' instead.")
+        raise ConfigError(
+            "the number of images is symbolic and shares a dimension with others, so gmacs per image "
+            "cannot be told; give target='speedup=...' instead."
+        )
     return math.prod(sizes)

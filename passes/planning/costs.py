@@ -92,7 +92,9 @@ def unprofitable(state: State, macs: Measure, costs: Costs) -> dict[int, str]:
         balance, i, saved = min(verdicts)
         if balance >= 0:
             break
-        declined[i] = (f"fusing {removed[i]} tokens here would save {1e3 * saved:.3f} ms and cost "
-                       f"{1e3 * costs.fusion[i]:.3f} ms ({costs.source})")
+        declined[i] = (
+            f"fusing {removed[i]} tokens here would save {1e3 * saved:.3f} ms and cost "
+            f"{1e3 * costs.fusion[i]:.3f} ms ({costs.source})"
+        )
         removed[i] = 0
     return declined

@@ -101,8 +101,10 @@ def make_plan(
     blocks, towers = state.blocks, state.towers
     able = [b for b in blocks if b.problem is None]
     if Need.LEARNED in method.needs and able and all(b.learned is None for b in able):
-        raise ConfigError(f"method {method.name!r} needs modules that this model does not have; "
-                          f"mctf_compile.attach(model, method={method.name!r}) adds them before it is compiled.")
+        raise ConfigError(
+            f"method {method.name!r} needs modules that this model does not have; "
+            f"mctf_compile.attach(model, method={method.name!r}) adds them before it is compiled."
+        )
     _check_layers(method, blocks, towers)
     planned: dict[int, PlannedBlock] = {}
     for number, tower in enumerate(towers):
@@ -158,8 +160,15 @@ class _TowerPlanner:
         left = tokens if reason is not None else tokens - outcome.r
         notes = [outcome.note, _exposed(block, self.method)]
         return replace(
-            planned, tokens_in=tokens, tokens_out=left, reason=reason, note="; ".join(n for n in notes if n) or None,
-            lead=lead, tail=place.tail, first=block.tokens.lead - place.lead, last=block.tokens.tail - place.tail,
+            planned,
+            tokens_in=tokens,
+            tokens_out=left,
+            reason=reason,
+            note="; ".join(n for n in notes if n) or None,
+            lead=lead,
+            tail=place.tail,
+            first=block.tokens.lead - place.lead,
+            last=block.tokens.tail - place.tail,
         )
 
     def _removal(self, number: int, count: Count) -> Removal:
@@ -202,8 +211,11 @@ def typical(method: Merging, blocks: Sequence[Block], towers: Sequence[Tower]) -
 
 def _check_layers(method: Method, blocks: Sequence[Block], towers: Sequence[Tower]) -> None:
     """Raise ``ConfigError`` for blocks that no tower has, or a list of ``r`` where towers differ in depth."""
-    free = [t for t in towers if any(blocks[i].problem is None and not _left_out(blocks[i], method.modules)
-                                     for i in t.blocks)]
+    free = [
+        t
+        for t in towers
+        if any(blocks[i].problem is None and not _left_out(blocks[i], method.modules) for i in t.blocks)
+    ]
     depths = sorted({len(tower.blocks) for tower in free or towers})
     beyond = [i for i in method.layers or () if depths and i >= depths[-1]]
     if beyond:
@@ -211,8 +223,10 @@ def _check_layers(method: Method, blocks: Sequence[Block], towers: Sequence[Towe
         raise ConfigError(f"layers={list(method.layers)}: block {beyond[0]} does not exist; {has}.")
     if len(depths) > 1 and isinstance(getattr(method, "r", None), PerBlock):
         named = ", ".join(f"{tower.module or 'one'} of {len(tower.blocks)} blocks" for tower in free)
-        raise ConfigError(f"r is a list of {len(method.r)} entries, and the model has towers of several depths "
-                          f"({named}); give a number, or choose towers of one depth with modules=...")
+        raise ConfigError(
+            f"r is a list of {len(method.r)} entries, and the model has towers of several depths "
+            f"({named}); give a number, or choose towers of one depth with modules=..."
+        )
 
 
 def _left_out(block: Block, modules: Sequence[str] | None) -> str | None:

@@ -45,7 +45,7 @@ class Reduction:
         return torch.arange(first.shape[1], device=first.device).expand_as(first)
 
     def _dropped(self) -> Tensor:
-        """bool [B, N]: the original tokens that no token holds any more."""
+        """Bool [B, N]: the original tokens that no token holds any more."""
         dropped = torch.zeros_like(self._map(0), dtype=torch.bool)
         for generation in range(1, self.generation + 1):
             fusion = self.stream.fusion(generation, self.place.lead, self.place.tail)

@@ -23,8 +23,21 @@ aten = torch.ops.aten
 
 # Operators that leave attention weights what they are, up to scaling or layout.
 MASS_KEEPING: set[Callable] = {
-    aten.dropout, aten.to, aten._to_copy, aten.type_as, aten.contiguous, aten.clone, aten.alias, aten.detach,
-    aten.view, aten.reshape, aten._unsafe_view, aten.expand, aten.flatten, aten.unflatten, aten.unsqueeze,
+    aten.dropout,
+    aten.to,
+    aten._to_copy,
+    aten.type_as,
+    aten.contiguous,
+    aten.clone,
+    aten.alias,
+    aten.detach,
+    aten.view,
+    aten.reshape,
+    aten._unsafe_view,
+    aten.expand,
+    aten.flatten,
+    aten.unflatten,
+    aten.unsqueeze,
 }
 
 
@@ -237,12 +250,16 @@ class FusedCall:
         want = self.expected_shape(dims, dense.shape)
         if want is None:
             raise Declined(regrouped(self.node, dense.shape))
-        agree = got.dtype == dense.dtype and len(got.shape) == len(want) and all(
-            not (isinstance(g, int) and isinstance(w, int)) or g == w for g, w in zip(got.shape, want)
+        agree = (
+            got.dtype == dense.dtype
+            and len(got.shape) == len(want)
+            and all(not (isinstance(g, int) and isinstance(w, int)) or g == w for g, w in zip(got.shape, want))
         )
         if not agree:
-            raise Declined(f"{name_of(self.node)} gives {got.dtype} {tuple(got.shape)} on fused tokens "
-                           f"where {dense.dtype} {tuple(want)} is due")
+            raise Declined(
+                f"{name_of(self.node)} gives {got.dtype} {tuple(got.shape)} on fused tokens "
+                f"where {dense.dtype} {tuple(want)} is due"
+            )
 
     def result(self, tensor: Tensor, mass: int | None = None, index: int = 0) -> Value:
         """A value of this call's generation, where its axes hold the tokens; else an ordinary one.

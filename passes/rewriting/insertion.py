@@ -131,9 +131,7 @@ class Insertion:
         rows = torch.nn.functional.dropout(seen.weights, call.args["dropout_p"]) @ seen.layout.split(v)
         return call.result(seen.layout.join((rows * seen.norm).to(v.dtype), v))
 
-    def _attend_ahead(
-        self, node: fx.Node, block: PlannedBlock, call: FusedCall | None, seen: Map | None
-    ) -> Value:
+    def _attend_ahead(self, node: fx.Node, block: PlannedBlock, call: FusedCall | None, seen: Map | None) -> Value:
         """A' V: the values of the fused tokens under the map of the unfused ones."""
         site, entry = block.block.attention, block.block.entry
         x = self._fuse(block, self._entry(block))
@@ -143,8 +141,15 @@ class Insertion:
             keys = self._keys(call)
             fusion = x.stream.fusion(x.generation, keys.lead, keys.tail)
             out = torch.ops.mctf.ahead(
-                seen.weights, seen.norm, seen.layout.split(v.tensor), fusion.index, fusion.weight, fusion.keep,
-                fusion.gone, fusion.into, call.args["dropout_p"],
+                seen.weights,
+                seen.norm,
+                seen.layout.split(v.tensor),
+                fusion.index,
+                fusion.weight,
+                fusion.keep,
+                fusion.gone,
+                fusion.into,
+                call.args["dropout_p"],
             )
             return Value(seen.layout.join(out, v.tensor), self.rewriter.axes.of(node), x.stream, x.generation)
         if fusion.combine is Combine.MAX:
@@ -250,7 +255,7 @@ class Insertion:
         return (x.mean(heads) if heads else x).flatten(2)
 
     def _masked(self, logits: Value, keys: Place, stream: Stream) -> Tensor:
-        """bool [B, N]: the tokens that no query may see, from the logits or from what is added to them."""
+        """Bool [B, N]: the tokens that no query may see, from the logits or from what is added to them."""
         logits = replace(logits, tensor=additive(logits.tensor, torch.float32), stream=stream)
         return stream.canonical(logits, keys).amax(-1) <= MASKED
 
@@ -324,10 +329,21 @@ class Insertion:
         order = position if relaxed.order is None else relaxed.order
         # A token that counts for nothing has a logarithm still, and a gradient.
         size = relaxed.size if relaxed.whole_to_itself else relaxed.size + torch.finfo(torch.float32).tiny
-        x.stream.fusions.append(Fusion(
-            order, nobody, nobody, index_of(order, nobody, nobody), None, size, place.lead, place.tail,
-            Combine.DROP, conserves=False, whole_to_itself=relaxed.whole_to_itself,
-        ))
+        x.stream.fusions.append(
+            Fusion(
+                order,
+                nobody,
+                nobody,
+                index_of(order, nobody, nobody),
+                None,
+                size,
+                place.lead,
+                place.tail,
+                Combine.DROP,
+                conserves=False,
+                whole_to_itself=relaxed.whole_to_itself,
+            )
+        )
         moved = x if relaxed.order is None else x.stream.raise_to(x, x.generation + 1)
         return Value(moved.tensor if relaxed.x is None else relaxed.x, x.dims, x.stream, x.generation + 1)
 
@@ -340,15 +356,35 @@ class Insertion:
             if into is None:
                 into = torch.ops.mctf.nearest(evidence.x, choice.keep, choice.gone, place.lead, place.tail)
             index = index_of(choice.keep, choice.gone, into)
-            return Fusion(choice.keep, choice.gone, into, index, None, size.gather(1, choice.keep), place.lead,
-                          place.tail, choice.combine, conserves=False)
+            return Fusion(
+                choice.keep,
+                choice.gone,
+                into,
+                index,
+                None,
+                size.gather(1, choice.keep),
+                place.lead,
+                place.tail,
+                choice.combine,
+                conserves=False,
+            )
         raw = torch.ones_like(size) if choice.weight is None else choice.weight
         index, weight, total = torch.ops.mctf.group(raw, size, choice.keep, choice.gone, choice.into)
         if not method.sized:
             total = torch.ones_like(total)
         weight = None if choice.combine is Combine.MAX else weight
-        return Fusion(choice.keep, choice.gone, choice.into, index, weight, total, place.lead, place.tail,
-                      choice.combine, conserves=method.sized)
+        return Fusion(
+            choice.keep,
+            choice.gone,
+            choice.into,
+            index,
+            weight,
+            total,
+            place.lead,
+            place.tail,
+            choice.combine,
+            conserves=method.sized,
+        )
 
 
 def _take(x: Tensor, order: Tensor) -> Tensor:

@@ -64,9 +64,7 @@ class Projector:
 
     def _range(self, projection: Projection) -> tuple[int, int]:
         """The output features to compute at once: this part, and q or k beside it."""
-        beside = [
-            p for n, p in self.plan.projections.items() if p.linear is projection.linear and n in self._asked
-        ]
+        beside = [p for n, p in self.plan.projections.items() if p.linear is projection.linear and n in self._asked]
         if projection not in beside:
             return projection.start, projection.stop
         start, stop = min(p.start for p in beside), max(p.stop for p in beside)

@@ -75,7 +75,11 @@ class Outcome:
 
 
 def rewrite_graph(
-    gm: fx.GraphModule, inputs: Sequence[Any], axes: Axes, plan: Plan, counts: Counts | None = None,
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    axes: Axes,
+    plan: Plan,
+    counts: Counts | None = None,
     followed: bool = False,
 ) -> Outcome:
     """Fuse tokens at each planned block and make everything downstream size-weighted.
@@ -207,8 +211,10 @@ class Rewriter:
             return Value(result, self.axes.of(node) if node in self.axes.dims else ())
         if isinstance(result, (tuple, list)):
             dims = self.axes.dims.get(node, [()] * len(result))
-            return [Value(r, self.axes.table.canonical_dims(d)) if isinstance(r, Tensor) else r
-                    for r, d in zip(result, dims)]
+            return [
+                Value(r, self.axes.table.canonical_dims(d)) if isinstance(r, Tensor) else r
+                for r, d in zip(result, dims)
+            ]
         return result
 
     # Running operators.
@@ -283,9 +289,7 @@ class Rewriter:
 
     # Moving values between generations.
 
-    def lift(
-        self, node: fx.Node, value: Value, stream: Stream, generation: int, like: Callable[[], Value]
-    ) -> Value:
+    def lift(self, node: fx.Node, value: Value, stream: Stream, generation: int, like: Callable[[], Value]) -> Value:
         """``value`` in ``generation``; unchanged where it has no token axis. ``like()`` shows where images are."""
         if value.generation == generation or not mentions(value.dims, stream.tokens):
             return value

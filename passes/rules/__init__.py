@@ -16,6 +16,18 @@ from mctf_compile.passes.rules import attention, contractions, features, layout,
 from mctf_compile.passes.rules.base import RULES, Call, Flow, Rule, find_rule, rule, schema_arguments, sources
 
 __all__ = [
-    "RULES", "Call", "Flow", "Rule", "attention", "contractions", "features", "find_rule", "layout",
-    "pointwise", "reductions", "rule", "schema_arguments", "sources",
+    "RULES",
+    "Call",
+    "Flow",
+    "Rule",
+    "attention",
+    "contractions",
+    "features",
+    "find_rule",
+    "layout",
+    "pointwise",
+    "reductions",
+    "rule",
+    "schema_arguments",
+    "sources",
 ]

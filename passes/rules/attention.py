@@ -85,8 +85,13 @@ def operands(call: FusedCall, *names: str) -> Operands:
         bias = additive(call.intensive("attn_mask").tensor, query.dtype)
         if query.dim() != 4:
             bias = layout.split(bias.expand(*query.shape[:-2], *bias.shape[-2:]))
-    return Operands(layout, layout.split(given["query"]), layout.split(given["key"]),
-                    layout.split(given["value"]) if "value" in given else None, bias)
+    return Operands(
+        layout,
+        layout.split(given["query"]),
+        layout.split(given["key"]),
+        layout.split(given["value"]) if "value" in given else None,
+        bias,
+    )
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -119,8 +124,10 @@ def sized_attention(call: FusedCall) -> Value:
 
 
 @rule(
-    "scaled_dot_product_attention", reads="query key value attn_mask dropout_p is_causal scale enable_gqa",
-    fused=sized_attention, broadcasts=True,
+    "scaled_dot_product_attention",
+    reads="query key value attn_mask dropout_p is_causal scale enable_gqa",
+    fused=sized_attention,
+    broadcasts=True,
 )
 def attention(call: Call) -> Flow:
     q, k, v = (call.dims(name) for name in ("query", "key", "value"))

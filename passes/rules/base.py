@@ -88,8 +88,12 @@ RULES: dict[OpOverload, Rule] = {}
 
 
 def rule(
-    *names: str, reads: str, fused: Callable[[FusedCall], Any] | None = None, resized: str | None = None,
-    ignores: tuple[str, ...] = (), broadcasts: bool = False,
+    *names: str,
+    reads: str,
+    fused: Callable[[FusedCall], Any] | None = None,
+    resized: str | None = None,
+    ignores: tuple[str, ...] = (),
+    broadcasts: bool = False,
 ) -> Callable[[Callable[[Call], Flow]], Callable[[Call], Flow]]:
     """Enter the decorated axes function in ``RULES`` for overloads of ATen operators.
 

@@ -34,7 +34,7 @@ def contracted(call: FusedCall) -> Value:
     place_x, place_y = call.place_in(x, inner_x), call.place_in(y, inner_y)
     if place_x.before or place_x.after or (place_x.lead, place_x.tail) != (place_y.lead, place_y.tail):
         raise Declined("a matrix product contracts the token axis together with other axes")
-    if not (x.mass == inner_x and y.mass is None or y.mass == inner_y and x.mass is None):
+    if not ((x.mass == inner_x and y.mass is None) or (y.mass == inner_y and x.mass is None)):
         x, y = call.intensive(left), call.intensive(right)
         y = call.weighted(y, place_y)
     if "self" in (left, right):

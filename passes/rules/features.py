@@ -25,7 +25,8 @@ def channel_norm(call: Call) -> Flow:
 
 
 @rule(
-    "batch_norm", reads="input weight bias running_mean running_var training momentum eps cudnn_enabled",
+    "batch_norm",
+    reads="input weight bias running_mean running_var training momentum eps cudnn_enabled",
 )
 def batch_norm(call: Call) -> Flow:
     """A scale and shift per channel; in training the statistics are those of all other positions."""
@@ -34,7 +35,8 @@ def batch_norm(call: Call) -> Flow:
 
 
 @rule(
-    "group_norm", "instance_norm",
+    "group_norm",
+    "instance_norm",
     reads="input num_groups weight bias running_mean running_var use_input_stats momentum eps cudnn_enabled",
 )
 def image_norm(call: Call) -> Flow:
@@ -57,7 +59,12 @@ def glu(call: Call) -> Flow:
 
 
 @rule(
-    "conv1d", "conv1d.padding", "conv2d", "conv2d.padding", "conv3d", "conv3d.padding",
+    "conv1d",
+    "conv1d.padding",
+    "conv2d",
+    "conv2d.padding",
+    "conv3d",
+    "conv3d.padding",
     reads="input weight bias stride padding dilation groups",
 )
 def convolution(call: Call) -> Flow:

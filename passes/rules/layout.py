@@ -19,7 +19,13 @@ aten = torch.ops.aten
 
 
 @rule(
-    "reshape", "view", "_unsafe_view", "reshape_as", "view_as", reads="self shape size other", resized="shape",
+    "reshape",
+    "view",
+    "_unsafe_view",
+    "reshape_as",
+    "view_as",
+    reads="self shape size other",
+    resized="shape",
     ignores=("other",),
 )
 def reshape(call: Call) -> Flow:
@@ -57,11 +63,15 @@ def permute(call: Call) -> Flow:
 
 
 @rule(
-    "movedim.int", "movedim.intlist", "moveaxis.int", "moveaxis.intlist", reads="self source destination",
+    "movedim.int",
+    "movedim.intlist",
+    "moveaxis.int",
+    "moveaxis.intlist",
+    reads="self source destination",
 )
 def movedim(call: Call) -> Flow:
     dims = call.dims("self")
-    listed = lambda v: [wrap(d, len(dims)) for d in (v if isinstance(v, (list, tuple)) else [v])]  # noqa: E731
+    listed = lambda v: [wrap(d, len(dims)) for d in (v if isinstance(v, (list, tuple)) else [v])]
     source, destination = listed(call.args["source"]), listed(call.args["destination"])
     order = [d for d in range(len(dims)) if d not in source]
     for d, s in sorted(zip(destination, source)):
@@ -224,9 +234,18 @@ def slice_(call: Call) -> Flow:
 
 
 @rule(
-    "split.Tensor", "split.sizes", "split", "split_with_sizes", "chunk", "tensor_split.sections",
-    "tensor_split.indices", "unsafe_split.Tensor", "unsafe_split_with_sizes", "unsafe_chunk",
-    reads="self split_size split_sizes chunks sections indices dim", fused=split_parts,
+    "split.Tensor",
+    "split.sizes",
+    "split",
+    "split_with_sizes",
+    "chunk",
+    "tensor_split.sections",
+    "tensor_split.indices",
+    "unsafe_split.Tensor",
+    "unsafe_split_with_sizes",
+    "unsafe_chunk",
+    reads="self split_size split_sizes chunks sections indices dim",
+    fused=split_parts,
 )
 def split(call: Call) -> Flow:
     dims = call.dims("self")

@@ -137,8 +137,19 @@ def total_of_numbers(call: Call) -> Flow:
 
 
 @rule(
-    "amax", "amin", "any", "any.dim", "any.dims", "all", "all.dim", "all.dims", "max", "min", "aminmax",
-    reads="self dim keepdim", fused=lambda call: call.emit(),
+    "amax",
+    "amin",
+    "any",
+    "any.dim",
+    "any.dims",
+    "all",
+    "all.dim",
+    "all.dims",
+    "max",
+    "min",
+    "aminmax",
+    reads="self dim keepdim",
+    fused=lambda call: call.emit(),
 )
 def extreme(call: Call) -> Flow:
     """A maximum over copies is the maximum over tokens."""
@@ -162,8 +173,13 @@ def weighted_norm(call: FusedCall) -> Value:
 
 
 @rule(
-    "linalg_vector_norm", "norm.Scalar", "norm.ScalarOpt_dim", "norm.ScalarOpt_dim_dtype", "norm.ScalarOpt_dtype",
-    reads="self ord p dim keepdim dtype", fused=weighted_norm,
+    "linalg_vector_norm",
+    "norm.Scalar",
+    "norm.ScalarOpt_dim",
+    "norm.ScalarOpt_dim_dtype",
+    "norm.ScalarOpt_dtype",
+    reads="self ord p dim keepdim dtype",
+    fused=weighted_norm,
 )
 def norm(call: Call) -> Flow:
     return flow(call)
@@ -172,7 +188,7 @@ def norm(call: Call) -> Flow:
 def weighted_norm_of_vectors(call: FusedCall) -> Value:
     """Of a matrix there are norms that are none of its entries alone."""
     gone, dims = reduced(call.call)
-    if call.args["ord"] is not None and (len(gone) > 1 or len(dims) > 1 and call.args["dim"] is None):
+    if call.args["ord"] is not None and (len(gone) > 1 or (len(dims) > 1 and call.args["dim"] is None)):
         raise Declined("a norm of matrices over the tokens")
     return weighted_norm(call)
 
@@ -203,7 +219,13 @@ DEVIATION = "self dim unbiased correction keepdim"
 
 
 @rule(
-    "var", "var.dim", "var.correction", "std", "std.dim", "std.correction", reads=DEVIATION,
+    "var",
+    "var.dim",
+    "var.correction",
+    "std",
+    "std.dim",
+    "std.correction",
+    reads=DEVIATION,
     fused=lambda call: call.result(variance_and_mean(call)[0]),
 )
 def variance(call: Call) -> Flow:
@@ -211,15 +233,21 @@ def variance(call: Call) -> Flow:
 
 
 @rule(
-    "var_mean", "var_mean.dim", "var_mean.correction", "std_mean", "std_mean.dim", "std_mean.correction",
-    reads=DEVIATION, fused=lambda call: [call.result(x, index=i) for i, x in enumerate(variance_and_mean(call))],
+    "var_mean",
+    "var_mean.dim",
+    "var_mean.correction",
+    "std_mean",
+    "std_mean.dim",
+    "std_mean.correction",
+    reads=DEVIATION,
+    fused=lambda call: [call.result(x, index=i) for i, x in enumerate(variance_and_mean(call))],
 )
 def variance_beside_mean(call: Call) -> Flow:
     return flow(call)
 
 
 def weighted_logsumexp(call: FusedCall) -> Value:
-    """log Σ s exp(x)."""
+    """Log Σ s exp(x)."""
     given = Sized.of(call)
     if given.x.is_complex():
         raise Declined("a logarithm of a sum of complex exponentials over fused tokens")
@@ -247,8 +275,17 @@ def extreme_with_index(call: Call) -> Flow:
 
 
 @rule(
-    "prod", "prod.dim_int", "argmax", "argmin", "median", "median.dim", "nanmedian", "nanmedian.dim", "mode",
-    "kthvalue", reads="self dim keepdim dtype k",
+    "prod",
+    "prod.dim_int",
+    "argmax",
+    "argmin",
+    "median",
+    "median.dim",
+    "nanmedian",
+    "nanmedian.dim",
+    "mode",
+    "kthvalue",
+    reads="self dim keepdim dtype k",
 )
 def by_order(call: Call) -> Flow:
     """What has no form that sizes weight: over tokens they are unmerged."""
@@ -264,8 +301,18 @@ def topk(call: Call) -> Flow:
 
 
 @rule(
-    "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "sort", "sort.stable", "argsort", "argsort.stable", "flip",
-    "roll", reads="self dim dims shifts dtype stable descending",
+    "cumsum",
+    "cumprod",
+    "cummax",
+    "cummin",
+    "logcumsumexp",
+    "sort",
+    "sort.stable",
+    "argsort",
+    "argsort.stable",
+    "flip",
+    "roll",
+    reads="self dim dims shifts dtype stable descending",
 )
 def along_one(call: Call) -> Flow:
     """The layout stays, positions along the dimension meet; over tokens: unmerged."""
@@ -287,7 +334,10 @@ def pooled_to_one(call: FusedCall) -> Value:
 
 
 @rule(
-    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", reads="self output_size",
+    "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d",
+    "adaptive_avg_pool3d",
+    reads="self output_size",
     fused=pooled_to_one,
 )
 def adaptive_pool(call: Call) -> Flow:
@@ -312,8 +362,10 @@ def weighted_softmax(call: FusedCall) -> Value:
     """
     logits, dim, place = logits_of(call)
     if call.stream.fusion(call.generation, place.lead, place.tail).whole_to_itself:
-        raise PassError("attention that is spelled out cannot be trained with dropped tokens; use "
-                        "scaled_dot_product_attention (in timm: timm.layers.set_fused_attn(True))")
+        raise PassError(
+            "attention that is spelled out cannot be trained with dropped tokens; use "
+            "scaled_dot_product_attention (in timm: timm.layers.set_fused_attn(True))"
+        )
     log_size = call.log_sizes(place, logits.dtype)
     if log_size is not None:
         logits = logits + call.stream.spread(log_size, call.value("self"), place)
@@ -327,7 +379,7 @@ def softmax(call: Call) -> Flow:
 
 
 def weighted_log_softmax(call: FusedCall) -> Value:
-    """x - log Σ s exp(x): the logarithm of the weight of one copy."""
+    """X - log Σ s exp(x): the logarithm of the weight of one copy."""
     logits, dim, place = logits_of(call)
     size = call.sizes(call.value("self"), place)
     logits = logits.to(torch.promote_types(logits.dtype, size.dtype))

@@ -60,8 +60,14 @@ class Case:
 
 
 CASES = [
-    Case(1, 0), Case(2, 0), Case(2, 1, lead=0), Case(17, 0), Case(17, 8),
-    Case(197, 16, 64, torch.bfloat16), Case(198, 99, 16, lead=0, heads=1), Case(257, 20, 16, lead=5, heads=1),
+    Case(1, 0),
+    Case(2, 0),
+    Case(2, 1, lead=0),
+    Case(17, 0),
+    Case(17, 8),
+    Case(197, 16, 64, torch.bfloat16),
+    Case(198, 99, 16, lead=0, heads=1),
+    Case(257, 20, 16, lead=5, heads=1),
     *(Case(17, 6, d, torch.bfloat16) for d in (16, 72, 80, 128, 256)),
     Case(70, 32, 64, torch.float16, lead=5, sized=False),
     *(Case(40, 12, bias=bias) for bias in ("full", "position", "keys", "padding", "rows")),

@@ -146,9 +146,7 @@ def plain_gradients(
     return *products(q, k, v, weights, slope, do, scale), slope
 
 
-def weights_of(
-    q: Tensor, k: Tensor, log_size: Tensor | None, bias: Tensor | None, scale: float, lse: Tensor
-) -> Tensor:
+def weights_of(q: Tensor, k: Tensor, log_size: Tensor | None, bias: Tensor | None, scale: float, lse: Tensor) -> Tensor:
     logits = (q @ k.transpose(-2, -1)).to(lse.dtype) * scale
     logits = logits if bias is None else logits + bias
     logits = logits if log_size is None else logits + log_size[:, None, None, :].to(logits.dtype)
@@ -244,9 +242,12 @@ def test_joining_the_heads_copies_nothing() -> None:
 @pytest.mark.parametrize(
     ("case", "dropout_p", "taken"),
     [
-        (Case(2, 2, 16, 16), 0.0, True), (Case(2, 2, 16, 16), 0.1, False),
-        (Case(2, 2, 16, 16, torch.float64), 0.0, False), (Case(2, 3, 16, 129), 0.0, False),
-        (Case(2, 3, 256, 16, torch.bfloat16), 0.0, True), (Case(2, 3, 16, 257, torch.bfloat16), 0.0, False),
+        (Case(2, 2, 16, 16), 0.0, True),
+        (Case(2, 2, 16, 16), 0.1, False),
+        (Case(2, 2, 16, 16, torch.float64), 0.0, False),
+        (Case(2, 3, 16, 129), 0.0, False),
+        (Case(2, 3, 256, 16, torch.bfloat16), 0.0, True),
+        (Case(2, 3, 16, 257, torch.bfloat16), 0.0, False),
     ],
 )
 def test_supported(case: Case, dropout_p: float, taken: bool) -> None:

@@ -176,10 +176,12 @@ def scored(x: Tensor, a: Tensor | None, s: Tensor, problem: Problem, taus: Taus)
     middle = range(lead, problem.n - tail)
     even, odd = ([p for p in middle if p % 2 == parity] for parity in (0, 1))
     wide = None if a is None else a.double()
-    exact = torch.stack([
-        reference.scores(x[b].double(), None if wide is None else wide[b], s[b].double(), *taus)[even][:, odd]
-        for b in range(2)
-    ])
+    exact = torch.stack(
+        [
+            reference.scores(x[b].double(), None if wide is None else wide[b], s[b].double(), *taus)[even][:, odd]
+            for b in range(2)
+        ]
+    )
     low = x if x.dtype is torch.float32 else x.float()
     plain = aten.scores(low, a, s, lead, tail, *taus, None)
     actual = kernels.scores(x, a, s, lead, tail, *taus)

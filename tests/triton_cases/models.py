@@ -35,9 +35,16 @@ def on_both(model: nn.Module, *inputs: Tensor, **options) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     "options",
-    [{"r": 4}, {"r": 5, "matching": "one_way", "pooling": "size"}, {"r": 4, "attention": "exact"},
-     {"r": 4, "proportional": False, "tau_sim": 2.0, "tau_size": 0}, {"r": 4, "protected": 0},
-     {"r": [0, 18, 3]}, {"method": "tome", "r": 4}, {"method": "evit"}],
+    [
+        {"r": 4},
+        {"r": 5, "matching": "one_way", "pooling": "size"},
+        {"r": 4, "attention": "exact"},
+        {"r": 4, "proportional": False, "tau_sim": 2.0, "tau_size": 0},
+        {"r": 4, "protected": 0},
+        {"r": [0, 18, 3]},
+        {"method": "tome", "r": 4},
+        {"method": "evit"},
+    ],
     ids=str,
 )
 def test_methods_and_options(options):
@@ -46,9 +53,14 @@ def test_methods_and_options(options):
 
 @pytest.mark.parametrize(
     "spec",
-    [VitSpec(grid=5, prefix=0, suffix=2, head="mean"), VitSpec(grid=5, spelling="softmax"),
-     VitSpec(grid=5, side="bias"), VitSpec(grid=5, side="padding"), VitSpec(grid=5, side="rope", position=True),
-     VitSpec(head="class_attention")],
+    [
+        VitSpec(grid=5, prefix=0, suffix=2, head="mean"),
+        VitSpec(grid=5, spelling="softmax"),
+        VitSpec(grid=5, side="bias"),
+        VitSpec(grid=5, side="padding"),
+        VitSpec(grid=5, side="rope", position=True),
+        VitSpec(head="class_attention"),
+    ],
     ids=str,
 )
 def test_architectures(spec):
