@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import linecache
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -12,8 +14,13 @@ from types import CodeType, FrameType
 from typing import Any
 
 import torch
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from mctf_compile.errors import MctfError
+
+_TORCH = os.path.dirname(torch.__file__)
+# What stands between a program that asks for the value of a symbolic number and the answer.
+_SYMBOLIC = (os.path.join(_TORCH, "__init__.py"), os.path.join(_TORCH, "fx", "experimental") + os.sep)
 
 
 def unwrapped(error: MctfError) -> MctfError:
@@ -92,3 +99,28 @@ def _forget(code: CodeType, backend: Callable[..., Any], new: bool) -> None:
     for entry in own:
         manager = entry.guard_manager
         manager.extra_state.invalidate(entry, DeletedGuardManagerWrapper("only looked at"))
+
+
+class WatchedShapeEnv(ShapeEnv):
+    """A shape environment that notes where a program turns its symbolic numbers into plain ones, or branches on them.
+
+    Attributes:
+        decisions: the file, line and text of each such place, without those in PyTorch or in this package.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.decisions: list[str] = []
+
+    def evaluate_sym_node(self, *args: Any, **kwargs: Any) -> Any:
+        """As PyTorch has it: every ``int(n)``, ``range(n)`` and ``if n > 1`` comes through here."""
+        frame = sys._getframe(1)
+        while frame.f_back is not None and frame.f_code.co_filename.startswith((__file__, *_SYMBOLIC)):
+            frame = frame.f_back
+        file = frame.f_code.co_filename
+        if not file.startswith((_TORCH + os.sep, os.path.dirname(__file__) + os.sep)):
+            text = linecache.getline(file, frame.f_lineno).strip()
+            place = f"line {frame.f_lineno} of {file}" + (f": {text}" if text else "")
+            if place not in self.decisions:
+                self.decisions.append(place)
+        return super().evaluate_sym_node(*args, **kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import timm
@@ -12,6 +13,7 @@ from torch import nn
 import mctf_compile
 from mctf_compile import ConfigError, set_r
 from mctf_compile.inner.regional import CompiledRegion
+from mctf_compile.methods import METHODS, Choice, Combine, Evidence, Merging, Site
 
 IMAGES = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
 DEPTH = 4
@@ -211,3 +213,60 @@ def test_errors_say_what_to_do():
 def test_explain_and_rewrite_are_of_the_r_in_the_options():
     report = mctf_compile.explain(vit(), IMAGES, r=4, dynamic_r=True)
     assert [block.removed for block in report.blocks] == [0, 4, 4, 4]
+
+
+@dataclass(frozen=True)
+class Shortest(Merging):
+    """Drops the tokens of the smallest norm; ``counted`` turns the number of them into what the method computes with."""
+
+    name = "shortest"
+    source = "none"
+    site = Site.BETWEEN
+    counted = staticmethod(lambda r: r)
+
+    def choose(self, evidence: Evidence, r: int) -> Choice:
+        order = evidence.x.norm(dim=-1)[:, evidence.lead :].argsort(1) + evidence.lead
+        r = self.counted(r)
+        prefix = torch.arange(evidence.lead, device=order.device).expand(len(order), -1)
+        return Choice(torch.cat([prefix, order[:, r:]], 1), order[:, :r], None, combine=Combine.DROP)
+
+
+@pytest.fixture
+def shortest(monkeypatch):
+    monkeypatch.setitem(METHODS, "shortest", Shortest)
+
+
+@pytest.mark.usefixtures("shortest")
+def test_a_method_of_ones_own():
+    model = vit()
+    compiled = adjustable(model, "aot_eager", r=3, method="shortest")
+    with torch.no_grad():
+        for r in (3, 0, 1, 9):
+            set_r(compiled, r)
+            torch.testing.assert_close(
+                compiled(IMAGES), static(model, IMAGES, r=r, method="shortest"), rtol=0, atol=1e-5
+            )
+
+
+COUNTED = [int, lambda r: len(range(r)), lambda r: r if r > 2 else 0, lambda r: torch.tensor([1, 2])[: int(r)].numel()]
+
+
+@pytest.mark.usefixtures("shortest")
+@pytest.mark.parametrize("counted", COUNTED, ids=["int", "range", "branch", "index"])
+@pytest.mark.parametrize(
+    "options", [{"dynamic_r": True}, {"r": "auto", "target": "speedup=1.2"}], ids=["dynamic", "target"]
+)
+def test_a_method_that_chooses_by_the_number_itself_is_refused(counted, options, monkeypatch):
+    monkeypatch.setattr(Shortest, "counted", staticmethod(counted))
+    options = {"inner": "eager", "method": "shortest", "r": 3, **options}
+    with pytest.raises(ConfigError, match=r"'shortest' cannot choose another number .*line \d+ of .*test_dynamic.py"):
+        torch.compile(vit(), backend="mctf", options=options)(IMAGES)
+    # With a number that stays, it may.
+    torch.compile(vit(), backend="mctf", options={"inner": "eager", "method": "shortest", "r": 3, "strict": True})(
+        IMAGES
+    )
+
+
+def test_a_choice_that_combines_says_with_which():
+    with pytest.raises(ConfigError, match="into=None does not say with which"):
+        Choice(torch.zeros(1, 2).long(), torch.zeros(1, 1).long(), None)

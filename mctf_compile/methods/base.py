@@ -100,6 +100,8 @@ class Choice:
     tokens that left go with the kept ones most similar to them, should an operator want all tokens back.
     ``weight`` [B, N], before normalisation, for ``Combine.MEAN``. ``gain`` [B, M]: a factor for the combined
     residual stream, where the method wants another than the mean.
+
+    Raises ``ConfigError`` where tokens are to be combined and ``into`` does not say with which.
     """
 
     keep: Tensor
@@ -108,6 +110,13 @@ class Choice:
     weight: Tensor | None = None
     combine: Combine = Combine.MEAN
     gain: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.into is None and self.combine is not Combine.DROP:
+            raise ConfigError(
+                f"Choice(combine={self.combine}) combines the tokens that leave with others, and into=None does not say "
+                "with which; give into, the position in keep of each, or combine=Combine.DROP."
+            )
 
 
 @dataclass(frozen=True)

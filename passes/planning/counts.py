@@ -12,6 +12,8 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
+from mctf_compile.compat import WatchedShapeEnv
+from mctf_compile.errors import ConfigError
 from mctf_compile.passes.axes import hint_of
 
 
@@ -27,7 +29,7 @@ class Counts:
     """
 
     def __init__(self, inputs: Sequence[Any], left: Sequence[int]) -> None:
-        self.env = ShapeEnv(duck_shape=False)
+        self.env = WatchedShapeEnv(duck_shape=False)
         self.mode = FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=True)
         self._of: dict[sympy.Symbol, SymInt] = {}
         self.inputs = [self._own(value) for value in inputs]
@@ -36,6 +38,20 @@ class Counts:
     def original(self, expression: sympy.Expr) -> sympy.Expr:
         """An expression of these symbols in those of the captured graph."""
         return expression.subs({new.node.expr: old for old, new in self._of.items()})
+
+    def refuse_decisions(self, method: str) -> None:
+        """Raise ``ConfigError`` where a method chose by the numbers themselves: its graph holds for no others."""
+        fixed = [i for i, size in enumerate(self.left) if self.env.replace(size.node.expr).is_number]
+        if self.env.decisions:
+            where = f"it decides by their number ({self.env.decisions[0]})"
+        elif fixed:
+            where = "an operator that it calls is compiled for one number of tokens"
+        else:
+            return
+        raise ConfigError(
+            f"method {method!r} cannot choose another number of tokens at another call: {where}. In choose, pass r "
+            "on as it is (slices, topk and arange take it), or compile without dynamic_r, with an r that is no target."
+        )
 
     def _own(self, value: Any) -> Any:
         if isinstance(value, SymInt):

@@ -99,6 +99,8 @@ def rewrite_graph(
     With ``counts`` the graph has one more input for each fusing block: the tokens that it leaves. ``followed``: beside
     its outputs it returns what became of the tokens, by block (see ``following``).
 
+    Raises ``ConfigError`` for a method that, with ``counts``, chooses by the numbers of tokens themselves.
+
     Source: Lee et al., CVPR 2024, section 3.
     """
     rewriter = Rewriter(gm, axes, plan)
@@ -109,6 +111,7 @@ def rewrite_graph(
             result = trace(rewriter.run, inputs)
         else:
             result = trace(partial(rewriter.run_counted, len(inputs)), [*counts.inputs, *counts.left])
+            counts.refuse_decisions(plan.method.name)
     rewriter.close(result.graph)
     # What was computed of the old tokens alone and is read no more.
     result.graph.eliminate_dead_code()
