@@ -217,7 +217,7 @@ def test_explain_and_rewrite_are_of_the_r_in_the_options():
 
 @dataclass(frozen=True)
 class Shortest(Merging):
-    """Drops the tokens of the smallest norm; ``counted`` turns the number of them into what the method computes with."""
+    """Drops the tokens of the smallest norm; ``counted`` makes of their number what the method computes with."""
 
     name = "shortest"
     source = "none"
