@@ -9,7 +9,11 @@ import torch
 from hypothesis import strategies as st
 
 from mctf_compile import cli
+from mctf_compile.passes.analysis.casts import _Probe
+from mctf_compile.passes.planning.plan import _TowerPlanner
 from mctf_compile.passes.rewriting.fused_call import FusedCall
+from mctf_compile.passes.rewriting.insertion import Insertion
+from mctf_compile.passes.rewriting.rewriter import Rewriter
 from mctf_compile.passes.rewriting.stream import Stream
 from mctf_compile.passes.rules import RULES
 from mctf_compile.testing import VitSpec
@@ -44,6 +48,69 @@ def test_a_broken_rule_is_found_within_200_examples(breakage, monkeypatch):
     outcome = fuzz(cases("models"), 200, seed=0, shrink=False)
     assert outcome.failure is not None and outcome.counts["examples"] <= 200
     assert "fusing duplicates changed the output" in outcome.failure[1]
+
+
+def stale_table(monkeypatch):
+    """Values that meet fused tokens are remembered without the stream they met."""
+
+    class Forgetful(dict):
+        def __contains__(self, key):
+            return super().__contains__(key[1:])
+
+        def __getitem__(self, key):
+            return super().__getitem__(key[1:])
+
+        def __setitem__(self, key, value):
+            super().__setitem__(key[1:], value)
+
+    made = Rewriter.__init__
+
+    def init(self, *args, **kwargs):
+        made(self, *args, **kwargs)
+        self._raised = Forgetful()
+
+    monkeypatch.setattr(Rewriter, "__init__", init)
+
+
+def unweighted_whole_numbers(monkeypatch):
+    monkeypatch.setattr(FusedCall, "whole", lambda self, sizes: torch.ones_like(sizes, dtype=torch.int64))
+
+
+def counts_by_axis(monkeypatch):
+    """Two streams over one token axis share the number of tokens they have left."""
+    made = _TowerPlanner.__init__
+
+    def init(self, state, *args):
+        made(self, state, *args)
+        self.counts = shared.setdefault(id(state), self.counts)
+
+    shared = {}
+    monkeypatch.setattr(_TowerPlanner, "__init__", init)
+
+
+def forgotten_region(monkeypatch):
+    monkeypatch.setattr(_Probe, "casts", lambda self, node, state: {})
+
+
+def evidence_over_queries(monkeypatch):
+    """How much attention a token receives is read off the rows of a map, which say what each gives."""
+    row = Insertion._mean_row
+
+    def wrong(self, weights, keys, stream, query=None):
+        if query is None:
+            keys = next(p for p in stream.places(weights.dims) if p.dim != keys.dim)
+        return row(self, weights, keys, stream, query)
+
+    monkeypatch.setattr(Insertion, "_mean_row", wrong)
+
+
+@pytest.mark.parametrize(
+    "breakage", [stale_table, unweighted_whole_numbers, counts_by_axis, forgotten_region, evidence_over_queries]
+)
+def test_a_fault_that_generated_models_do_not_show_is_found_by_programs(breakage, monkeypatch):
+    breakage(monkeypatch)
+    outcome = fuzz(cases("graphs"), 500, seed=0, shrink=False)
+    assert outcome.failure is not None
 
 
 def test_models_pass():

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mctf_compile.passes.rules import find_rule
 
@@ -150,18 +151,34 @@ def draw_call(target: OpOverload, given: Sequence[Tensor], choose: Choose) -> Op
 
     Args:
         target: any overload that returns tensors.
-        given: real tensors; one at least is an operand. The call is tried on them.
+        given: real tensors; one at least is an operand. The call is tried on them, and on fake ones, as it is captured:
+            PyTorch runs some that it cannot capture (``norm`` of truth values).
         choose: takes one of a sequence of options, the plainest first.
     """
     call = _Drawing(target, given, choose).call()
     if call is None or not call.given:
         return None
     try:
-        results = call.run(given)
-    except (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError):
+        results = _list(call.run(given))
+        mode = FakeTensorMode()
+        fakes = [mode.from_tensor(x.detach()) for x in given]
+        args, kwargs = call.filled(fakes, lambda made: mode.from_tensor(made.tensor()))
+        with mode:
+            captured = _list(call.target(*args, **kwargs))
+    except REFUSALS:
         return None
-    results = results if isinstance(results, (tuple, list)) else [results]
-    return call if results and all(isinstance(r, Tensor) for r in results) else None
+    if not results or not all(isinstance(r, Tensor) for r in results):
+        return None
+    alike = [(r.shape, r.dtype) for r in results] == [(r.shape, r.dtype) for r in captured]
+    return call if alike else None
+
+
+def _list(results: Any) -> list[Any]:
+    return list(results) if isinstance(results, (tuple, list)) else [results]
+
+
+# What operators raise for arguments that they do not take, and fake tensors for numbers that they do not have.
+REFUSALS = (RuntimeError, IndexError, ValueError, TypeError, ArithmeticError, AssertionError)
 
 
 class _Unfit(Exception):
