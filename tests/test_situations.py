@@ -70,7 +70,15 @@ def under_an_old_name(self, x, qkv):
     return y
 
 
+def of_another_dtype(self, x, qkv):
+    """Comparisons and wider operands leave a tensor that is written to in its own dtype."""
+    positive = (x * 4).long().ne_(0)
+    half = x.bfloat16().mul_(torch.tensor(0.5)).add_(x)
+    return qkv(x * positive + half.float())
+
+
 WRITES = {
+    of_another_dtype: True,
     running_mean: True,
     under_an_old_name: True,
     lambda self, x, qkv: qkv(x).clamp_(-1, 1): True,

@@ -9,6 +9,7 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from mctf_compile.errors import UnsupportedGraph
+from mctf_compile.kernels.library import without_autocast
 from mctf_compile.passes.rules import schema_arguments
 
 aten = torch.ops.aten
@@ -119,9 +120,14 @@ def _pure(graph: fx.Graph, node: fx.Node) -> fx.Node:
         if pure is None:
             return node
         result = insert(pure, *node.args, **node.kwargs)
-        others = [n.meta["val"] for n in node.all_input_nodes[1:] if isinstance(n.meta.get("val"), Tensor)]
+        given, options = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        with without_autocast():
+            own = pure(*given, **options)
+        if own.dtype == value.dtype:
+            return result
         # A write keeps the dtype of what it writes to.
-        return insert(aten.to.dtype, result, value.dtype) if any(v.dtype != value.dtype for v in others) else result
+        result.meta["val"] = own
+        return insert(aten.to.dtype, result, value.dtype)
 
 
 def _write_back(graph: fx.Graph, written: dict[fx.Node, fx.Node]) -> None:
