@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -271,3 +273,56 @@ def test_a_list_that_changes_later_changes_no_call():
     before = call(fast, images)
     reductions[1] = 0
     assert torch.equal(call(fast, images), before)
+
+
+AT_ONCE = """
+import sys, threading
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch._dynamo.utils import counters
+
+from mctf_compile.testing import TinyViT, VitSpec
+
+torch.set_num_threads(1)
+sys.setswitchinterval(1e-3)
+
+
+def fast(seed, inner):
+    torch.manual_seed(seed)
+    options = {"r": 2, "min_tokens": 4, "strict": True, "inner": inner}
+    return torch.compile(TinyViT(VitSpec(position=True)).eval(), backend="mctf", options=options, dynamic=False)
+
+
+x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+one, other = fast(0, "inductor"), fast(1, "inductor")
+start = threading.Barrier(4)
+
+
+def call(model):
+    start.wait()
+    with torch.no_grad():
+        return model(x)
+
+
+with ThreadPoolExecutor(4) as pool:
+    results = list(pool.map(call, [one, other, one, other]))
+with torch.no_grad():
+    for seed, result in zip((0, 1, 0, 1), results):
+        torch.testing.assert_close(result, fast(seed, "eager")(x), rtol=0, atol=1e-5)
+print(counters["inductor"]["fxgraph_cache_miss"], counters["inductor"]["fxgraph_cache_hit"])
+"""
+
+
+def test_first_calls_with_a_cold_and_a_warm_cache_on_disk(tmp_path: Path):
+    """What threads compile at once is right, and so is what a later process finds of it on disk."""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    seen = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", AT_ONCE], env=environment, capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        seen.append(tuple(map(int, done.stdout.split())))
+    (missed, _), (missed_again, found) = seen
+    assert missed > 0 and missed_again == 0 and found >= missed

@@ -21,7 +21,7 @@ from mctf_compile.errors import ConfigError
 from mctf_compile.report import Report
 from mctf_compile.testing.moves import FEATURES, SPELLINGS, Builder, sdpa
 from mctf_compile.testing.programs import Program
-from mctf_compile.testing.soundness import DUPLICATE, ONLY_SIMILARITY, Recorder, Soundness, broken, distance
+from mctf_compile.testing.soundness import DUPLICATE, ONLY_SIMILARITY, Recorder, Soundness, broken, distance, too_exact
 from mctf_compile.testing.strategies import fusion_options
 
 # How far apart two spellings of one attention may be in float64.
@@ -33,8 +33,9 @@ class GraphCase:
     """A program, how it is fused, and what is asked of it.
 
     ``way``: ``graph``, the program as a graph that is made here, in which copies are fused; ``compiled``, the same by
-    ``torch.compile`` with the backend ``mctf``; ``spelling``, tokens of which none is a copy, whose attention must fuse
-    like ``scaled_dot_product_attention`` however it is written.
+    ``torch.compile`` with the backend ``mctf``; ``rounding``, a program with regions of autocast, which must round when
+    it is fused too; ``spelling``, tokens of which none is a copy, whose attention must fuse like
+    ``scaled_dot_product_attention`` however it is written.
     """
 
     grown: Program
@@ -43,7 +44,12 @@ class GraphCase:
 
     def check(self) -> Soundness:
         """What fusing tokens does to the program. Raises what the program, its capture or the rewrite raises."""
-        ways = {"graph": self._check_graph, "compiled": self._check_compiled, "spelling": self._check_spelling}
+        ways = {
+            "graph": self._check_graph,
+            "compiled": self._check_compiled,
+            "rounding": self._check_rounding,
+            "spelling": self._check_spelling,
+        }
         with torch.set_grad_enabled(self.grown.gradients):
             try:
                 return ways[self.way]()
@@ -55,18 +61,22 @@ class GraphCase:
         """A program that fails as this case does."""
         options = "".join(f", {name}={value!r}" for name, value in self.options.items())
         head = f"    with torch.set_grad_enabled({self.grown.gradients}):"
-        if self.way == "spelling":
-            graph = self._apart()
+        if self.way in ("spelling", "rounding"):
+            graph, check = self.grown, "assert_rounded_alike"
+            plain = graph.without_regions()
+            if self.way == "spelling":
+                graph, check = self._apart(), "assert_fused_alike"
+                plain = plainly(graph)
             return "\n".join(
                 [
                     graph.source(),
                     "",
-                    plainly(graph).source("Plain").partition("\n\n\n")[2],
+                    plain.source("Plain").partition("\n\n\n")[2],
                     'if __name__ == "__main__":',
-                    "    from mctf_compile.testing.soundness import assert_fused_alike",
+                    f"    from mctf_compile.testing.soundness import {check}",
                     "",
                     head,
-                    f"        assert_fused_alike(Program(), Plain(), *inputs{options})",
+                    f"        {check}(Program(), Plain(), *inputs{options})",
                 ]
             )
         return "\n".join(
@@ -98,6 +108,18 @@ class GraphCase:
             if not error <= self.grown.tolerance:
                 problems.append(f"fusing duplicates changed the output by {error:.2e} of its largest entry")
         return Soundness(recorder.reports, problems, 0.0, error), plain, fused
+
+    def _check_rounding(self) -> Soundness:
+        found, plain, fused = self._compare()
+        module, inputs = self.grown.without_regions().make()
+        try:
+            exact = [*module(*inputs), *inputs]
+        except RuntimeError:
+            # Operands of one dtype in a region, of two without.
+            return found
+        if not found.problems:
+            found.problems.extend(too_exact(plain, fused, exact))
+        return found
 
     def _check_compiled(self) -> Soundness:
         """As a graph, and by the backend: with the same result, and with r=0 with the dense one, bit for bit."""
@@ -156,6 +178,8 @@ def graph_cases(draw: st.DrawFn, features: Collection[str] = FEATURES) -> GraphC
     program, options = builder.program(), draw(fusion_options(("size", "attention", "mean", "max", "mlerp")))
     options |= {"r": draw(st.sampled_from((2, 1, 3, 4))), "min_tokens": 1}
     way = draw(st.sampled_from(("graph",) * 20 + ("spelling",) * 4 + ("compiled",)))
+    if way == "graph" and any(region.autocast for region in program.regions):
+        way = "rounding"
     if way == "spelling" and (program.regions or all(s.target not in SPELLINGS for s in program.steps)):
         # In low precision rounding decides which tokens are the most alike.
         way = "graph"
@@ -163,6 +187,6 @@ def graph_cases(draw: st.DrawFn, features: Collection[str] = FEATURES) -> GraphC
         options |= ONLY_SIMILARITY
     if draw(st.integers(0, 5)) == 5:
         options = {"method": "tome", "r": options["r"]}
-    elif draw(st.booleans()):
+    elif not builder.returns and draw(st.booleans()):
         options["layers"] = [0, 1]
     return GraphCase(program, options, way)

@@ -35,6 +35,7 @@ FEATURES = (
     "streams",
     "calls",
     "grid",
+    "returns",
     "regions",
     "writes",
     "layouts",
@@ -80,6 +81,13 @@ def batched(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tens
     return torch.bmm(logits.softmax(-1), v.flatten(0, -3)).unflatten(0, q.shape[:-2])
 
 
+# What truth values are made for, most of all.
+COUNTING = (
+    (aten.sum.dim_IntList, aten.sum.default),
+    (aten.any.dim, aten.all.dim, aten.any.default, aten.all.default),
+    (aten.count_nonzero.dim_IntList, aten.cumsum.default, aten.prod.dim_int),
+)
+
 SPELLINGS = (sdpa, softmax, einsum, keys_first, batched)
 
 
@@ -98,7 +106,9 @@ class Builder:
         self.choose, self.features = choose, frozenset(features)
         self.grid = choose(((4, 4), (3, 6), (6, 3)))
         size = self.grid[0] * self.grid[1]
-        self.periodic = periodic = "grid" in features and choose((False, True))
+        # Tokens come back in the middle, on the grid, and are fused again.
+        self.returns = "returns" in features and choose((False,) * 4 + (True,))
+        self.periodic = periodic = self.returns or ("grid" in features and choose((False, True)))
         lead = tail = 0
         self.layout = "bnc"
         if "layouts" in features:
@@ -149,8 +159,13 @@ class Builder:
         """Make all the moves of one program."""
         with torch.set_grad_enabled(self.g.gradients):
             self._begin()
+            if self.returns:
+                for _ in range(2):
+                    self.move(alone=True)
+                for stream in self.streams:
+                    self._on_grid(stream)
             for _ in range(self.choose((2, 2, 3) if len(self.streams) == 1 else (1, 2))):
-                self.move()
+                self.move(alone=self.returns)
 
     def _begin(self) -> None:
         names = ["x", "y"] if self.has("streams", 25) else ["x"]
@@ -164,8 +179,8 @@ class Builder:
                     self.tables.append(self.g.hold(shape, self.dtype))
         self.valid = self._padding() if self.has("padding", 15) else None
 
-    def move(self) -> None:
-        """A block, and what may come after it."""
+    def move(self, alone: bool = False) -> None:
+        """A block, and what may come after it where it is not ``alone``."""
         for stream in self.streams:
             region = self._region() if self.has("regions", 15) else None
             start, before = len(self.g.lines), stream.ref
@@ -177,6 +192,8 @@ class Builder:
                         self._block(stream)
                 self.calls.append((start, len(self.g.lines), before, stream.ref))
                 self._offer(stream.ref)
+            if alone:
+                continue
             if self.has("integers", 40):
                 self._whole(stream)
             for _ in range(self.g.choose((1, 2, 3, 4)) if "operators" in self.features else 0):
@@ -329,14 +346,14 @@ class Builder:
                 x = g(getattr(aten, how).Scalar, x, g.choose((0, 0.5, -1)))
             self._offer(x)
             if g.chance(50):
-                self._operator("reductions", [x])
+                self._operator(g.choose((COUNTING, families()["reductions"])), [x])
 
-    def _operator(self, kind: str | None = None, among: Sequence[Ref] = ()) -> None:
-        """Some operator with a rule, on values that are there."""
+    def _operator(self, rules: Sequence[Sequence[OpOverload]] = (), among: Sequence[Ref] = ()) -> None:
+        """Some operator with a rule (of ``rules``, where those are given), on values that are there."""
         g, known = self.g, len(self.pool)
         for _ in range(4):
             kinds = ("pointwise",) * 3 + ("reductions",) * 4 + ("layout",) * 3 + tuple(families())
-            target = g.choose(g.choose(families()[kind or g.choose(kinds)]))
+            target = g.choose(g.choose(rules or families()[g.choose(kinds)]))
             region = self._region() if self.has("regions", 10) else None
             with self._attempt(), g.region(region):
                 self._apply(target, among or self.pool[-4:][::-1])

@@ -226,6 +226,10 @@ class Program:
         lines = (replace(line, target=by(line.target)) if isinstance(line, Step) else line for line in self.lines)
         return replace(self, lines=tuple(lines))
 
+    def without_regions(self) -> Program:
+        """The program without its regions of autocast and of ``no_grad``."""
+        return replace(self, lines=tuple(self.steps))
+
     def make(self) -> tuple[nn.Module, list[Tensor]]:
         """The module and its inputs, made from the source."""
         source, name = self.source(), f"<program {next(_numbers)}>"

@@ -248,6 +248,40 @@ def assert_fused_alike(one: nn.Module, other: nn.Module, *inputs: Any, tolerance
     assert apart <= tolerance, f"the outputs of the fused models are {apart:.2e} of their largest entry apart"
 
 
+def assert_rounded_alike(model: nn.Module, exact: nn.Module, *inputs: Any, **options: Any) -> None:
+    """Assert that a model with regions of autocast still rounds when it is fused.
+
+    Args:
+        model: with the regions.
+        exact: the same without them.
+        inputs: of either.
+        options: as for ``torch.compile``.
+
+    Raises:
+        AssertionError: the fused model is as exact as one without its regions.
+    """
+    given = [[x.clone() if isinstance(x, Tensor) else x for x in inputs] for _ in range(3)]
+    fused = tree_leaves(Recorder(dict(options)).run(model, *given[0]))
+    problems = too_exact(tree_leaves(model(*given[1])), fused, tree_leaves(exact(*given[2])))
+    assert not problems, "; ".join(problems)
+
+
+# A region is missed where it rounds by more than this, and the result is that many times closer to the exact one.
+ROUNDED, CLOSER = 2e-4, 50
+# Of so many numbers some are rounded by much.
+MANY = 64
+
+
+def too_exact(plain: Sequence[Tensor], fused: Sequence[Tensor], exact: Sequence[Tensor]) -> list[str]:
+    """Whether a region of autocast was forgotten: ``plain`` is rounded, and ``fused`` is not."""
+    for a, b, x in zip(plain, fused, exact):
+        if a.is_floating_point() and a.numel() >= MANY and a.isfinite().all():
+            rounding = distance(x, a)
+            if rounding > ROUNDED and distance(x, b) < rounding / CLOSER:
+                return [f"a region of autocast rounds by {rounding:.2e}, and the fused model does not"]
+    return []
+
+
 def _apart(a: list[Tensor], b: list[Tensor]) -> float:
     """The largest difference; two equal infinities or NaNs are none."""
     if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b)):
