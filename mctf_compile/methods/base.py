@@ -224,7 +224,7 @@ class Merging(Method):
         proportional: add log size to the logits of attention over fused tokens.
     """
 
-    r: int | float | list | tuple | str = option(16, check_r)
+    r: int | float | list[Any] | tuple[Any, ...] | str = option(16, check_r)
     target: Target | str | None = option(None, parse_target)
     min_tokens: int = option(1, whole(1))
     proportional: bool = option(True, flag)
@@ -237,7 +237,7 @@ class Merging(Method):
     @property
     def solved_for(self) -> Target | None:
         """The target that ``r`` is yet to be solved for."""
-        return self.target if self.r == AUTO else None
+        return self.target if self.r == AUTO and isinstance(self.target, Target) else None
 
     @cached_property
     def schedule(self) -> Schedule:
