@@ -4,7 +4,7 @@ PIP_FLAGS ?=
 ARGS ?=
 ready := .venv/.installed
 
-.PHONY: demo compare bench test docs clean
+.PHONY: demo compare bench check test docs clean
 
 demo: $(ready)
 	.venv/bin/python examples/demo.py $(ARGS)
@@ -15,6 +15,13 @@ compare: $(ready)
 bench: $(ready)
 	.venv/bin/python -m benchmarks $(ARGS)
 
+# What a minute or two tell: style, types, and the tests of axes, blocks, tracing and imports.
+check: $(ready)
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/python -m pytest -n 2 tests/test_architecture.py tests/test_axes.py tests/test_tracing.py $(ARGS)
+
 test: $(ready)
 	.venv/bin/python -m pytest $(ARGS)
 
@@ -22,7 +29,7 @@ docs: .venv/.installed-docs
 	.venv/bin/python -m mkdocs build --strict $(ARGS)
 
 clean:
-	rm -rf .venv build dist *.egg-info demo-output .pytest_cache .hypothesis
+	rm -rf .venv build dist *.egg-info demo-output .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(ready): pyproject.toml

@@ -5,22 +5,24 @@ from contextlib import AbstractContextManager
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 LIBRARY = torch.library.Library("mctf", "DEF")
 
 # Operators of the same names and arguments whose results are empty, and what each of them stands for.
 _SHAPES = torch.library.Library("mctf_shapes", "DEF")
-_stand_ins: dict[Callable, OpOverload] = {}
+_stand_ins: dict[Callable[..., Any], OpOverload] = {}
 _originals: dict[OpOverload, OpOverload] = {}
 
 
-def composite(schema: str, shapes: Callable | None = None) -> Callable[[Callable], Callable]:
+def composite(schema: str, shapes: Callable[..., Any] | None = None) -> Callable[[F], F]:
     """Register the decorated function as a composite operator with ``schema``.
 
     A composite operator (CompositeImplicitAutograd) is one node in a graph traced before dispatch, and
@@ -30,7 +32,7 @@ def composite(schema: str, shapes: Callable | None = None) -> Callable[[Callable
     ``shapes``: what programs are traced with, in a tenth of the time: see ``stand_in``.
     """
 
-    def register(function: Callable) -> Callable:
+    def register(function: F) -> F:
         name = LIBRARY.define(schema)
         LIBRARY.impl(name, function, "CompositeImplicitAutograd")
         if shapes is not None:
@@ -40,13 +42,13 @@ def composite(schema: str, shapes: Callable | None = None) -> Callable[[Callable
     return register
 
 
-def opaque(schema: str, shapes: Callable) -> Callable[[Callable], Callable]:
+def opaque(schema: str, shapes: Callable[..., Any]) -> Callable[[F], F]:
     """Register the decorated function as an operator that stays one call whatever compiles the graph.
 
     It has no gradient. ``shapes``: from the same arguments, empty tensors of the shapes and dtypes of the results.
     """
 
-    def register(function: Callable) -> Callable:
+    def register(function: F) -> F:
         name = LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"mctf::{name}", shapes, lib=LIBRARY)
@@ -55,13 +57,13 @@ def opaque(schema: str, shapes: Callable) -> Callable[[Callable], Callable]:
     return register
 
 
-def declare(schema: str) -> Callable[[Callable], Callable]:
+def declare(schema: str) -> Callable[[F], F]:
     """Declare an operator that is implemented elsewhere; the decorated function gives the shapes of its results.
 
     It takes operands of any strides, which a compiler would else copy to have those that they were traced with.
     """
 
-    def register(shapes: Callable) -> Callable:
+    def register(shapes: F) -> F:
         name = LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
         torch.library.register_fake(f"mctf::{name}", shapes, lib=LIBRARY)
         return shapes
@@ -69,13 +71,13 @@ def declare(schema: str) -> Callable[[Callable], Callable]:
     return register
 
 
-def stand_in(operator: OpOverload, *functions: Callable) -> Callable[[Callable], Callable]:
+def stand_in(operator: OpOverload, *functions: Callable[..., Any]) -> Callable[[F], F]:
     """Within ``ShapesAlone`` the decorated function answers for ``operator``, and for ``functions`` that call it.
 
     It gives, from the same arguments, empty tensors of the shapes and dtypes of the results, under autocast too.
     """
 
-    def register(shapes: Callable) -> Callable:
+    def register(shapes: F) -> F:
         name = _SHAPES.define(str(operator._schema).partition("::")[2])
         _SHAPES.impl(name, shapes, "CompositeImplicitAutograd")
         standing = getattr(torch.ops.mctf_shapes, name).default
@@ -92,7 +94,9 @@ class ShapesAlone(TorchFunctionMode):
     What is traced then calls the stand-ins: ``original`` says for which operators.
     """
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         return _stand_ins.get(func, func)(*args, **(kwargs or {}))
 
 
@@ -120,7 +124,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if enabled and x.dtype is not torch.float64 else x.dtype
 
 
-def without_autocast() -> AbstractContextManager:
+def without_autocast() -> AbstractContextManager[Any]:
     """Autocast off, on every device; a graph that is traced says nothing of it."""
     return torch._C._DisableAutocast()
 

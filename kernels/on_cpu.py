@@ -46,6 +46,7 @@ def _token_major(v: Tensor, n: int | torch.SymInt) -> Tensor:
 # ``mctf::attention`` without dropout.
 @declare("attention_cpp(Tensor q, Tensor k, Tensor v, Tensor? log_size, Tensor? bias, float scale) -> Tensor")
 def attention(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
+    """Empty [B, H, Nq, Dv], laid out [B, Nq, H, Dv]."""
     return _token_major(v, q.shape[2])
 
 
@@ -58,10 +59,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
 def importance(
     q: Tensor, k: Tensor, log_size: Tensor | None, bias: Tensor | None, scale: float, room: int
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty float32 [B, Nk], [B, H, Nq] and [B, H, rows, Nk], the rows being those that ``room`` holds."""
     batch, heads, queries, _ = q.shape
     rows = torch.sym_min(queries, room // k.shape[2]) if room else 0
     shapes = (batch, k.shape[2]), (batch, heads, queries), (batch, heads, rows, k.shape[2])
-    return tuple(q.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    received, lse, first = (q.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    return received, lse, first
 
 
 # ``mctf::ahead`` without dropout; lse and map: what ``importance_cpp`` gave for the same operands. Where that is the
@@ -71,6 +74,7 @@ def importance(
     "Tensor index, Tensor weight) -> Tensor"
 )
 def ahead(q: Tensor | None, k: Tensor | None, v: Tensor, *_: object) -> Tensor:
+    """Empty [B, H, M, D], laid out [B, M, H, D]."""
     return _token_major(v, v.shape[2])
 
 
@@ -83,8 +87,10 @@ def ahead(q: Tensor | None, k: Tensor | None, v: Tensor, *_: object) -> Tensor:
 def match(
     x: Tensor, importance: Tensor | None, size: Tensor, left: int | torch.SymInt, *_: object
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty int64 keep [B, left], gone and into [B, N - left]."""
     shapes = (x.shape[0], left), (x.shape[0], x.shape[1] - left), (x.shape[0], x.shape[1] - left)
-    return tuple(x.new_empty(shape, dtype=torch.long) for shape in shapes)
+    keep, gone, into = (x.new_empty(shape, dtype=torch.long) for shape in shapes)
+    return keep, gone, into
 
 
 # ``mctf::group``, and ``mctf::pool`` by weights, of tokens at the last dimension but one of three or four.

@@ -23,7 +23,9 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """``mctf::attention`` without dropout, and the base-2 log-sum-exp [B, H, Nq] for its backward."""
-    return _attention.attention_forward(q, k, v, log_size, bias, scale)
+    o, lse = _attention.attention_forward(q, k, v, log_size, bias, scale)
+    assert o is not None  # as there are values
+    return o, lse
 
 
 @triton_op("mctf::attention_triton_backward", mutates_args=())
@@ -39,18 +41,19 @@ def attention_backward(
     lse: Tensor,
     bias_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *grads, dbias = _gradients.attention_backward(do, q, k, v, log_size, bias, scale, o, lse, bias_gradient)
-    return *grads, q.new_empty(0) if dbias is None else dbias
+    """Its gradients dq, dk, dv from the one to its output, and dbias: [0] where not asked for."""
+    dq, dk, dv, dbias = _gradients.attention_backward(do, q, k, v, log_size, bias, scale, o, lse, bias_gradient)
+    return dq, dk, dv, q.new_empty(0) if dbias is None else dbias
 
 
-def _keep_attention(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _keep_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, log_size, bias, ctx.scale = inputs
     ctx.save_for_backward(q, k, v, log_size, bias, *output)
     ctx.mark_non_differentiable(output[1])
     ctx.bias_gradient = bias is not None and ctx.needs_input_grad[4]
 
 
-def _attention_gradients(ctx: Any, do: Tensor, _: Tensor) -> tuple:
+def _attention_gradients(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, log_size, bias, o, lse = ctx.saved_tensors
     dq, dk, dv, dbias = torch.ops.mctf.attention_triton_backward(
         do, q, k, v, log_size, bias, ctx.scale, o, lse, ctx.bias_gradient
@@ -112,20 +115,21 @@ def ahead_backward(
     rows: Tensor,
     bias_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *grads, dbias = _ahead.ahead_backward(
+    """Its gradients dq, dk, dv from the one to its output, and dbias: [0] where not asked for."""
+    dq, dk, dv, dbias = _ahead.ahead_backward(
         do, q, k, v, log_size, bias, scale, lse, index, weight, keep, gone, into, rows, bias_gradient
     )
-    return *grads, q.new_empty(0) if dbias is None else dbias
+    return dq, dk, dv, q.new_empty(0) if dbias is None else dbias
 
 
-def _keep_ahead(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _keep_ahead(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, log_size, bias, ctx.scale, *matching = inputs
     ctx.save_for_backward(q, k, v, log_size, bias, *matching, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.bias_gradient = bias is not None and ctx.needs_input_grad[4]
 
 
-def _ahead_gradients(ctx: Any, do: Tensor, _: Tensor) -> tuple:
+def _ahead_gradients(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, log_size, bias, *matching, rows = ctx.saved_tensors
     dq, dk, dv, dbias = torch.ops.mctf.ahead_triton_backward(
         do, q, k, v, log_size, bias, ctx.scale, *matching, rows, ctx.bias_gradient
@@ -174,15 +178,16 @@ def pool(x: Tensor, weight: Tensor, keep: Tensor, gone: Tensor, into: Tensor, di
 
 @triton_op("mctf::pool_triton_backward", mutates_args=())
 def pool_backward(dy: Tensor, weight: Tensor, keep: Tensor, gone: Tensor, into: Tensor, dim: int) -> Tensor:
+    """The gradient of ``mctf::pool_triton`` to ``x`` [B, ..., N, ...], tokens at ``dim``."""
     return _pooling.pool_backward(dy, weight, keep, gone, into, dim)
 
 
-def _keep_pool(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _keep_pool(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[1:5])
     ctx.dim = inputs[5]
 
 
-def _pool_gradient(ctx: Any, dy: Tensor) -> tuple:
+def _pool_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return torch.ops.mctf.pool_triton_backward(dy, *ctx.saved_tensors, ctx.dim), *(None,) * 5
 
 
@@ -197,16 +202,17 @@ def unmerge(y: Tensor, index: Tensor, dim: int) -> Tensor:
 
 @triton_op("mctf::unmerge_triton_backward", mutates_args=())
 def unmerge_backward(dx: Tensor, index: Tensor, m: int, dim: int) -> Tensor:
+    """The gradient of ``mctf::unmerge_triton`` to its ``m`` fused tokens at ``dim``."""
     return _unmerge.unmerge_backward(dx, index, m, dim)
 
 
-def _keep_unmerge(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _keep_unmerge(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     y, index, ctx.dim = inputs
     ctx.save_for_backward(index)
     ctx.m = y.shape[ctx.dim]
 
 
-def _unmerge_gradient(ctx: Any, dx: Tensor) -> tuple:
+def _unmerge_gradient(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
     return torch.ops.mctf.unmerge_triton_backward(dx, *ctx.saved_tensors, ctx.m, ctx.dim), None, None
 
 

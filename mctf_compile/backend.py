@@ -14,6 +14,7 @@ from mctf_compile.config import FusionConfig
 from mctf_compile.dynamic import Adjustable
 from mctf_compile.errors import MctfError
 from mctf_compile.inner.lowering import compile_lowered, inner_compiler
+from mctf_compile.narrowing import present
 
 
 def mctf(
@@ -60,8 +61,9 @@ def _compiled(
             warnings.warn(f"mctf: the graph stays dense: {report.reason}", stacklevel=2)
     if report.reason is not None:
         return inner_compiler(config)(gm, example_inputs)
-    run = compile_lowered(state)
-    return run if state.counts is None else Adjustable(options, state, run)
+    found = present(state)
+    run = compile_lowered(found)
+    return run if found.counts is None else Adjustable(present(options), found, run)
 
 
 SPLIT_BY_DDP = (

@@ -160,7 +160,7 @@ class _NoData(FakeTensorMode):
         # A number that the program itself makes a tensor of is known.
         if func not in self.lift_fns:
             args, kwargs = tree_map_only(Tensor, self._without_data, (args, kwargs or {}))
-        return super().dispatch(func, types, args, kwargs)
+        return super().dispatch(func, types, args, kwargs or {})
 
     def _without_data(self, x: Tensor) -> Tensor:
         return self.from_tensor(x) if type(x) in (Tensor, nn.Parameter) else x
@@ -189,14 +189,14 @@ def _modules_restored(model: Callable[..., Any]) -> Iterator[None]:
     tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
     try:
         # A write counts as one, though nothing is written.
-        with torch.autograd._unsafe_preserve_version_counter(tuple(tensors)):
+        with torch.autograd.grad_mode._unsafe_preserve_version_counter(tuple(tensors)):
             yield
     finally:
         for value, before in held.values():
             _set_back(value, before)
 
 
-def _set_back(value: dict | list | set, before: dict | list | set) -> None:
+def _set_back(value: dict[Any, Any] | list[Any] | set[Any], before: Any) -> None:
     """Make a container what it was. One that is as it was is not touched: other threads may read it."""
     if isinstance(value, dict):
         for key in [key for key in value if key not in before]:

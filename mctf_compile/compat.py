@@ -17,6 +17,7 @@ import torch
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from mctf_compile.errors import MctfError
+from mctf_compile.narrowing import present
 
 _TORCH = os.path.dirname(torch.__file__)
 # What stands between a program that asks for the value of a symbolic number and the answer.
@@ -25,14 +26,16 @@ _SYMBOLIC = (os.path.join(_TORCH, "__init__.py"), os.path.join(_TORCH, "fx", "ex
 
 def unwrapped(error: MctfError) -> MctfError:
     """The same error for a backend to raise, of a kind that Dynamo raises as it is; it wraps others."""
-    return _unwrapped_kind(type(error))(str(error), sys._getframe(1))
+    return _unwrapped_kind(type(error))(  # type: ignore[arg-type]  # classes are hashable
+        str(error), sys._getframe(1)
+    )
 
 
 @cache
 def _unwrapped_kind(kind: type[MctfError]) -> type[MctfError]:
     from torch._dynamo.exc import ShortenTraceback
 
-    class Unwrapped(kind, ShortenTraceback):
+    class Unwrapped(kind, ShortenTraceback):  # type: ignore[misc,valid-type]  # one class for each kind
         def __init__(self, message: str, frame: FrameType) -> None:
             Exception.__init__(self, message)
             # Tracebacks are shown from there on; what Dynamo adds to the message is about faults of its own.
@@ -41,7 +44,7 @@ def _unwrapped_kind(kind: type[MctfError]) -> type[MctfError]:
         def __str__(self) -> str:
             return self.message
 
-        def __reduce__(self) -> tuple:
+        def __reduce__(self) -> tuple[type[MctfError], tuple[str]]:
             return kind, (self.message,)
 
     for name in ("__name__", "__qualname__", "__module__", "__doc__"):
@@ -49,7 +52,7 @@ def _unwrapped_kind(kind: type[MctfError]) -> type[MctfError]:
     return Unwrapped
 
 
-def isolated() -> dict[str, bool]:
+def isolated() -> dict[str, Any]:
     """Arguments for ``torch.compile`` that keep a compilation apart from others of the same code, where it has them."""
     known = inspect.signature(torch.compile).parameters
     return {"isolate_recompiles": True} if "isolate_recompiles" in known else {}
@@ -87,7 +90,8 @@ def forget_compilations(backend: Callable[..., Any]) -> Iterator[None]:
 
 
 def _forget(code: CodeType, backend: Callable[..., Any], new: bool) -> None:
-    from torch._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
+    from torch._C._dynamo.eval_frame import reset_code
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
     from torch._dynamo.guards import DeletedGuardManagerWrapper
 
     entries = _debug_get_cache_entry_list(code)
@@ -98,7 +102,7 @@ def _forget(code: CodeType, backend: Callable[..., Any], new: bool) -> None:
         return
     for entry in own:
         manager = entry.guard_manager
-        manager.extra_state.invalidate(entry, DeletedGuardManagerWrapper("only looked at"))
+        present(manager.extra_state).invalidate(entry, DeletedGuardManagerWrapper("only looked at"))
 
 
 class WatchedShapeEnv(ShapeEnv):

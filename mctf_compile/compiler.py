@@ -18,6 +18,7 @@ from mctf_compile.capture import capture
 from mctf_compile.config import FusionConfig
 from mctf_compile.errors import NothingFusedError, PassError, UnsupportedGraph
 from mctf_compile.inner.clock import Clock
+from mctf_compile.narrowing import present
 from mctf_compile.options.schedule import NOT_CHOSEN
 from mctf_compile.passes import ANALYSIS, LOWERING, REWRITING, State, run_passes
 from mctf_compile.passes.analysis.normalize import fake_inputs
@@ -55,8 +56,9 @@ def rewrite(
     state, report = run_pipeline(gm, inputs, config or FusionConfig(), whole=True)
     if not report.fused:
         return gm, report
-    keep_autocast_out(state.lowered, devices_of(state.lowered.graph.nodes))
-    return state.lowered, report
+    lowered = present(state.lowered)
+    keep_autocast_out(lowered, devices_of(lowered.graph.nodes))
+    return lowered, report
 
 
 def _by_name(gm: fx.GraphModule, given: int, kwargs: Mapping[str, Any]) -> list[Any]:
@@ -114,8 +116,9 @@ def _dense(config: FusionConfig, reason: str, seconds: Mapping[str, float] = Map
 
 def make_report(state: State) -> Report:
     """The report of a finished run of the passes."""
-    planned = state.plan.blocks
-    fused = bool(state.plan.fusing)
+    plan, normal = present(state.plan), present(state.normal)
+    planned = plan.blocks
+    fused = bool(plan.fusing)
     reason = None
     if not fused:
         reasons = {b.reason for b in planned} - {NOT_CHOSEN} or {NOT_CHOSEN}
@@ -129,22 +132,23 @@ def make_report(state: State) -> Report:
             BlockReport(b.number, b.tokens_in, b.tokens_out, b.reason, b.note, b.tower, b.block.module) for b in planned
         ],
         towers=_tower_names(state),
-        count=partial(_count, state.normal, state.result if fused else None),
+        count=partial(_count, normal, state.result if fused else None),
         unmerged=list(dict.fromkeys(f"{u.node.name}: {u.reason}" for u in state.unmerges)),
         reason=reason,
-        method=state.plan.method.name,
+        method=plan.method.name,
         target=state.findings.met,
         remarks=_remarks(state) if fused else [],
         seconds=state.seconds,
-        count_blocks=partial(macs_by_block, state.normal, state.result if fused else None, [b.block for b in planned]),
+        count_blocks=partial(macs_by_block, normal, state.result if fused else None, [b.block for b in planned]),
     )
 
 
 def _tower_names(state: State) -> list[str]:
     """What to call the towers: the module around their blocks, and of one that runs several times, which run."""
-    made_of = [tuple(state.blocks[i].module for i in tower.blocks) for tower in state.towers]
+    blocks, towers = present(state.blocks), present(state.towers)
+    made_of = [tuple(blocks[i].module for i in tower.blocks) for tower in towers]
     names = []
-    for i, tower in enumerate(state.towers):
+    for i, tower in enumerate(towers):
         runs = [j for j, other in enumerate(made_of) if other == made_of[i] and tower.module]
         run = f", run {runs.index(i) + 1} of {len(runs)}" if len(runs) > 1 else ""
         names.append((f"tower {i}: {tower.module}" if tower.module else f"tower {i}") + run)
@@ -152,8 +156,8 @@ def _tower_names(state: State) -> list[str]:
 
 
 def _remarks(state: State) -> list[str]:
-    name = state.plan.method.name
-    if not any(o.state == "untrained" for o in state.observations):
+    name = present(state.plan).method.name
+    if not any(o.state == "untrained" for o in present(state.observations)):
         return state.remarks
     return [
         f"the modules of method {name!r} are untrained: train them, or load their weights (mctf_{name})",

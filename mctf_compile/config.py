@@ -85,7 +85,9 @@ class FusionConfig:
         for name in options:
             if name not in chosen.option_names():
                 raise ConfigError(_unknown(name, chosen))
-        reducing, lowering = chosen(**options), Lowering(**given)
+        # Which options a method has, its class knows.
+        reducing: Any = chosen(**options)
+        lowering = Lowering(**given)
         for name in ("dynamic_r", "profit"):
             value = getattr(lowering, name)
             if value not in (False, "off") and not isinstance(reducing, Merging):

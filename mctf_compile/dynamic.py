@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager
 from copy import copy
 from dataclasses import replace
@@ -28,25 +28,31 @@ class Adjustable:
         run: takes the graph's inputs, then the tokens that each fusing block leaves.
     """
 
-    def __init__(self, options: MutableMapping[str, Any], state: State, run: Callable[..., Any]) -> None:
+    def __init__(self, options: Mapping[str, Any], state: State, run: Callable[..., Any]) -> None:
         self.options, self.state, self.run = options, state, run
         self._left: dict[str, list[int]] = {}
 
     def __call__(self, *inputs: Any) -> Any:
-        return self.run(*inputs, *self.left(self.options.get("r", self.state.config.method.r)))
+        return self.run(*inputs, *self.left(self.options.get("r", self.method.r)))
+
+    @property
+    def method(self) -> Merging:
+        """The method at the ``r`` that the model was compiled with; no other takes ``dynamic_r``."""
+        assert isinstance(self.state.config.method, Merging)
+        return self.state.config.method
 
     def left(self, r: Any) -> list[int]:
         """The tokens that each fusing block leaves at ``r``."""
         key = repr(r)
         if key not in self._left:
-            method, found = self.state.config.method, self.state.findings.r
+            method, found = self.method, self.state.findings.r
             if r != method.r:
                 method, found = replace(method, r=r, target=None), None
             self._left[key] = tokens_left(self.state, method, found)
         return self._left[key]
 
 
-class set_r(AbstractContextManager):
+class set_r(AbstractContextManager["set_r"]):
     """Change the reduction of a model that was compiled with ``dynamic_r=True``; nothing is compiled again.
 
     As a function, ``mctf_compile.set_r(compiled, 8)`` holds until the next change; as a context manager
@@ -66,12 +72,13 @@ class set_r(AbstractContextManager):
         ConfigError: ``compiled`` is something else, or ``r`` is not valid.
     """
 
-    def __init__(self, compiled: Any, r: int | float | list | tuple | str) -> None:
-        self.options = _options(compiled)
-        if self.options is None:
+    def __init__(self, compiled: Any, r: int | float | list[Any] | tuple[Any, ...] | str) -> None:
+        options = _options(compiled)
+        if options is None:
             raise ConfigError(
                 'set_r takes what torch.compile(model, backend="mctf", options={"dynamic_r": True, ...}) returned.'
             )
+        self.options = options
         # Where the number of blocks is known, a list of another length is refused by the next call.
         Merging(r=r, target=self.options.get("target") if r == AUTO else None)
         self.before = self.options.get("r")

@@ -28,7 +28,9 @@ def plot(report: Report) -> Figure:
     _bars(tokens, report, [(b.tokens_in, b.tokens_out) for b in report.blocks])
     tokens.set_ylabel("tokens out (pale: in)")
     unit, scale = ("GMACs", 1e9) if report.macs_before >= 1e8 else ("MMACs", 1e6)
-    counted = [(None, None) if work is None else (work[0] / scale, work[1] / scale) for work in report.macs_by_block]
+    counted: list[tuple[float | None, float | None]] = [
+        (None, None) if work is None else (work[0] / scale, work[1] / scale) for work in report.macs_by_block
+    ]
     _bars(macs, report, counted)
     macs.set_ylabel(f"{unit} (pale: dense)")
     macs.set_xlabel("block")

@@ -15,6 +15,7 @@ from mctf_compile.compiler import run_pipeline
 from mctf_compile.config import FusionConfig
 from mctf_compile.dynamic import backends
 from mctf_compile.errors import ConfigError, MctfError, cause_of
+from mctf_compile.narrowing import present
 from mctf_compile.options.schedule import AUTO
 from mctf_compile.passes import State
 from mctf_compile.passes.axes import Cat, places
@@ -131,7 +132,8 @@ def run_under(backend: Callable[..., Any], model: Callable[..., Any], *inputs: A
     def counted(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         nonlocal graphs
         graphs += 1
-        return backend(gm, example_inputs)
+        compiled: Callable[..., Any] = backend(gm, example_inputs)
+        return compiled
 
     def call(*inputs: Any) -> Any:
         return function(*inputs)
@@ -161,7 +163,9 @@ class _Follower:
         self.reports.append(report)
         if not report.fused:
             return gm.forward
-        followed = rewrite_graph(state.normal, state.inputs, state.axes, state.plan, followed=True).graph
+        followed = rewrite_graph(
+            present(state.normal), state.inputs, present(state.axes), present(state.plan), followed=True
+        ).graph
 
         def run(*inputs: Any) -> Any:
             outputs, found = fx.Interpreter(followed).run(*inputs)
@@ -173,12 +177,16 @@ class _Follower:
 
 def _block(state: State, report: Report, graph: int, index: int, tensors: Mapping[str, Tensor]) -> BlockTrace:
     judged_by = next((name for name in JUDGED_BY if name in tensors), None)
-    first, grid = _patches(state, state.plan.blocks[index])
+    source, before, size, dropped = (tensors[name] for name in ("source", "before", "size", "dropped"))
+    first, grid = _patches(state, present(state.plan).blocks[index])
     return BlockTrace(
         report.blocks[index],
         graph,
-        *(tensors[name] for name in ("source", "before", "size", "dropped")),
-        importance=tensors.get(judged_by),
+        source,
+        before,
+        size,
+        dropped,
+        importance=None if judged_by is None else tensors[judged_by],
         judged_by=judged_by,
         first=first,
         grid=grid,
@@ -187,8 +195,8 @@ def _block(state: State, report: Report, graph: int, index: int, tensors: Mappin
 
 def _patches(state: State, planned: PlannedBlock) -> tuple[int, tuple[int, ...]]:
     """The first patch among the original tokens of a block, and how the patches lie, as far as the axes tell."""
-    tokens = planned.block.tokens
-    (place,) = places(state.axes.of(planned.block.entry), tokens)
+    tokens = present(planned.block.tokens)
+    (place,) = present(places(present(state.axes).of(present(planned.block.entry)), tokens))
     first, body = place.lead, tokens.body
     if len(body) == 1 and isinstance(body[0], Cat):
         # Prefix tokens that are not protected are part of the body.
@@ -223,8 +231,11 @@ def _portable(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _plain(model: Any) -> Callable[..., Any]:
     """A model as it was before ``torch.compile``."""
+    plain: Callable[..., Any]
     if isinstance(model, nn.Module):
         model = getattr(model, "_orig_mod", model)
         # What Module.compile compiles, and what it left in place.
-        return model._call_impl if getattr(model, "_compiled_call_impl", None) is not None else model
-    return getattr(model, "_torchdynamo_orig_callable", model)
+        plain = model._call_impl if getattr(model, "_compiled_call_impl", None) is not None else model
+    else:
+        plain = getattr(model, "_torchdynamo_orig_callable", model)
+    return plain

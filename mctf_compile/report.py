@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.markup import escape
 from rich.table import Table
+
+from mctf_compile.narrowing import present
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,7 +34,7 @@ class BlockReport:
 
     @property
     def removed(self) -> int:
-        return 0 if self.reason is not None else self.tokens_in - self.tokens_out
+        return 0 if self.reason is not None else present(self.tokens_in) - present(self.tokens_out)
 
 
 @dataclass(frozen=True)
@@ -130,13 +132,14 @@ class Report:
     def table(self) -> Table:
         """The report as a rich table."""
         table = Table(title=self.summary, title_justify="left")
-        for name, justify in (
+        columns: tuple[tuple[str, JustifyMethod], ...] = (
             ("block", "right"),
             ("module", "left"),
             ("tokens in", "right"),
             ("out", "right"),
             ("", "left"),
-        ):
+        )
+        for name, justify in columns:
             table.add_column(name, justify=justify)
         for name, blocks in self.by_tower():
             if len(self.towers) > 1:

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import count
-from typing import Any
+from itertools import count, pairwise
+from typing import Any, TypeAlias
 
 import sympy
 import torch
 
-Size = sympy.Expr | int
+Size: TypeAlias = sympy.Expr | int
 
 # The name of axes that number the output features of a layer; no token is ever numbered by one.
 FEATURES = "c"
@@ -67,6 +67,7 @@ def size_of(value: int | torch.SymInt) -> Size:
 
 
 def product(axes: Iterable[Axis]) -> Size:
+    """The size of axes that stand side by side; 1 for none."""
     result: Size = 1
     for axis in axes:
         result = result * axis.size
@@ -80,7 +81,7 @@ def quotient(a: Size, b: Size) -> Size | None:
     if isinstance(a, int) and isinstance(b, int):
         return a // b if a % b == 0 else None
     ratio = sympy.cancel(sympy.sympify(a) / b)
-    numerator, denominator = ratio.as_numer_denom()
+    _, denominator = ratio.as_numer_denom()
     if denominator != 1 or ratio.is_polynomial() is False:
         return None
     return int(ratio) if ratio.is_Integer else ratio
@@ -130,8 +131,10 @@ class AxisTable:
     def _cat_axis(self, parts: Sequence[tuple[Size, Dim]]) -> Cat:
         flat: list[tuple[Size, Dim]] = []
         for size, part in parts:
-            nested = len(part) == 1 and isinstance(part[0], Cat)
-            flat.extend(part[0].parts if nested else [(size, part)])
+            if len(part) == 1 and isinstance(part[0], Cat):
+                flat.extend(part[0].parts)
+            else:
+                flat.append((size, part))
         return Cat(tuple(flat))
 
     def cat(self, parts: Sequence[tuple[Size, Dim]]) -> Dim:
@@ -225,7 +228,7 @@ class AxisTable:
         if len(dim) == 1 and isinstance(dim[0], Atom) and isinstance(dim[0].size, int):
             edges = [0, *sorted({b for b in bounds if 0 < b < dim[0].size}), dim[0].size]
             if len(edges) > 2:
-                parts = [(b - a, self.fresh(b - a, dim[0].name)) for a, b in zip(edges, edges[1:])]
+                parts = [(b - a, self.fresh(b - a, dim[0].name)) for a, b in pairwise(edges)]
                 self._refined[dim[0]] = (Cat(tuple(parts)),)
 
 
@@ -298,8 +301,9 @@ def _place(dim: Dim, d: int, body: Dim) -> Place | None:
     for i in range(len(dim)):
         if dim[i : i + len(body)] == body:
             return Place(d, dim[:i], dim[i + len(body) :], 0, 0)
-        if isinstance(dim[i], Cat):
-            ends = _ends(dim[i], body)
+        axis = dim[i]
+        if isinstance(axis, Cat):
+            ends = _ends(axis, body)
             if ends is not None:
                 return Place(d, dim[:i], dim[i + 1 :], *ends)
     return None

@@ -10,12 +10,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import fx
 
 from mctf_compile.config import FusionConfig
 from mctf_compile.errors import ConfigError, PassError, UnsupportedGraph
+from mctf_compile.narrowing import present
 
 if TYPE_CHECKING:
     from mctf_compile.options.schedule import Target
@@ -91,6 +92,10 @@ class State:
         return self.frozen or self.lowered or self.result or self.normal or self.gm
 
 
+# What a pass does; see ``graph_pass`` for what it returns.
+Run: TypeAlias = Callable[[State], "str | None"]
+
+
 @dataclass(frozen=True)
 class Pass:
     """A named step with what must be set before it and what it sets."""
@@ -98,10 +103,10 @@ class Pass:
     name: str
     requires: tuple[str, ...]
     ensures: tuple[str, ...]
-    run: Callable[[State], str | None]
+    run: Run
 
 
-def graph_pass(name: str, *, requires: tuple[str, ...], ensures: tuple[str, ...] = ()) -> Callable[[Callable], Pass]:
+def graph_pass(name: str, *, requires: tuple[str, ...], ensures: tuple[str, ...] = ()) -> Callable[[Run], Pass]:
     """Make a function on ``State`` a pass with a contract, checked on every run.
 
     The function may return the name of an earlier pass to go back to, having changed ``findings``.
@@ -167,7 +172,7 @@ def _dump(name: str, state: State) -> None:
     ]
     for node in state.current.graph.nodes:
         dims = state.axes.dims.get(node) if state.axes and state.result is None else None
-        shown = f"  # {state.axes.of(node)}" if isinstance(dims, tuple) else ""
+        shown = f"  # {present(state.axes).of(node)}" if isinstance(dims, tuple) else ""
         lines.append(f"{node.format_node()}{shown}" if node.op != "output" else f"return {node.args[0]}")
     number = len(list(state.dumps.iterdir()))
     (state.dumps / f"{number:02}-{name}.txt").write_text("\n".join(lines) + "\n")
@@ -180,3 +185,4 @@ def _numbered(folder: Path) -> Path:
         with suppress(FileExistsError):
             path.mkdir(parents=True)
             return path
+    raise AssertionError("the numbers end")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import networkx as nx
@@ -69,7 +70,7 @@ def test_what_is_below_knows_nothing_of_what_is_above() -> None:
         ("options", "methods"),
         ("methods", "passes.planning"),
         ("passes.lowering", "passes"),
-        *zip(stages, stages[1:]),
+        *pairwise(stages),
     ]
     for lower, upper in pairs:
         assert f"mctf_compile.{upper}" in above[f"mctf_compile.{lower}"], (lower, upper)

@@ -38,7 +38,7 @@ def test_a_reshape_through_an_axis_is_not_taken_for_it():
 def test_equal_sizes_are_not_equal_axes():
     """Tokens and channels of the same number stay apart."""
     axes, nodes, _ = axes_of(lambda x, w: torch.nn.functional.linear(x, w), torch.ones(2, 48, 48), torch.ones(48, 48))
-    batch, tokens, channels = axes.of(nodes["linear"])
+    _, tokens, channels = axes.of(nodes["linear"])
     assert tokens == axes.of(nodes["x_1"])[1] and channels != tokens
 
 
@@ -103,7 +103,7 @@ def test_blocks_are_found_in_order_with_their_residual_streams():
             y = x + nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 9, 8)
             return y + self.fc(y)
 
-    axes, nodes, graph = axes_of(Toy(), torch.ones(2, 9, 8))
+    axes, _, graph = axes_of(Toy(), torch.ones(2, 9, 8))
     (block,) = find_blocks(graph, axes)
     assert (block.entry.name, block.middle.name, block.exit.name) == ("arg0_1", "add", "add_1")
     assert (block.tokens.size, block.tokens.lead, block.problem) == (9, 0, None)
@@ -180,6 +180,6 @@ def test_keys_are_where_the_softmax_runs(spelling, options):
 )
 def test_a_value_without_dimensions_has_no_axes(operator):
     """PyTorch lets the first and the last dimension of such a value be named."""
-    axes, nodes, graph = axes_of(lambda x: operator(x.sum()), torch.randn(2, 9, 4))
+    axes, _, graph = axes_of(lambda x: operator(x.sum()), torch.randn(2, 9, 4))
     made = [n for n in graph.nodes if n.op == "call_function" and isinstance(n.meta["val"], torch.Tensor)]
     assert made and all(axes.of(n) == () for n in made)

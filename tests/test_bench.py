@@ -122,7 +122,7 @@ def test_a_dense_candidate_must_agree_with_eager() -> None:
     x = torch.ones(2, 4)
     seconds, errors = first_calls({"eager": lambda: x, "freezing": lambda: x * (1 + 5e-5)})
     assert list(seconds) == ["eager", "freezing"] and errors["freezing"] == pytest.approx(5e-5, rel=1e-2)
-    with pytest.raises(WrongOutputError, match="the output of freezing is 2.0e-04 away from dense eager's"):
+    with pytest.raises(WrongOutputError, match=r"the output of freezing is 2\.0e-04 away from dense eager's"):
         first_calls({"eager": lambda: x, "freezing": lambda: x * (1 + 2e-4)})
 
 

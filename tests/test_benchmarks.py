@@ -74,7 +74,7 @@ def test_the_latest_result_of_each_machine_counts(tmp_path: Path) -> None:
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "small.json").write_text('[{"suite": "cpu"}]')
-    with pytest.raises(MctfError, match="small.json is no file of results: KeyError: 'row'"):
+    with pytest.raises(MctfError, match=r"small\.json is no file of results: KeyError: 'row'"):
         append(result_of(ROW), tmp_path)
     assert (tmp_path / "small.json").read_text() == '[{"suite": "cpu"}]'
 

@@ -125,7 +125,7 @@ def test_the_program_of_a_failure_fails_alike(monkeypatch, tmp_path):
     spec = VitSpec(depth=2, head="mean", prefix=1, grid=3)
     options = {"r": 3, "min_tokens": 1, "tau_info": 0, "tau_size": 0, "layers": [0]}
     plain = st.builds(SpecCase, st.just(spec), st.just(options), st.just(2), st.integers(0, 9))
-    case, problem = fuzz(plain, 20, seed=0).failure
+    case, _ = fuzz(plain, 20, seed=0).failure
     assert "VitSpec(depth=2, grid=3, head='mean')" in case.program()
     broken = (
         "import mctf_compile.passes.rules.reductions as r, torch\n"

@@ -704,7 +704,7 @@ def calls_of_shaped_operators(dtype: torch.dtype) -> dict[str, Any]:
     """A call of every operator that answers with shapes alone where only those are asked for."""
     x, size = randn(2, 17, 8, dtype=dtype), torch.ones(2, 17)
     q, k, v = (randn(2, 3, 17, 4, seed=s, dtype=dtype) for s in range(3))
-    keep, gone, into = matching = ops.match(x, None, size, 5, 1, 0, 1.0, 0.0, 0.0, True)
+    keep, gone, _ = matching = ops.match(x, None, size, 5, 1, 0, 1.0, 0.0, 0.0, True)
     index, weight, _ = ops.group(torch.ones(2, 17), size, *matching)
     _, weights, norm = ops.importance(q, k, None, None, 0.5)
     fused = v[:, :, :12]

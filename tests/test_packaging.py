@@ -54,7 +54,9 @@ def test_a_wheel_works_from_another_directory(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         archive.extractall(tmp_path / "site")
-    assert names == {str(path) for path in sources(".py", ".cpp", ".h")}
+    assert names == {str(path) for path in sources(".py", ".cpp", ".h", ".typed")}
+    # Without it type checkers take the annotations of an installed package for none.
+    assert "mctf_compile/py.typed" in names
     program = (
         "import mctf_compile, mctf_compile.passes.rules, mctf_compile.kernels.ahead.reference, torch\n"
         "assert mctf_compile.__file__.startswith(__import__('sys').argv[1]), mctf_compile.__file__\n"

@@ -122,7 +122,7 @@ def test_one_block_can_be_drawn_and_those_without_a_fusion_cannot() -> None:
     assert drawn._repr_png_().startswith(b"\x89PNG")
     with pytest.raises(ConfigError, match=r"block 0 reduces no tokens \(not among the layers that fuse\).*are 1, 2"):
         mctf_compile.visualize(model, images, blocks=[0], r=2, min_tokens=1)
-    with pytest.raises(ConfigError, match="nothing to draw.*r is 0"):
+    with pytest.raises(ConfigError, match=r"nothing to draw.*r is 0"):
         mctf_compile.visualize(model, images, r=0)
 
 

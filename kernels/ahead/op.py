@@ -35,10 +35,14 @@ def ahead(
     maxima over the rows of A S instead, which is no linear map: there A' is built.
 
     Args:
-        weights [B, H, N, N], norm [B, H, N, 1]: A = weights * norm, from ``mctf::importance``; differentiable.
+        weights: [B, H, N, N], A = weights * norm, from ``mctf::importance``; differentiable.
+        norm: [B, H, N, 1]; differentiable.
         v: [B, H, M, D], values of the fused tokens; differentiable.
-        index [B, N], weight [B, N]: the map, from ``mctf::group``; no weight pools by the maximum.
-        keep [B, M], gone [B, r], into [B, r]: the matching.
+        index: int64 [B, N], the map, from ``mctf::group``.
+        weight: [B, N], its pooling weights; None pools by the maximum.
+        keep: int64 [B, M], the matching, as for ``mctf::group``.
+        gone: int64 [B, r].
+        into: int64 [B, r].
         dropout_p: dropout probability of the attention weights.
 
     Returns:

@@ -213,9 +213,18 @@ def ahead_forward(
     """A' V [B, H, M, D] as ``mctf::ahead`` gives it, and the rows [B, H, N, D] that it adds up, for the backward.
 
     Args:
-        q, k [B, H, N, D], log_size, bias, scale: what ``importance`` read.
-        lse: the log-sum-exp that it gave.
-        v, index, weight, keep, gone, into: as for ``mctf::ahead``.
+        q: [B, H, N, D], what ``importance`` read, as are k, log_size, bias and scale.
+        k: [B, H, N, D].
+        v: [B, H, M, D], values of the fused tokens.
+        log_size: [B, N], or None for sizes of one.
+        bias: broadcastable to [B, H, N, N], or None.
+        scale: usually D ** -0.5.
+        lse: float32 [B, H, N], the log-sum-exp that ``importance`` gave.
+        index: int64 [B, N], the map, as for ``mctf::ahead``; so are the next four.
+        weight: [B, N].
+        keep: int64 [B, M].
+        gone: int64 [B, r].
+        into: int64 [B, r].
     """
     batch, heads, n, d = q.shape
     m, dv = v.shape[2:]

@@ -37,6 +37,7 @@ def importance(
 def attention(
     q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None, bias: Tensor | None, scale: float, dropout_p: float
 ) -> Tensor:
+    """``torch.ops.mctf.attention`` in ATen: the sizes are a mask of ``scaled_dot_product_attention``."""
     mask = bias
     if log_size is not None:
         mask = log_size[:, None, None, :] if bias is None else bias + log_size[:, None, None, :]
@@ -45,6 +46,7 @@ def attention(
 
 
 def policy_attention(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, scale: float) -> Tensor:
+    """``torch.ops.mctf.policy_attention`` in ATen; weights are computed in float32 or wider."""
     dtype = working_dtype(q.dtype)
     logits = (q @ k.transpose(-2, -1)).to(dtype) * scale
     n = policy.shape[1]

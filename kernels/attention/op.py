@@ -20,7 +20,9 @@ def attention(
     """softmax(q kᵀ·scale + bias + log s) v: attention in which key j occurs s_j times.
 
     Args:
-        q: [B, H, Nq, D], k: [B, H, Nk, D], v: [B, H, Nk, Dv], one floating dtype; differentiable.
+        q: [B, H, Nq, D], of one floating dtype with k and v; differentiable, like them.
+        k: [B, H, Nk, D].
+        v: [B, H, Nk, Dv].
         log_size: [B, Nk] natural logarithm of the sizes, or None for sizes of one.
         bias: additive, broadcastable to [B, H, Nq, Nk], or None.
         scale: usually D ** -0.5.
@@ -72,7 +74,9 @@ def policy_attention(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, scale: flo
     (e + ε/N) / (Σ e + ε) with e_ij = exp(l_ij - max) · (1 if i = j else policy_j) and ε = 1e-6.
 
     Args:
-        q, k, v: [B, H, N, D], one floating dtype; differentiable.
+        q: [B, H, N, D], of one floating dtype with k and v; differentiable, like them.
+        k: [B, H, N, D].
+        v: [B, H, N, D].
         policy: [B, N], 0 or 1 for dropped and kept tokens; differentiable.
         scale: usually D ** -0.5.
 

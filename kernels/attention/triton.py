@@ -40,6 +40,7 @@ def load_rows(base, rows, stride_row, stride_column, n, WIDTH: tl.constexpr, PAD
 
 @triton.jit
 def store_rows(base, tile, rows, stride_row, stride_column, n, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """Store ``tile`` [len(rows), PADDED], in the dtype of memory, where it is inside of [n, WIDTH]."""
     columns = tl.arange(0, PADDED)
     at = base + rows.to(tl.int64)[:, None] * stride_row + columns[None, :] * stride_column
     tl.store(at, tile.to(base.dtype.element_ty), mask=(rows < n)[:, None] & (columns < WIDTH)[None, :])
@@ -289,6 +290,7 @@ def token_major(like: Tensor, heads: int, n: int, width: int) -> Tensor:
 
 
 def optional_strides(t: Tensor | None, dims: int) -> tuple[int, ...]:
+    """The strides of ``t``, or as many zeros as it would have dimensions."""
     return (0,) * dims if t is None else t.stride()
 
 

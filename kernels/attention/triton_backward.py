@@ -524,7 +524,7 @@ def backward(
         num_warps=launch.warps,
         num_stages=launch.stages,
     )
-    if not bias_gradient:
+    if not bias_gradient or bias is None:
         return *grads, None
     shape = (1,) * (4 - bias.dim()) + tuple(bias.shape)
     if shape[3] != nk:

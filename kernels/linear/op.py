@@ -17,9 +17,9 @@ def frozen_linear_supported(weight: Tensor, dtype: torch.dtype) -> bool:
     if not available or not device_of(weight.device).packs_weights:
         return False
     if dtype is torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     if dtype is torch.float16:
-        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
     return dtype is torch.float32
 
 
@@ -47,7 +47,8 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: str | No
     if packed is None:
         packed = _packed[weight] = torch.ops.mkldnn._reorder_linear_weight(weight, x.shape[:-1].numel())
     activation = "none" if gelu is None else "gelu"
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, activation, [], gelu or "")
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, activation, [], gelu or "")
+    return result
 
 
 LIBRARY.impl("frozen_linear", frozen_linear, "CPU")

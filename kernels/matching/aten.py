@@ -75,7 +75,7 @@ def assign(w: Tensor, n: int, r: int, lead: int, tail: int, bidirectional: bool)
     """``torch.ops.mctf.assign`` in ATen. A tie goes to the token at the lower position."""
     position = torch.arange(n, device=w.device).expand(w.shape[0], -1)
     if not r:
-        return position.clone(), *(position.new_empty(w.shape[0], 0) for _ in range(2))
+        return position.clone(), position.new_empty(w.shape[0], 0), position.new_empty(w.shape[0], 0)
     first, second = _sides(lead)
     r1 = r // 2 if bidirectional else r
     best, column = w.max(-1)

@@ -20,6 +20,7 @@ def shapes(
     bidirectional: bool,
     kind: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty keep [B, N - r], gone and into [B, r] of ``mctf::match``; raises what that raises for other tokens."""
     _check_tokens(x, importance=importance, size=size, kind=kind)
     return _matching(x, x.shape[1], r)
 
@@ -33,7 +34,8 @@ def _check_tokens(x: Tensor, **others: Tensor | None) -> None:
 
 def _matching(x: Tensor, n: int, r: int) -> tuple[Tensor, Tensor, Tensor]:
     """Empty keep, gone and into, for the images of ``x``."""
-    return tuple(x.new_empty(x.shape[0], count, dtype=torch.long) for count in (n - r, r, r))
+    keep, gone, into = (x.new_empty(x.shape[0], count, dtype=torch.long) for count in (n - r, r, r))
+    return keep, gone, into
 
 
 @composite(
@@ -61,8 +63,11 @@ def match(
         importance: [B, N] informativeness (mean attention received), or None to leave it out.
         size: [B, N] token sizes.
         r: tokens that leave, 0 <= r <= (N - lead - tail) // 2.
-        lead, tail: protected tokens at either end; they neither leave nor receive.
-        tau_sim, tau_info, tau_size: temperatures; 0 turns a criterion off.
+        lead: protected tokens at the start; they neither leave nor receive.
+        tail: those at the end.
+        tau_sim: the temperature of similarity; 0 turns a criterion off.
+        tau_info: that of informativeness.
+        tau_size: that of the sizes.
         bidirectional: r // 2 even-position tokens leave into odd ones, then the others the other way;
             else all leave from even positions.
         kind: [B, N] of any dtype, or None. Tokens of two kinds (padding and others) go together only where
@@ -84,7 +89,8 @@ def match(
     _check_tokens(x, importance=importance, size=size, kind=kind)
     importance = None if importance is None else importance.detach()
     scores = aten.scores(x.detach(), importance, size.detach(), lead, tail, tau_sim, tau_info, tau_size, kind)
-    return torch.ops.mctf.assign(scores, x.shape[1], r, lead, tail, bidirectional)
+    keep, gone, into = torch.ops.mctf.assign(scores, x.shape[1], r, lead, tail, bidirectional)
+    return keep, gone, into
 
 
 def _assign_shapes(
@@ -102,7 +108,11 @@ def assign(scores: Tensor, n: int, r: int, lead: int, tail: int, bidirectional: 
 
     Args:
         scores: [B, alpha, beta], of the unprotected tokens at even positions with those at odd ones.
-        n, r, lead, tail, bidirectional: as for ``mctf::match``.
+        n: tokens of an image.
+        r: tokens that leave; as for ``mctf::match``, like the rest.
+        lead: protected tokens at the start.
+        tail: those at the end.
+        bidirectional: whether tokens leave from odd positions too.
 
     Returns:
         keep, gone, into: as for ``mctf::match``. Raises ``RuntimeError`` for an ``r`` out of range.

@@ -49,8 +49,8 @@ def match(
         )
         for b in range(len(x))
     ]
-    keep, gone, into = zip(*images)
-    return tuple(torch.tensor(rows, dtype=torch.long).reshape(len(x), -1) for rows in (keep, gone, into))
+    keep, gone, into = (torch.tensor(rows, dtype=torch.long).reshape(len(x), -1) for rows in zip(*images))
+    return keep, gone, into
 
 
 def match_image(w: Tensor, r: int, lead: int, tail: int, bidirectional: bool) -> tuple[list[int], list[int], list[int]]:

@@ -35,6 +35,7 @@ def least_of(c, n):
 
 @triton.jit
 def power(base, EXPONENT: tl.constexpr):
+    """``base`` ** EXPONENT, of a ``base`` that is not negative."""
     return base if EXPONENT == 1 else tl.exp2(tl.log2(base) * EXPONENT)
 
 
@@ -329,6 +330,7 @@ def chunk_for(block: int) -> int:
 
 
 def warps_for(block: int) -> int:
+    """Warps of a program that matches an image of up to ``block`` tokens on either side."""
     return min(max(block // 8, 4), 16)
 
 
@@ -358,7 +360,8 @@ def scores(
     (b, n, c), (first, second, alpha, beta) = x.shape, sides(x.shape[1], lead, tail)
     sim, info, size = (1 / tau if tau else 0.0 for tau in (tau_sim, 0.0 if a is None else tau_info, tau_size))
     x = x if x.stride(2) == 1 else x.contiguous()
-    a, s, kind = (None if t is None else t.contiguous() for t in (a, s, kind))
+    a, kind = (None if t is None else t.contiguous() for t in (a, kind))
+    s = s.contiguous()
     w = x.new_empty(b, alpha, beta, dtype=torch.float32)
     block, channels, warps = scores_tile(x.itemsize)
     wrap_triton(_scores)[b, triton.cdiv(alpha, block), triton.cdiv(beta, block)](

@@ -30,6 +30,7 @@ def index_of(keep: Tensor, gone: Tensor, into: Tensor) -> Tensor:
 
 
 def group(raw: Tensor, size: Tensor, keep: Tensor, gone: Tensor, into: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``torch.ops.mctf.group`` in ATen."""
     index = index_of(keep, gone, into)
     # Attention can underflow for every token of a group, which has a mean nevertheless.
     raw = raw.clamp(min=torch.finfo(raw.dtype).tiny)
@@ -38,6 +39,7 @@ def group(raw: Tensor, size: Tensor, keep: Tensor, gone: Tensor, into: Tensor) -
 
 
 def pool(x: Tensor, weight: Tensor | None, keep: Tensor, gone: Tensor, into: Tensor, dim: int) -> Tensor:
+    """``torch.ops.mctf.pool`` in ATen; weighted in the dtype that x and weight promote to, and rounded once."""
     if x.dtype is torch.bool:
         return x.gather(dim, along(keep, x, dim))
     if weight is None:
@@ -49,6 +51,7 @@ def pool(x: Tensor, weight: Tensor | None, keep: Tensor, gone: Tensor, into: Ten
 
 
 def mlerp(x: Tensor, weight: Tensor, keep: Tensor, gone: Tensor, into: Tensor) -> Tensor:
+    """``torch.ops.mctf.mlerp`` in ATen."""
     _, weight, _ = group(weight, weight, keep, gone, into)
     length = torch.linalg.vector_norm(pool(x, weight, keep, gone, into, 1), dim=-1)
     longest = combine(torch.linalg.vector_norm(x, dim=-1), keep, gone, into, 1, "amax")

@@ -7,6 +7,7 @@ from mctf_compile.kernels.pooling import aten
 
 
 def group_shapes(raw: Tensor, size: Tensor, keep: Tensor, gone: Tensor, into: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty results of ``mctf::group``: index and weight [B, N], size [B, M]."""
     return keep.new_empty(raw.shape), raw.new_empty(raw.shape), size.new_empty(keep.shape)
 
 
@@ -20,7 +21,9 @@ def group(raw: Tensor, size: Tensor, keep: Tensor, gone: Tensor, into: Tensor) -
         raw: [B, N] pooling weights before normalisation (MCTF: informativeness times size), raised to the
             least positive number of their dtype.
         size: [B, N] token sizes.
-        keep [B, M], gone [B, r], into [B, r]: a matching, as ``mctf::match`` returns it.
+        keep: int64 [B, M], the old position of each new token's carrier, as ``mctf::match`` returns it.
+        gone: int64 [B, r], the old positions of the tokens that left.
+        into: int64 [B, r], the new position each went into.
 
     Returns:
         index: int64 [B, N], the new position of every old token.
@@ -31,6 +34,7 @@ def group(raw: Tensor, size: Tensor, keep: Tensor, gone: Tensor, into: Tensor) -
 
 
 def pool_shapes(x: Tensor, weight: Tensor | None, keep: Tensor, gone: Tensor, into: Tensor, dim: int) -> Tensor:
+    """An empty result of ``mctf::pool``: like ``x`` with M tokens at ``dim``."""
     return resized(x, dim, keep.shape[1])
 
 
@@ -43,7 +47,10 @@ def pool(x: Tensor, weight: Tensor | None, keep: Tensor, gone: Tensor, into: Ten
     Args:
         x: [B, ..., N, ...] with the tokens at ``dim`` (not 0), floating (differentiable) or bool.
         weight: [B, N] normalised pooling weights, from ``mctf::group``.
-        keep, gone, into: the matching.
+        keep: the matching, as for ``mctf::group``.
+        gone: see there.
+        into: see there.
+        dim: the dimension of the tokens.
 
     Returns:
         [B, ..., M, ...] in the dtype of ``x``.
@@ -64,6 +71,7 @@ def keep(x: Tensor, keep: Tensor, dim: int) -> Tensor:
     Args:
         x: [B, ..., N, ...] with the tokens at ``dim`` (not 0), of any dtype; differentiable.
         keep: int64 [B, M], the positions of those that stay.
+        dim: the dimension of the tokens.
 
     Returns:
         [B, ..., M, ...].
@@ -78,7 +86,9 @@ def mlerp(x: Tensor, weight: Tensor, keep: Tensor, gone: Tensor, into: Tensor) -
     Args:
         x: [B, N, C], floating; differentiable.
         weight: [B, N], the weights of the mean, before normalisation.
-        keep, gone, into: the matching.
+        keep: the matching, as for ``mctf::group``.
+        gone: see there.
+        into: see there.
 
     Returns:
         [B, M]: max_k |x_k| / |mean|; 1 where the mean is 0.

@@ -23,6 +23,7 @@ def supported(x: Tensor, weight: Tensor | None) -> bool:
 
 
 def supported_group(raw: Tensor, size: Tensor) -> bool:
+    """Whether ``group`` takes these operands: weights and sizes of at most 32 bits."""
     return raw.dtype in FLOATING and size.dtype in FLOATING
 
 
@@ -172,7 +173,8 @@ def collect(
     """The sums over the members of each of ``m`` new tokens, at ``dim`` of ``x``: see ``_collect``."""
     x4 = parted(x, dim)
     b, p, n, q = x4.shape
-    weight, keep, gone, into = (None if t is None else t.contiguous() for t in (weight, keep, gone, into))
+    weight, keep, gone = (None if t is None else t.contiguous() for t in (weight, keep, gone))
+    into = into.contiguous()
     out = x.new_empty(*x.shape[:dim], m, *x.shape[dim + 1 :])
     tokens, channels = tile(q)
     wrap_triton(_collect)[b * p, triton.cdiv(m, tokens), triton.cdiv(q, channels)](
@@ -188,7 +190,8 @@ def spread(
     """The row of the new token that each of ``n`` old ones is in, at ``dim`` of ``y``: see ``_spread``."""
     y4 = parted(y, dim)
     b, p, m, q = y4.shape
-    weight, keep, gone, into = (None if t is None else t.contiguous() for t in (weight, keep, gone, into))
+    weight, keep, gone = (None if t is None else t.contiguous() for t in (weight, keep, gone))
+    into = into.contiguous()
     out = y.new_empty(*y.shape[:dim], n, *y.shape[dim + 1 :])
     tokens, channels = tile(q)
     wrap_triton(_spread)[b * p, triton.cdiv(n, tokens), triton.cdiv(q, channels)](

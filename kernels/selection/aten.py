@@ -7,6 +7,7 @@ from mctf_compile.kernels.library import without_autocast, working_dtype
 
 
 def select(score: Tensor, count: int, lead: int, tail: int) -> tuple[Tensor, Tensor]:
+    """``torch.ops.mctf.select`` in ATen. A tie goes to the token at the lower position."""
     n = score.shape[1]
     position = torch.arange(n, device=score.device).expand_as(score)
     order = score[:, lead : n - tail].argsort(dim=1, descending=True, stable=True) + lead
@@ -14,6 +15,7 @@ def select(score: Tensor, count: int, lead: int, tail: int) -> tuple[Tensor, Ten
 
 
 def nearest(x: Tensor, keep: Tensor, gone: Tensor, lead: int, tail: int) -> Tensor:
+    """``torch.ops.mctf.nearest`` in ATen; cosines in float32 or wider, and a tie goes to the first of ``keep``."""
     with without_autocast():
         unit = torch.nn.functional.normalize(x.to(working_dtype(x.dtype)), dim=-1, eps=1e-8)
         keep = keep[:, lead : keep.shape[1] - tail]

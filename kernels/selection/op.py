@@ -9,7 +9,8 @@ from mctf_compile.kernels.selection import aten
 
 def _select_shapes(score: Tensor, count: int, lead: int, tail: int) -> tuple[Tensor, Tensor]:
     kept = lead + count + tail
-    return tuple(score.new_empty(score.shape[0], m, dtype=torch.long) for m in (kept, score.shape[1] - kept))
+    keep, gone = (score.new_empty(score.shape[0], m, dtype=torch.long) for m in (kept, score.shape[1] - kept))
+    return keep, gone
 
 
 @composite("select(Tensor score, SymInt count, int lead, int tail) -> (Tensor, Tensor)", _select_shapes)
@@ -19,7 +20,8 @@ def select(score: Tensor, count: int, lead: int, tail: int) -> tuple[Tensor, Ten
     Args:
         score: [B, N], floating.
         count: unprotected tokens that stay.
-        lead, tail: protected tokens at either end.
+        lead: protected tokens at the start.
+        tail: those at the end.
 
     Returns:
         keep: int64 [B, lead + count + tail]: the prefix, the others by descending score, the suffix.
@@ -41,8 +43,10 @@ def nearest(x: Tensor, keep: Tensor, gone: Tensor, lead: int, tail: int) -> Tens
 
     Args:
         x: [B, N, C], floating.
-        keep: int64 [B, M], gone: int64 [B, r]: the selection.
-        lead, tail: protected tokens at either end of ``keep``; one at least is between them.
+        keep: int64 [B, M], the tokens that stay.
+        gone: int64 [B, r], those that left.
+        lead: protected tokens at the start of ``keep``.
+        tail: those at its end; one token at least is between them.
 
     Returns:
         int64 [B, r]: positions in ``keep``; a constant for autograd.

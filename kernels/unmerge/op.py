@@ -17,6 +17,7 @@ def unmerge(y: Tensor, index: Tensor, dim: int) -> Tensor:
     Args:
         y: [B, ..., M, ...] with the fused tokens at ``dim`` (not 0); differentiable.
         index: int64 [B, N], the position in ``y`` of every token, from ``mctf::group`` (or composed).
+        dim: the dimension of the tokens.
 
     Returns:
         [B, ..., N, ...]: token n has the value of its group.

@@ -29,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
+    """The parser of the command line, with one of its own for each command."""
     top = argparse.ArgumentParser(prog="mctf", description="Token fusion for Vision Transformers.")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in COMMANDS:

@@ -93,6 +93,7 @@ def parse_value(text: str) -> Any:
 
 
 def parse_pair(text: str) -> tuple[str, Any]:
+    """``KEY=VALUE`` as a name and a value, see ``parse_value``; raises ``ArgumentTypeError`` for another form."""
     name, equals, value = text.partition("=")
     if not name or not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form KEY=VALUE")
@@ -100,6 +101,7 @@ def parse_pair(text: str) -> tuple[str, Any]:
 
 
 def parse_names(text: str) -> list[str]:
+    """Names between commas; raises ``ArgumentTypeError`` where one is empty."""
     names = [name.strip() for name in text.split(",")]
     if not all(names):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME,NAME")
@@ -107,6 +109,7 @@ def parse_names(text: str) -> list[str]:
 
 
 def parse_numbers(text: str) -> list[int]:
+    """Whole numbers between commas; raises ``ArgumentTypeError`` for anything else."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form N,N")
@@ -114,6 +117,7 @@ def parse_numbers(text: str) -> list[int]:
 
 
 def positive(text: str) -> int:
+    """A whole number above 0; raises ``ArgumentTypeError`` for anything else."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)

@@ -40,6 +40,7 @@ def add(commands: Subcommands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Time the candidates on noise; print the table, and write JSON where asked."""
     with stages() as progress:
         model, images, options = prepare(args, progress)
         import torch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import cast
 
 from rich.console import Console
 
@@ -46,6 +47,7 @@ def add(commands: Subcommands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Measure every setting on the folder's images; print the table, and write JSON and a plot where asked."""
     check_folder(args.data)
     with stages() as progress:
         progress("load torch and timm", 0, 1)
@@ -60,11 +62,11 @@ def run(args: argparse.Namespace) -> None:
         progress(f"list the images of {args.data}", 0, 1)
         folder = Folder(args.data, args.limit)
         model = load(args, progress)
-        classes = len(folder.classes)
-        if classes > model.num_classes:
+        classes, outputs = len(folder.classes), cast(int, model.num_classes)
+        if classes > outputs:
             raise CommandError(
                 f"--data {args.data} has {classes} subfolders, one for each class, but {args.model} "
-                f"has {model.num_classes} classes"
+                f"has {outputs} classes"
             )
         folder.transform = evaluation_transform(model, args.img_size)
         torch.set_num_threads(args.threads)
@@ -86,8 +88,8 @@ def run(args: argparse.Namespace) -> None:
         f"ms: of a batch of {min(args.batch, len(folder))} (inner={args.inner}, threads={args.threads}), "
         f"median of {args.rounds} interleaved rounds."
     )
-    if classes < model.num_classes:
-        caption += f" The {classes} subfolders are taken as the first of the model's {model.num_classes} classes."
+    if classes < outputs:
+        caption += f" The {classes} subfolders are taken as the first of the model's {outputs} classes."
     Console().print(table(rows, title, caption))
     if args.json is not None:
         keys = ("model", "pretrained", "img_size", "batch", "threads", "rounds", "inner")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 
@@ -54,11 +54,11 @@ def stages() -> Iterator[Callable[[str, int, int], None]]:
                 display.add_task(what, total=total, steps="")
                 if not console.is_terminal:
                     console.print(f"{what} …", markup=False, highlight=False)
-            display.update(len(current) - 1, completed=done, steps=f" {done}/{total}" if total > 1 else "")
+            display.update(TaskID(len(current) - 1), completed=done, steps=f" {done}/{total}" if total > 1 else "")
 
         def finish() -> None:
             if current:
-                display.update(len(current) - 1, completed=display.tasks[len(current) - 1].total)
+                display.update(TaskID(len(current) - 1), completed=display.tasks[len(current) - 1].total)
 
         yield progress
         finish()

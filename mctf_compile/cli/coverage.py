@@ -26,6 +26,7 @@ def add(commands: Subcommands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Check the models of the zoo that match; print the table, or write the page; fails where one is unsound."""
     try:
         chosen = re.compile(args.pattern)
     except re.error as error:

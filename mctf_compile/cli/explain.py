@@ -17,6 +17,7 @@ def add(commands: Subcommands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Print the report of the model at the options."""
     with stages() as progress:
         model, images, options = prepare(args, progress)
         import torch

@@ -31,6 +31,7 @@ def add(commands: Subcommands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Try examples until one is unsound; prints the smallest such case as a program and fails, else what was seen."""
     with stages() as progress:
         progress("load torch", 0, 1)
         try:

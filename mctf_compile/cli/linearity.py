@@ -41,6 +41,7 @@ def add(commands: Subcommands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Measure the linearity of each block; print the table and the option that it proposes."""
     with stages() as progress:
         progress("load torch and timm", 0, 1)
         import torch

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-def prepare(args: argparse.Namespace, progress: Callable[[str, int, int], None]) -> tuple[nn.Module, Tensor, dict]:
+def prepare(
+    args: argparse.Namespace, progress: Callable[[str, int, int], None]
+) -> tuple[nn.Module, Tensor, dict[str, Any]]:
     """The model in eval mode, a batch of noise for it [B, C, H, W], and the validated options.
 
     A learned method gets untrained modules: what it costs does not depend on what they have learned.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from mctf_compile.cli.arguments import Subcommands, drawn_model, parse_numbers, positive
 from mctf_compile.cli.console import CommandError, stages
@@ -21,7 +22,8 @@ def add(commands: Subcommands) -> None:
         metavar="IMAGE",
         help=(
             "an image, or a video: a file of several frames (.gif, .webp, .tiff) or a folder of images. A model of "
-            "images sees each frame by itself; models with a time axis are drawn from Python, with mctf_compile.visualize"
+            "images sees each frame by itself; models with a time axis are drawn from Python, with "
+            "mctf_compile.visualize"
         ),
     )
     parser.add_argument(
@@ -37,6 +39,7 @@ def add(commands: Subcommands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Trace the model on the image, and write the picture."""
     frames = prepared(args)
     with stages() as progress:
         progress("load torch and timm", 0, 1)
@@ -63,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.output}: {found.report.summary}{several}")
 
 
-def prepared(args: argparse.Namespace) -> list:
+def prepared(args: argparse.Namespace) -> list[Any]:
     """The frames to draw on, before torch is loaded: a mistake in a name shows at once."""
     from mctf_compile.pictures.files import check_ending, read
 

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from mctf_compile.errors import ConfigError
 from mctf_compile.inner.lowering import compile_lowered
+from mctf_compile.narrowing import present
 from mctf_compile.passes import LOWERING, State, run_passes
 from mctf_compile.passes.rewriting.rewriter import rewrite_graph
 
@@ -46,8 +47,9 @@ class Clock:
             for x in state.examples
         ]
         self._fused = compile_lowered(run_passes(LOWERING, replace(state, whole=False)))
-        nothing = replace(state.plan, blocks=[replace(b, reason="dense") for b in state.plan.blocks], projections={})
-        dense = rewrite_graph(state.normal, state.inputs, state.axes, nothing).graph
+        plan, normal, axes = present(state.plan), present(state.normal), present(state.axes)
+        nothing = replace(plan, blocks=[replace(b, reason="dense") for b in plan.blocks], projections={})
+        dense = rewrite_graph(normal, state.inputs, axes, nothing).graph
         with tracing(TracingContext(detect_fake_mode(state.inputs))):
             self._dense = compile_lowered(run_passes(LOWERING, replace(state, result=dense, counts=None, whole=False)))
 

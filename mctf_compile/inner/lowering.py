@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -11,6 +11,7 @@ from torch import fx
 from mctf_compile.config import FusionConfig
 from mctf_compile.inner.regional import RegionCompiler, compile_regions
 from mctf_compile.kernels.library import sources_digest
+from mctf_compile.narrowing import present
 from mctf_compile.passes import State
 from mctf_compile.passes.lowering.autocast import devices_of, keep_autocast_out
 
@@ -21,10 +22,11 @@ def compile_lowered(state: State) -> Callable[..., Any]:
     """What the passes made, compiled; it takes the graph's inputs, and then the token counts where it has such."""
     if state.cut is not None:
         return compile_regions(state.cut, _region_compiler(state))
-    keep_autocast_out(state.lowered, devices_of(state.lowered.graph.nodes))
+    lowered = present(state.lowered)
+    keep_autocast_out(lowered, devices_of(lowered.graph.nodes))
     if state.counts is not None:
-        return state.lowered.forward
-    return inner_compiler(state.config)(state.lowered, state.examples)
+        return lowered.forward
+    return inner_compiler(state.config)(lowered, state.examples)
 
 
 def _region_compiler(state: State) -> RegionCompiler:
@@ -33,7 +35,7 @@ def _region_compiler(state: State) -> RegionCompiler:
     if state.config.lowering.inner == "inductor":
         from torch._dynamo.utils import GmWrapper
 
-        return lambda gm, inputs: compiler(GmWrapper(gm, lambda operands: operands), inputs)
+        return lambda gm, inputs: compiler(cast(fx.GraphModule, GmWrapper(gm, lambda operands: operands)), inputs)
 
     def compile_region(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
         run = compiler(gm, inputs)
@@ -56,10 +58,10 @@ def inner_compiler(config: FusionConfig, **others: Any) -> Compiler:
         def compile_inner(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
             # PyTorch's caches know an operator by its name; what one opens up into is ours to tell them.
             tag = f"{torch.compiler.config.cache_key_tag} mctf {sources_digest()}"
-            with torch.compiler.config.patch(cache_key_tag=tag):
-                return compile_fx(gm, inputs, config_patches=patches or None)
+            with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]  # it is put there at import
+                return cast(Callable[..., Any], compile_fx(gm, inputs, config_patches=patches or None))
 
         return compile_inner
     from torch._dynamo.backends.registry import lookup_backend
 
-    return lookup_backend(config.lowering.inner)
+    return cast(Compiler, lookup_backend(config.lowering.inner))

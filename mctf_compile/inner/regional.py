@@ -79,8 +79,8 @@ class CompiledRegion:
     def __init__(self, region: Region, compiler: RegionCompiler) -> None:
         self.region, self.compiler = region, compiler
         # By what is known of a site's operands beside their sizes.
-        self._versions: dict[tuple, list[_Version]] = {}
-        self._known: dict[tuple, Callable[[list[Any]], Any]] = {}
+        self._versions: dict[tuple[Any, ...], list[_Version]] = {}
+        self._known: dict[tuple[Any, ...], Callable[[list[Any]], Any]] = {}
 
     def run(self, site: int, operands: list[Any]) -> Any:
         """The results at one of the sites; ``operands``, the numbers first, may be empty then."""
@@ -111,7 +111,7 @@ class CompiledRegion:
         mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
         adjustable = self.region.adjustable
         # Code for any r holds for operands that are empty, or of one token.
-        with config.patch(backed_size_oblivious=adjustable):
+        with config.patch(backed_size_oblivious=adjustable):  # type: ignore[attr-defined]  # it is put there at import
             symbols = [new_symbol(env, f"s{i}", n, adjustable) for i, n in enumerate(numbers)]
             with mode:
                 fakes = [
@@ -123,7 +123,7 @@ class CompiledRegion:
             return _Version(env, env.produce_guards_expression(symbols) if symbols else None, run)
 
 
-def _kind(x: Tensor) -> tuple:
+def _kind(x: Tensor) -> tuple[Any, ...]:
     """What a compilation takes for granted of an operand, beside its shape: dtype, gradient and layout."""
     return x.requires_grad, x.dtype, x.device, tuple(_layout(x))
 

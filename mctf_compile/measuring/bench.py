@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -219,7 +220,7 @@ def bench(
     device = next((x.device.type for x in tree_leaves(inputs) if isinstance(x, Tensor)), "cpu")
     tolerance = tolerance_of(model, inputs, autocast)
     # Each candidate compiles the same forward anew; past a limit of 8 Dynamo would run it as it is.
-    limits = dict.fromkeys(("recompile_limit", "accumulated_recompile_limit"), 100 * len(CANDIDATES))
+    limits: dict[str, Any] = dict.fromkeys(("recompile_limit", "accumulated_recompile_limit"), 100 * len(CANDIDATES))
     with inference(device, autocast), torch._dynamo.config.patch(**limits, fail_on_recompile_limit_hit=True):
         if report is None:
             progress("explain", 0, 1)
@@ -262,14 +263,15 @@ def candidate(name: str, model: nn.Module, options: Mapping[str, Any]) -> Callab
         options = {**options, **({"inductor": patches} if patches else {})}
         return torch.compile(copy.deepcopy(model), backend="mctf", options=options)
     given = FusionConfig.from_options(options).lowering.inductor
-    patches = FusionConfig(inductor={**given, **DENSE[name]}).lowering.patches()
+    patches = FusionConfig(inductor={**given, **(DENSE[name] or {})}).lowering.patches()
     return torch.compile(copy.deepcopy(model), options=patches or None, dynamic=name in DYNAMIC or None)
 
 
 def compiling(name: str) -> AbstractContextManager[Any]:
     """What a candidate's first call runs in: Inductor freezes the weights that Dynamo made constants of the graph."""
     freezing = bool(((FUSED | DENSE)[name] or {}).get("freezing"))
-    return torch._dynamo.config.patch(prepare_freezing=freezing)
+    patched: AbstractContextManager[Any] = torch._dynamo.config.patch(prepare_freezing=freezing)
+    return patched
 
 
 def interpreted(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -333,7 +335,7 @@ def check_fused(
     """
     found: list[float] = []
     for i in range(ATTEMPTS):
-        batch = tree_map_only(Tensor, lambda x, i=i: _rolled(x, i), list(inputs))
+        batch = tree_map_only(Tensor, partial(_rolled, steps=i), list(inputs))
         wanted, again, plain = (tensors_of(call(*batch)) for call in (reference, reference, dense))
         errors, moved = relative_errors(tensors_of(fused(*batch)), wanted), relative_errors(plain, wanted)
         for error, distance in zip(errors, moved):

@@ -58,6 +58,7 @@ def run_in_child(
         ) as process,
     ):
         try:
+            assert process.stdin is not None and process.stdout is not None
             process.stdin.write(repr(dict(arguments)))
             process.stdin.close()
             answer = _follow(process.stdout, progress)

@@ -17,6 +17,7 @@ from mctf_compile.compiler import explain
 from mctf_compile.errors import ConfigError, MctfError, cause_of
 from mctf_compile.measuring.bench import Progress, check_output, interleave
 from mctf_compile.methods import METHODS, get_method
+from mctf_compile.narrowing import present
 from mctf_compile.packages import figure_class
 from mctf_compile.report import Report
 
@@ -109,7 +110,7 @@ class Folder:
     def _read(self, index: int) -> Tensor:
         path = self.files.samples[index][0]
         try:
-            return self.transform(self.files.loader(path))
+            return present(self.transform)(self.files.loader(path))
         except OSError as error:
             raise MctfError(f"{path} cannot be read: {error}") from error
 
@@ -205,7 +206,7 @@ def compare(
         macs, reasons = _explained(model, first[:1], settings, progress)
         torch._dynamo.reset()
         # Each setting compiles the same forward anew. Past a limit of 8 Dynamo would run it dense instead of saying so.
-        limits = dict.fromkeys(("recompile_limit", "accumulated_recompile_limit"), 100 * len(every))
+        limits: dict[str, Any] = dict.fromkeys(("recompile_limit", "accumulated_recompile_limit"), 100 * len(every))
         with torch._dynamo.config.patch(**limits, fail_on_recompile_limit_hit=True):
             modules = {DENSE: torch.compile(model, backend=inner)}
             for setting in settings:
@@ -332,11 +333,12 @@ def _cells(row: Measured, dense: Measured, scale: float) -> list[str]:
     """The cells after the label, as text; dashes where nothing was measured."""
     if row.reason is not None:
         return ["-"] * 6
+    accuracy, gmacs, milliseconds = present(row.accuracy), present(row.gmacs), present(row.milliseconds)
     change, fewer, faster = "", "", ""
     if row is not dense:
-        change = f"{100 * (row.accuracy - dense.accuracy):+.1f}"
-        fewer, faster = f"{dense.gmacs / row.gmacs:.2f}x", f"{dense.milliseconds / row.milliseconds:.2f}x"
-    return [f"{row.accuracy:.1%}", change, f"{row.gmacs * scale:.3f}", fewer, f"{row.milliseconds:.1f}", faster]
+        change = f"{100 * (accuracy - present(dense.accuracy)):+.1f}"
+        fewer, faster = f"{present(dense.gmacs) / gmacs:.2f}x", f"{present(dense.milliseconds) / milliseconds:.2f}x"
+    return [f"{accuracy:.1%}", change, f"{gmacs * scale:.3f}", fewer, f"{milliseconds:.1f}", faster]
 
 
 def draw(rows: Sequence[Measured], path: Path, title: str | None = None) -> None:
@@ -347,18 +349,19 @@ def draw(rows: Sequence[Measured], path: Path, title: str | None = None) -> None
     figure = figure_class()(figsize=(7.5, 5), layout="constrained")
     axes = figure.add_subplot()
     dense, (unit, scale) = rows[0], _unit(rows[0])
-    axes.axhline(100 * dense.accuracy, color="black", linestyle="--", linewidth=1, zorder=1)
-    axes.plot([dense.gmacs * scale], [100 * dense.accuracy], "k*--", linewidth=1, markersize=12, label="dense")
+    accuracy, gmacs = present(dense.accuracy), present(dense.gmacs)
+    axes.axhline(100 * accuracy, color="black", linestyle="--", linewidth=1, zorder=1)
+    axes.plot([gmacs * scale], [100 * accuracy], "k*--", linewidth=1, markersize=12, label="dense")
     lines: dict[str, list[Measured]] = {}
     for row in rows[1:]:
         # Without a reduction the point would lie on that of the dense model.
         if row.reason is None and row.setting.method != NONE:
             lines.setdefault(row.setting.method, []).append(row)
     for marker, (method, line) in zip("osD^vPX<>" * len(rows), lines.items()):
-        line = sorted(line, key=lambda row: row.gmacs)
+        line = sorted(line, key=lambda row: present(row.gmacs))
         axes.plot(
-            [row.gmacs * scale for row in line],
-            [100 * row.accuracy for row in line],
+            [present(row.gmacs) * scale for row in line],
+            [100 * present(row.accuracy) for row in line],
             marker + "-",
             label=method,
             markersize=6,
@@ -376,4 +379,4 @@ def draw(rows: Sequence[Measured], path: Path, title: str | None = None) -> None
 
 def _unit(dense: Measured) -> tuple[str, float]:
     """What to count multiply-accumulates in, and how many of it a GMAC is; a small model's would be all zeros."""
-    return ("GMACs", 1.0) if dense.gmacs >= 0.1 else ("MMACs", 1e3)
+    return ("GMACs", 1.0) if present(dense.gmacs) >= 0.1 else ("MMACs", 1e3)

@@ -71,23 +71,23 @@ def first_call(work: Mapping[str, Any], name: str, state: str, progress: Progres
     from torch._dynamo.utils import counters
     from torch._inductor import metrics
 
-    work = Workload(**work)
-    model, inputs = work.load()
+    workload = Workload(**work)
+    model, inputs = workload.load()
     progress(f"{label(name)} alone, caches {state}", 0, 1)
-    with inference(work.device, work.autocast):
+    with inference(workload.device, workload.autocast):
         start = time.perf_counter()
-        run = candidate(name, model, work.all_options)
+        run = candidate(name, model, workload.all_options)
         seconds = time.perf_counter() - start
-        call = lambda: run(*inputs)
-        held = _reserved(work.device)
+        call: Call = lambda: run(*inputs)
+        held = _reserved(workload.device)
         with compiling(name):
-            seconds += timed(call, work.device)[1]
+            seconds += timed(call, workload.device)[1]
         misses = counters["inductor"]["fxgraph_cache_miss"] + counters["inductor"]["fxgraph_cache_bypass"]
         kernels = metrics.generated_kernel_count
         call()
         return {
             "seconds": seconds,
-            "peak_bytes": peak_bytes(call, work.device) - held,
+            "peak_bytes": peak_bytes(call, workload.device) - held,
             "kernels": kernels,
             "misses": misses,
         }

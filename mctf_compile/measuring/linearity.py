@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from rich.bar import Bar
+from rich.console import JustifyMethod
 from rich.table import Table
 from torch import Tensor, fx, nn
 
 from mctf_compile.config import FusionConfig
 from mctf_compile.errors import ConfigError, MctfError, UnsupportedGraph
+from mctf_compile.narrowing import present
 from mctf_compile.options.fields import one_of, whole
 from mctf_compile.passes import ANALYSIS, State, run_passes
 from mctf_compile.passes.analysis.dataflow import Dataflow
@@ -92,7 +94,7 @@ def linearity(model: nn.Module, *inputs: Any, steps: int = 10, part: str = "bloc
                     "Dynamo captured no graph of this model: it runs no tensor operation that can be compiled."
                 )
             )
-        return max(runs, key=lambda run: count_macs(run.state.normal)).measure(steps)
+        return max(runs, key=lambda run: count_macs(present(run.state.normal))).measure(steps)
 
 
 def proposal(values: Sequence[float | None]) -> int:
@@ -119,7 +121,8 @@ def proposal(values: Sequence[float | None]) -> int:
 def table(found: Iterable[Linearity]) -> Table:
     """The linearity of each block as a rich table."""
     result = Table()
-    for name, justify in (("block", "right"), ("FL", "right"), ("", "left")):
+    columns: tuple[tuple[str, JustifyMethod], ...] = (("block", "right"), ("FL", "right"), ("", "left"))
+    for name, justify in columns:
         result.add_column(name, justify=justify)
     for block in found:
         if block.value is None:
@@ -147,10 +150,10 @@ class _Run(fx.Interpreter):
     """Runs the normalised graph, and keeps what its blocks take to be run alone."""
 
     def __init__(self, state: State, part: str) -> None:
-        super().__init__(state.normal)
+        super().__init__(present(state.normal))
         self.state = state
-        flow = Dataflow(state.normal.graph)
-        self.sections = [_section(block, part, state, flow) for block in state.blocks]
+        flow = Dataflow(present(state.normal).graph)
+        self.sections = [_section(block, part, state, flow) for block in present(state.blocks)]
         self.wanted = {node for s in self.sections if isinstance(s, _Section) for node in s.operands}
         self.values: dict[fx.Node, Any] = {}
 
@@ -173,18 +176,19 @@ def _section(block: Block, part: str, state: State, flow: Dataflow) -> _Section 
     """What is to be measured of a block, or why nothing is."""
     if block.problem is not None:
         return block.problem
-    first = block.entry if part == "block" else block.middle
-    if first is block.exit:
+    first, last = present(block.entry if part == "block" else block.middle), present(block.exit)
+    if first is last:
         return "no MLP follows the attention"
-    inside = [*flow.between(first, block.exit), block.exit]
+    inside = [*flow.between(first, last), last]
     sources = [source for node in inside for source in node.all_input_nodes]
     operands = list(dict.fromkeys([first, *(n for n in sources if n not in inside)]))
     graph = fx.Graph()
     copies = {node: graph.placeholder(node.name) for node in operands}
     for node in inside:
         copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(copies[block.exit])
-    return _Section(fx.GraphModule(state.normal, graph), operands, state.axes.of(first), block.tokens.batch)
+    graph.output(copies[last])
+    function, dims = fx.GraphModule(present(state.normal), graph), present(state.axes).of(first)
+    return _Section(function, operands, dims, present(block.tokens).batch)
 
 
 def _measure(section: _Section, values: Sequence[Any], steps: int) -> float | str:
@@ -199,7 +203,8 @@ def _measure(section: _Section, values: Sequence[Any], steps: int) -> float | st
         """f(X(t)) as float64 [B, ...]."""
         # lerp keeps the strides of x, on which views in the block rely, and gives x itself between equal images.
         y = section.function(torch.lerp(x, other, t), *others)
-        return y.unflatten(place, sizes).movedim(place + 1, 0).flatten(1).double()
+        flat: Tensor = y.unflatten(place, sizes).movedim(place + 1, 0).flatten(1).double()
+        return flat
 
     start = end = output(0.0)
     path = torch.zeros_like(start[:, 0])
@@ -211,7 +216,7 @@ def _measure(section: _Section, values: Sequence[Any], steps: int) -> float | st
     differ = path > 0
     if not differ.any():
         return "its output is the same for all images"
-    return ((end - start).norm(dim=1)[differ] / path[differ]).mean().item()
+    return float(((end - start).norm(dim=1)[differ] / path[differ]).mean())
 
 
 def _place(dims: Dims, batch: Dim) -> tuple[int, tuple[int, int, int]]:

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     return found
 
 
-def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+def same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two descriptions are of the same hardware and software, whatever else was going on."""
     passing = {"load", "threads"}
     return {k: v for k, v in one.items() if k not in passing} == {k: v for k, v in other.items() if k not in passing}
@@ -53,6 +54,7 @@ def cpu_model() -> str | None:
 
 
 def memory_gib() -> float | None:
+    """The machine's memory in GiB, or None where the system does not tell."""
     try:
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     except (AttributeError, ValueError, OSError):
@@ -72,6 +74,7 @@ def compiler() -> str | None:
 
 
 def version(package: str) -> str | None:
+    """The version of an installed package, or None for one that is not there."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -29,9 +29,10 @@ def measure(row: Row, suite: str, rounds: int, progress: Progress | None = None)
 
 def compare(work: Mapping[str, Any], candidates: Sequence[str], rounds: int, progress: Progress) -> dict[str, Any]:
     """The comparison, for a process of its own."""
-    work = Workload(**work)
-    progress(f"load {work.model}", 0, 1)
-    model, images = work.load()
-    found = machine(work.device)
-    result = bench(model, images, work.all_options, rounds, progress, autocast=work.autocast, candidates=candidates)
+    workload = Workload(**work)
+    progress(f"load {workload.model}", 0, 1)
+    model, images = workload.load()
+    found = machine(workload.device)
+    options, autocast = workload.all_options, workload.autocast
+    result = bench(model, images, options, rounds, progress, autocast=autocast, candidates=candidates)
     return {"machine": found, "measured": result.to_dict()}

@@ -21,7 +21,7 @@ def make_model(name: str, img_size: int | None, pretrained: bool) -> nn.Module:
         near = difflib.get_close_matches(name, timm.list_models(), 3, 0.4)
         hint = f"; the nearest are {', '.join(near)}" if near else ""
         raise ConfigError(f"timm has no model {name!r}{hint}")
-    sized = {} if img_size is None else {"img_size": img_size}
+    sized: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
     try:
         return timm.create_model(name, pretrained=pretrained, **sized)
     except TypeError as error:
@@ -51,11 +51,13 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 def input_size(model: nn.Module, img_size: int | None) -> tuple[int, int, int]:
     """Channels, height and width of a timm model's images."""
-    channels, height, width = model.pretrained_cfg.get("input_size", (3, 224, 224))
+    config: Any = model.pretrained_cfg
+    channels, height, width = config.get("input_size", (3, 224, 224))
     return channels, img_size or height, img_size or width
 
 
 def evaluation_transform(model: nn.Module, img_size: int | None) -> Callable[[Any], Tensor]:
     """What makes of a PIL image the [C, H, W] that a timm model is evaluated on."""
     config = resolve_model_data_config(model, {"input_size": input_size(model, img_size)})
-    return create_transform(**config, is_training=False)
+    transform: Callable[[Any], Tensor] = create_transform(**config, is_training=False)
+    return transform

@@ -20,7 +20,7 @@ class Attached(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.untrained = True
-        self.register_load_state_dict_post_hook(_loaded)
+        nn.Module.register_load_state_dict_post_hook(self, _loaded)
 
     def train(self, mode: bool = True) -> Attached:
         self.untrained &= not mode

@@ -114,8 +114,8 @@ class Choice:
     def __post_init__(self) -> None:
         if self.into is None and self.combine is not Combine.DROP:
             raise ConfigError(
-                f"Choice(combine={self.combine}) combines the tokens that leave with others, and into=None does not say "
-                "with which; give into, the position in keep of each, or combine=Combine.DROP."
+                f"Choice(combine={self.combine}) combines the tokens that leave with others, and into=None does not "
+                "say with which; give into, the position in keep of each, or combine=Combine.DROP."
             )
 
 
@@ -233,7 +233,7 @@ class Merging(Method):
         proportional: add log size to the logits of attention over fused tokens.
     """
 
-    r: int | float | list | tuple | str = option(16, check_r)
+    r: int | float | list[Any] | tuple[Any, ...] | str = option(16, check_r)
     target: Target | str | None = option(None, parse_target)
     min_tokens: int = option(1, whole(1))
     proportional: bool = option(True, flag)
@@ -246,7 +246,7 @@ class Merging(Method):
     @property
     def solved_for(self) -> Target | None:
         """The target that ``r`` is yet to be solved for."""
-        return self.target if self.r == AUTO else None
+        return self.target if self.r == AUTO and isinstance(self.target, Target) else None
 
     @cached_property
     def schedule(self) -> Schedule:

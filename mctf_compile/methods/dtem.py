@@ -14,6 +14,7 @@ from mctf_compile.methods.attached import Attached
 from mctf_compile.methods.base import Choice, Evidence, Merging, Need, Reads, Relaxed, Site, register_method
 from mctf_compile.methods.combining import combined
 from mctf_compile.methods.tome import match
+from mctf_compile.narrowing import present
 from mctf_compile.options.fields import one_of, option, share, whole
 
 
@@ -27,7 +28,8 @@ class Embedding(Attached):
         self.linear = nn.Linear(width, features)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x.detach())
+        features: Tensor = self.linear(x.detach())
+        return features
 
 
 @register_method
@@ -56,14 +58,14 @@ class DTEM(Merging):
         return Embedding(width, self.features or (128 if width >= 1024 else 64))
 
     def choose(self, evidence: Evidence, r: int) -> Choice:
-        return combined(self.pooling, evidence, *match(evidence, evidence.learned, r))
+        return combined(self.pooling, evidence, *match(evidence, present(evidence.learned), r))
 
     def relax(self, evidence: Evidence, n: int, r: int) -> Relaxed:
         """Soft merging (section 3.3): a share of each odd token goes into its nearest even ones.
 
         Of the ``n`` tokens that take part, those that gave most come last, and take no part in the next block.
         """
-        x, m, z, p = evidence.x, evidence.size, evidence.learned, evidence.lead
+        x, m, z, p = evidence.x, evidence.size, present(evidence.learned), evidence.lead
         end = n - evidence.tail
         odd, even = slice(p, end, 2), slice(p + 1, end, 2)
         given = assignment(z[:, odd], z[:, even], min(r, (end - p) // 2), self.neighbours, self.temperature)

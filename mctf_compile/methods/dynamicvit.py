@@ -22,6 +22,7 @@ from mctf_compile.methods.base import (
     register_method,
 )
 from mctf_compile.methods.combining import highest
+from mctf_compile.narrowing import present
 from mctf_compile.options.fields import option, share
 from mctf_compile.options.schedule import Removal, quarters
 
@@ -58,7 +59,7 @@ class Predictor(Attached):
         if not self.training:
             return self._with_ends(self.scores(patches))
         (before,) = self.before
-        kept = patches.new_ones(patches.shape[:2]) if before is None else before.decision
+        kept = patches.new_ones(patches.shape[:2]) if before is None else present(before.decision)
         self.decision = drawn(self.scores(patches, kept)) * kept
         return self._with_ends(self.decision[..., None])
 
@@ -69,7 +70,8 @@ class Predictor(Attached):
             mean = features.mean(1, keepdim=True)
         else:
             mean = (features * kept[..., None]).sum(1, keepdim=True) / kept.sum(1)[:, None, None]
-        return self.score(torch.cat([local, mean.expand_as(local)], -1))
+        scores: Tensor = self.score(torch.cat([local, mean.expand_as(local)], -1))
+        return scores
 
     def _with_ends(self, score: Tensor) -> Tensor:
         """[B, N, K], with ones for the protected tokens."""
@@ -106,15 +108,16 @@ class DynamicViT(Method):
         return quarters(depth)
 
     def module(self, width: int, lead: int, tail: int, before: Attached | None) -> Attached:
+        assert before is None or isinstance(before, Predictor)
         return Predictor(width, lead, tail, before)
 
     def relax(self, evidence: Evidence, n: int, r: int) -> Relaxed:
         """Every token stays; one that was dropped counts for itself alone (section 3.3)."""
-        return Relaxed(evidence.learned[..., 0], whole_to_itself=True)
+        return Relaxed(present(evidence.learned)[..., 0], whole_to_itself=True)
 
     def removal(self, index: int, depth: int, count: Count) -> Removal:
         kept = int(count.first * self.keep_ratio ** (1 + self.acts_on(depth).index(index)))
         return Removal(max(count.free - kept, 0), None if kept < count.free else "keeps all tokens")
 
     def choose(self, evidence: Evidence, r: int) -> Choice:
-        return highest(evidence.learned[..., 0], evidence, r)
+        return highest(present(evidence.learned)[..., 0], evidence, r)

@@ -11,6 +11,7 @@ import torch
 
 from mctf_compile.methods.base import Choice, Count, Evidence, Method, Need, Site, register_method
 from mctf_compile.methods.combining import highest
+from mctf_compile.narrowing import present
 from mctf_compile.options.fields import flag, one_of, option, share
 from mctf_compile.options.schedule import Removal, quarters
 
@@ -37,7 +38,7 @@ class EViT(Method):
     score: str = option("class_attention", one_of("class_attention", "mean_attention"))
 
     @property
-    def needs(self) -> Collection[Need]:
+    def needs(self) -> Collection[Need]:  # type: ignore[override]  # it depends on an option
         return (Need.CLASS_ATTENTION if self.score == "class_attention" else Need.IMPORTANCE,)
 
     def default_layers(self, depth: int) -> Collection[int]:
@@ -51,7 +52,7 @@ class EViT(Method):
         return Removal(away - self.fuse_token, acts=True)
 
     def choose(self, evidence: Evidence, r: int) -> Choice:
-        score = evidence.class_attention if self.score == "class_attention" else evidence.importance
+        score = present(evidence.class_attention if self.score == "class_attention" else evidence.importance)
         if not self.fuse_token:
             return highest(score, evidence, r)
         away = highest(score, evidence, r + 1)

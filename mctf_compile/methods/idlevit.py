@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from mctf_compile.methods.base import Choice, Count, Evidence, Method, Need, Site, register_method
 from mctf_compile.methods.combining import highest
+from mctf_compile.narrowing import present
 from mctf_compile.options.fields import option, share
 from mctf_compile.options.schedule import Removal
 
@@ -42,4 +43,4 @@ class IdleViT(Method):
         return Removal(idle, f"{idle} tokens idle") if idle else Removal(0, "keeps all tokens")
 
     def choose(self, evidence: Evidence, r: int) -> Choice:
-        return highest(evidence.class_logits, evidence, r)
+        return highest(present(evidence.class_logits), evidence, r)

@@ -10,6 +10,7 @@ import torch
 
 from mctf_compile.methods.base import Choice, Combine, Evidence, Merging, Need, Site, register_method
 from mctf_compile.methods.combining import combined
+from mctf_compile.narrowing import present
 from mctf_compile.options.fields import one_of, option, temperature, whole
 
 SITES = {"approx": Site.AHEAD, "exact": Site.BEFORE, "current": Site.AFTER}
@@ -42,7 +43,7 @@ class MCTF(Merging):
     min_tokens: int = option(10, whole(1))
 
     @property
-    def site(self) -> Site:
+    def site(self) -> Site:  # type: ignore[override]  # it depends on an option
         return SITES[self.attention]
 
     def default_layers(self, depth: int) -> range:
@@ -65,5 +66,5 @@ class MCTF(Merging):
         if self.pooling == "max":
             return Choice(keep, gone, into, combine=Combine.MAX)
         if self.pooling == "attention":
-            return Choice(keep, gone, into, evidence.importance * evidence.size)
+            return Choice(keep, gone, into, present(evidence.importance) * evidence.size)
         return combined(self.pooling, evidence, keep, gone, into)

@@ -9,6 +9,7 @@ from typing import ClassVar
 from mctf_compile.methods.base import Choice, Combine, Evidence, Merging, Need, Site, register_method
 from mctf_compile.methods.combining import combined
 from mctf_compile.methods.tome import match
+from mctf_compile.narrowing import present
 from mctf_compile.options.fields import flag, one_of, option, whole
 
 
@@ -36,7 +37,7 @@ class ToFu(Merging):
     weighted: bool = option(False, flag)
 
     def choose(self, evidence: Evidence, r: int) -> Choice:
-        matched = match(evidence, evidence.keys, r)
+        matched = match(evidence, present(evidence.keys), r)
         first = evidence.depth // 2 if self.prune_layers is None else self.prune_layers
         if evidence.index < first:
             return Choice(*matched, combine=Combine.DROP)

@@ -10,6 +10,7 @@ import torch
 
 from mctf_compile.methods.base import Choice, Evidence, Merging, Need, Site, register_method
 from mctf_compile.methods.combining import combined
+from mctf_compile.narrowing import present
 from mctf_compile.options.fields import one_of, option
 
 
@@ -30,11 +31,12 @@ class ToMe(Merging):
     pooling: str = option("size", one_of("size", "mean", "mlerp"))
 
     def choose(self, evidence: Evidence, r: int) -> Choice:
-        return combined(self.pooling, evidence, *match(evidence, evidence.keys, r))
+        return combined(self.pooling, evidence, *match(evidence, present(evidence.keys), r))
 
 
 def match(evidence: Evidence, metric: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Bipartite soft matching of a metric [B, N, D] (section 3): (keep, gone, into)."""
-    return torch.ops.mctf.match(
+    keep, gone, into = torch.ops.mctf.match(
         metric, None, evidence.size, r, evidence.lead, evidence.tail, 1.0, 0.0, 0.0, False, evidence.padding
     )
+    return keep, gone, into

@@ -69,6 +69,8 @@ def hint(value: Any, allowed: Iterable[str]) -> str:
 
 
 def one_of(*allowed: str) -> Check:
+    """One of the ``allowed`` words."""
+
     def check(name: str, value: Any) -> Any:
         if value not in allowed:
             raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}{hint(value, allowed)}")
@@ -78,6 +80,7 @@ def one_of(*allowed: str) -> Check:
 
 
 def flag(name: str, value: Any) -> bool:
+    """True or False."""
     if not isinstance(value, bool):
         raise ConfigError(f"{name}={value!r} must be True or False.")
     return value
@@ -98,6 +101,7 @@ def whole(least: int, *words: str | None) -> Check:
 
 
 def temperature(name: str, value: Any) -> float:
+    """A finite number from 0 on."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
         raise ConfigError(f"{name}={value!r} must be a number >= 0; 0 turns the criterion off.")
     return value
@@ -111,6 +115,7 @@ def share(name: str, value: Any) -> float:
 
 
 def block_numbers(name: str, value: Any) -> tuple[int, ...] | None:
+    """Block numbers from 0 on, sorted and each once, or None."""
     if value is None:
         return None
     numbers = isinstance(value, (list, tuple, range, set)) and all(

@@ -46,7 +46,7 @@ class Removal:
     acts: bool = False
 
 
-class PerBlock(tuple):
+class PerBlock(tuple[Any, ...]):
     """The option ``r`` as a list with one entry per block, which nobody changes: unlike any ``(r, inflection)``."""
 
     def __eq__(self, other: object) -> bool:
@@ -66,7 +66,7 @@ class PerBlock(tuple):
 class Schedule:
     """A validated ``r`` option: ``request`` is an int, a ratio, a list or (r, inflection)."""
 
-    request: int | float | tuple
+    request: int | float | tuple[Any, ...]
     inflection: float | None = None
     preset: tuple[float, ...] | None = None
 

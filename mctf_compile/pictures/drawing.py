@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mctf_compile.errors import ConfigError
+from mctf_compile.narrowing import present
 from mctf_compile.packages import pillow
 from mctf_compile.pictures.files import MOVING, check_ending
 from mctf_compile.pictures.painting import borders, heat, token_colours
@@ -95,7 +96,7 @@ class Drawing:
         """Pictures of one size in rows under the title."""
         body = _tiled(cells, columns)
         title = _text(self.title, body.width)
-        page = pillow().new("RGB", (body.width + 2 * GAP, title.height + body.height + 2 * GAP), PAPER)
+        page: Image = pillow().new("RGB", (body.width + 2 * GAP, title.height + body.height + 2 * GAP), PAPER)
         page.paste(title, (GAP, GAP))
         page.paste(body, (GAP, GAP + title.height))
         return page
@@ -185,8 +186,8 @@ def _panels(block: BlockTrace, video: Tensor, image: int) -> list[list[Panel]]:
     left = f"block {block.index}: {block.block.tokens_in} -> {block.block.tokens_out} tokens"
     panels = [[Panel(left, still) for still in painted]]
     if block.importance is not None:
-        values = _patches(block, video, block.spread_importance[image].float())
-        panels.append([Panel(f"{JUDGED_BY[block.judged_by]} before", still) for still in heat(values, video)])
+        values = _patches(block, video, present(block.spread_importance)[image].float())
+        panels.append([Panel(f"{JUDGED_BY[present(block.judged_by)]} before", still) for still in heat(values, video)])
     return panels
 
 
@@ -262,7 +263,7 @@ def _captioned(panel: Panel) -> Image:
     pixels = (panel.image * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
     height, width = pixels.shape[:2]
     caption = _text(panel.caption, width)
-    page = pillow().new("RGB", (width, caption.height + height), PAPER)
+    page: Image = pillow().new("RGB", (width, caption.height + height), PAPER)
     page.paste(caption, (0, 0))
     page.paste(pillow().frombytes("RGB", (width, height), pixels.numpy().tobytes()), (0, caption.height))
     return page
@@ -275,7 +276,7 @@ def _text(text: str, width: int) -> Image:
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
         lines = [*lines[:-1], longer] if font.getlength(longer) <= width else [*lines, word]
-    page = pillow().new("RGB", (width, LINE * len(lines)), PAPER)
+    page: Image = pillow().new("RGB", (width, LINE * len(lines)), PAPER)
     drawn = pillow("ImageDraw").Draw(page)
     for i, line in enumerate(lines):
         drawn.text((0, LINE * i + 2), line, fill=INK, font=font)
@@ -286,7 +287,7 @@ def _tiled(cells: Sequence[Image], columns: int) -> Image:
     """Pictures in rows, with space between them."""
     width, height = max(cell.width for cell in cells), max(cell.height for cell in cells)
     rows = -(-len(cells) // columns)
-    page = pillow().new("RGB", (columns * (width + GAP) - GAP, rows * (height + GAP) - GAP), PAPER)
+    page: Image = pillow().new("RGB", (columns * (width + GAP) - GAP, rows * (height + GAP) - GAP), PAPER)
     for i, cell in enumerate(cells):
         page.paste(cell, (i % columns * (width + GAP), i // columns * (height + GAP)))
     return page

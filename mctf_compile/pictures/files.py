@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from mctf_compile.errors import ConfigError
 from mctf_compile.packages import pillow
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+T = TypeVar("T")
 
 
 # The endings of files that hold one picture, and of those that hold an animation.
@@ -53,7 +56,7 @@ def _opened(path: Path, most: int) -> list[Image]:
         raise ConfigError(f"{path} cannot be read as an image: {reason}") from error
 
 
-def spread(items: list | range, most: int) -> list:
+def spread(items: Sequence[T], most: int) -> list[T]:
     """All items, or ``most`` of them at even distances, the first and the last among them."""
     if len(items) <= most:
         return list(items)

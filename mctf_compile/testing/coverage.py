@@ -6,16 +6,18 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.table import Table
 
 from mctf_compile.errors import cause_of
+from mctf_compile.narrowing import present
 from mctf_compile.testing.soundness import Soundness, check_rewrite
 from mctf_compile.testing.zoo import Entry
 
 # Enough to fuse in every scheduled block, few enough that duplicates suffice.
-OPTIONS = {"r": 0.15, "min_tokens": 4}
+OPTIONS: dict[str, Any] = {"r": 0.15, "min_tokens": 4}
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,12 @@ class Row:
 
     def remarks(self) -> str:
         """What is wrong, else why blocks are dense, each reason with the number of its blocks."""
-        if self.found.problems:
-            return "UNSOUND: " + "; ".join(self.found.problems)
-        blocks = [b for report in self.found.reports for b in report.blocks]
+        found = present(self.found)
+        if found.problems:
+            return "UNSOUND: " + "; ".join(found.problems)
+        blocks = [b for report in found.reports for b in report.blocks]
         if not blocks:
-            return self.found.report.reason or ""
+            return found.report.reason or ""
         reasons = Counter(b.reason for b in blocks if b.reason is not None)
         return "; ".join(f"{count} × {reason}" for reason, count in reasons.items())
 

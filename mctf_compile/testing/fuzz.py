@@ -95,13 +95,13 @@ class Outcome:
     ``counts``: examples, those that fused tokens, and those to which the duplicate-token theorem applied.
     """
 
-    counts: Counter = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=Counter)
     failure: tuple[Case, str] | None = None
 
 
 def cases(what: str = "both") -> st.SearchStrategy[Case]:
     """Cases of the strategies named: ``models``, ``graphs``, or ``both``, five programs to every model."""
-    strategies = {"models": spec_cases(), "graphs": graph_cases()}
+    strategies: dict[str, st.SearchStrategy[Case]] = {"models": spec_cases(), "graphs": graph_cases()}
     if what in strategies:
         return strategies[what]
     return st.sampled_from(("graphs",) * 5 + ("models",)).flatmap(strategies.__getitem__)

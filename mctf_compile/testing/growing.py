@@ -75,12 +75,13 @@ class Grower:
         self._numbers = 0
 
     def chance(self, percent: int) -> bool:
-        return self.choose(range(100)) >= 100 - percent
+        return int(self.choose(range(100))) >= 100 - percent
 
     # Values.
 
     def value(self, ref: Ref) -> Tensor:
-        return self.run.values[ref]
+        value: Tensor = self.run.values[ref]
+        return value
 
     def hold(self, shape: Sequence[int], dtype: torch.dtype, scale: float = 1.0, parameter: bool = False) -> Ref:
         """A new tensor of the program's own; equal for tokens of one kind, along dimensions that number them."""

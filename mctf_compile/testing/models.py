@@ -104,6 +104,9 @@ class Side(nn.Module):
     It is the same for all tokens unless ``spec.position``.
     """
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, spec: VitSpec) -> None:
         super().__init__()
         self.spec = spec

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.nn import functional as F
 
+from mctf_compile.narrowing import present
 from mctf_compile.passes.rules import find_rule
 from mctf_compile.testing.growing import Grower, Rejected
 from mctf_compile.testing.operators import Choose, Given, Made, OperatorCall, draw_call, ruled_operators
@@ -47,17 +48,20 @@ FEATURES = (
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Attention by PyTorch's one operator: q, k, v [..., N, D], a bias that broadcasts to [..., N, N]."""
     return F.scaled_dot_product_attention(q, k, v, bias)
 
 
 def softmax(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    logits = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+    """Attention as two products with a softmax in between."""
+    logits: Tensor = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
     if bias is not None:
         logits = logits.masked_fill(~bias, float("-inf")) if bias.dtype is torch.bool else logits + bias
     return logits.softmax(dim=-1) @ v
 
 
 def einsum(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Attention by Einstein sums."""
     logits = torch.einsum("...id,...jd->...ij", q * q.shape[-1] ** -0.5, k)
     if bias is not None:
         logits = logits.masked_fill(~bias, float("-inf")) if bias.dtype is torch.bool else logits + bias
@@ -65,7 +69,8 @@ def einsum(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
 
 
 def keys_first(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    logits = k @ q.transpose(-2, -1) * q.shape[-1] ** -0.5
+    """Attention with its logits transposed: the softmax is over their rows, the bias is transposed too."""
+    logits: Tensor = k @ q.transpose(-2, -1) * q.shape[-1] ** -0.5
     if bias is not None:
         bias = bias.transpose(-2, -1)
         logits = logits.masked_fill(~bias, float("-inf")) if bias.dtype is torch.bool else logits + bias
@@ -73,12 +78,14 @@ def keys_first(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> T
 
 
 def batched(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    logits = torch.bmm(q.flatten(0, -3), k.flatten(0, -3).transpose(1, 2)) * q.shape[-1] ** -0.5
+    """Attention by ``bmm`` over all leading dimensions in one."""
+    logits: Tensor = torch.bmm(q.flatten(0, -3), k.flatten(0, -3).transpose(1, 2)) * q.shape[-1] ** -0.5
     if bias is not None:
         logits = logits.unflatten(0, q.shape[:-2])
         logits = logits.masked_fill(~bias, float("-inf")) if bias.dtype is torch.bool else logits + bias
         logits = logits.flatten(0, -3)
-    return torch.bmm(logits.softmax(-1), v.flatten(0, -3)).unflatten(0, q.shape[:-2])
+    result: Tensor = torch.bmm(logits.softmax(-1), v.flatten(0, -3)).unflatten(0, q.shape[:-2])
+    return result
 
 
 # What truth values are made for, most of all.
@@ -309,8 +316,8 @@ class Builder:
             return tuple(three)
         return tuple(g(aten.transpose.int, g(aten.reshape.default, t, [BATCH, n, HEADS, d]), 1, 2) for t in three)
 
-    def _padding(self) -> Ref:
-        """Bool [B, N]: the tokens that take part, alike for those of one kind."""
+    def _padding(self) -> Ref | None:
+        """Bool [B, N]: the tokens that take part, alike for those of one kind; None where an image would have none."""
         ref = self.g.given("valid", (BATCH, self.g.kinds.total), torch.bool)
         if not self.g.value(ref).any(1).all():
             ones = self.g.value(ref).fill_(True)
@@ -328,7 +335,8 @@ class Builder:
 
     def _region(self) -> Region:
         plain = (Region(torch.bfloat16), Region(torch.bfloat16, enabled=False), Region(torch.float16))
-        return self.g.choose((Region(), *plain) if self.g.gradients else plain)
+        region: Region = self.g.choose((Region(), *plain) if self.g.gradients else plain)
+        return region
 
     def _whole(self, stream: Stream) -> None:
         """Whole numbers or truth values made of the tokens, and maybe what they come to."""
@@ -524,20 +532,20 @@ def stream_batch(layout: str) -> int:
 
 def copies_apart(x: Tensor, kinds: Sequence[int], distinct: bool = True) -> None:
     """Raises ``Rejected`` where copies among the tokens of x [B, N, ...] differ, or other tokens point the same way."""
-    kinds = torch.tensor(kinds)
+    kind = torch.tensor(kinds)
     if x.dim() == 1:
         x = x[None]
     x = x.flatten(2) if x.dim() > 2 else x[..., None]
     x = torch.view_as_real(x.resolve_conj()).flatten(2) if x.dtype.is_complex else x
     x = x.double()
-    first = torch.stack([(kinds == k).nonzero()[0, 0] for k in kinds])
+    first = torch.stack([(kind == k).nonzero()[0, 0] for k in kind])
     scale = x[x.isfinite()].abs().amax() if x.isfinite().any() else 1.0
     same = (x == x[:, first]) | (x.isnan() & x[:, first].isnan())
     if not torch.where(same, 0.0, (x - x[:, first]).abs()).nan_to_num(1.0).amax() <= 1e-5 * scale:
         raise Rejected("copies are told apart")
     if distinct:
         cosine = F.cosine_similarity(x[:, :, None], x[:, None], dim=-1)
-        if not (cosine[:, kinds[:, None] != kinds] < 0.999).all():
+        if not (cosine[:, kind[:, None] != kind] < 0.999).all():
             raise Rejected("other tokens are nearly copies")
 
 
@@ -558,7 +566,7 @@ def families() -> dict[str, tuple[tuple[OpOverload, ...], ...]]:
     """The operators that have a rule: by the module of their rules, those of one rule together."""
     found: dict[str, dict[Any, list[OpOverload]]] = {}
     for target in drawn_operators():
-        axes = find_rule(target).axes
+        axes = present(find_rule(target)).axes
         found.setdefault(axes.__module__.rpartition(".")[2], {}).setdefault(axes, []).append(target)
     return {module: tuple(map(tuple, by_rule.values())) for module, by_rule in found.items()}
 

@@ -102,7 +102,9 @@ class OperatorCall:
         """The numbers of the tensors that it is made on, as often as it reads each."""
         return [leaf.index for leaf in _leaves((self.args, self.kwargs)) if isinstance(leaf, Given)]
 
-    def filled(self, given: Sequence[Any], own: Callable[[Made], Any] = Made.tensor) -> tuple[tuple, dict[str, Any]]:
+    def filled(
+        self, given: Sequence[Any], own: Callable[[Made], Any] = Made.tensor
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments, with tensors (or whatever ``given`` and ``own`` say) in their places."""
 
         def fill(value: Any) -> Any:
@@ -276,11 +278,17 @@ class _Drawing:
                 found += [Made(shape, dtype, 1) for shape in sides for dtype in self._beside(name)]
         if not found and not optional:
             raise _Unfit
-        return self.choose(([None] if optional else []) + found)
+        chosen: Given | Made | None = self.choose(([None] if optional else []) + found)
+        return chosen
 
     def _operands(self) -> list[Given | Made]:
         """Tensors for a list: at least one of those given."""
-        return [self._operand("tensors", False) for _ in range(self.choose((2, 1, 3)))]
+        operands: list[Given | Made] = []
+        for _ in range(self.choose((2, 1, 3))):
+            operand = self._operand("tensors", False)
+            assert operand is not None
+            operands.append(operand)
+        return operands
 
     def _beside(self, name: str) -> tuple[torch.dtype, ...]:
         """Dtypes of an operand that the operator brings along."""

@@ -108,7 +108,7 @@ class Region:
     autocast: torch.dtype | None = None
     enabled: bool = True
 
-    def context(self) -> AbstractContextManager:
+    def context(self) -> AbstractContextManager[Any]:
         if self.autocast is None:
             return torch.no_grad()
         return torch.autocast("cpu", self.autocast, enabled=self.enabled)
@@ -244,7 +244,7 @@ class Program:
         values: dict[Ref, fx.Node] = {held.ref: graph.placeholder(str(held.ref)) for held in self.inputs}
         for held in self.held:
             values[held.ref] = graph.get_attr(held.ref.name.removeprefix("self."))
-        leaves: list[tuple[Callable, tuple]] = []
+        leaves: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
         for line in self.lines:
             if isinstance(line, Step):
                 args, kwargs = fill((line.args, line.kwargs), values.__getitem__)

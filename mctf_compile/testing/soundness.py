@@ -58,7 +58,7 @@ class Recorder:
     def miscounted(self) -> list[str]:
         """Where the last run fused other numbers of tokens than the reports say."""
         said = [(b.tokens_in, b.tokens_out) for report in self.reports for b in report.blocks if b.reason is None]
-        done = [(index.shape[1], size.shape[1]) for index, _, size in self.groups]
+        done: list[tuple[int | None, int | None]] = [(index.shape[1], size.shape[1]) for index, _, size in self.groups]
         extra = Counter(done) - Counter(said)
         return [f"the report says that tokens go {said}, and they go {done}"] if extra else []
 
@@ -75,7 +75,7 @@ class _Watch(fx.Interpreter):
         super().__init__(gm)
         self.recorder = recorder
 
-    def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = super().call_function(target, args, kwargs)
         if target is torch.ops.mctf.group.default:
             self.recorder.groups.append(result)
@@ -221,6 +221,7 @@ def assert_rewrite_sound(
         kwargs: those that are given by name.
         duplicates: True to demand the theorem whatever is fused (the caller knows that duplicates alone
             are), False to leave it out, None to demand it where the values that were fused are equal.
+        tolerance: the largest error that the theorem allows, relative to the largest value of an output.
         options: as for the backend.
 
     Returns:

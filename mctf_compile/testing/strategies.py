@@ -89,7 +89,7 @@ def fusion_options(
 def method_options() -> st.SearchStrategy[dict[str, Any]]:
     """Options of the methods that need no training, mostly of ``mctf``: it has the most, and makes the most of them."""
     rates = st.sampled_from((0.5, 0.7, 0.9))
-    others = {
+    others: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "tome": {"r": REQUESTS, "pooling": st.sampled_from(("size", "mean", "mlerp"))},
         "tofu": {
             "r": REQUESTS,

@@ -81,8 +81,10 @@ def _torchvision(entry: Entry) -> nn.Module:
     import torchvision
 
     if entry.name == "VisionTransformer":
-        return torchvision.models.VisionTransformer(**entry.arguments)
-    return torchvision.models.get_model(entry.name, weights=None, **entry.arguments)
+        model: nn.Module = torchvision.models.VisionTransformer(**entry.arguments)
+    else:
+        model = torchvision.models.get_model(entry.name, weights=None, **entry.arguments)
+    return model
 
 
 class _Readout(nn.Module):
@@ -111,11 +113,12 @@ MAKERS: dict[str, Callable[[Entry], nn.Module]] = {
 }
 
 
-def _entries(kind: str, library: str, *rows: tuple) -> list[Entry]:
+def _entries(kind: str, library: str, *rows: tuple[Any, ...]) -> list[Entry]:
     """Rows of (name, arguments, image size, patch size), the last two optional."""
+    defaults: tuple[Any, ...] = ({}, 224, 16)
     made = []
     for name, *rest in rows:
-        arguments, size, patch = (*rest, *({}, 224, 16)[len(rest) :])
+        arguments, size, patch = [*rest, *defaults[len(rest) :]]
         made.append(Entry(name, kind, library, size, patch, arguments))
     return made
 

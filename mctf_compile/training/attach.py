@@ -12,6 +12,7 @@ from mctf_compile.capture import capture
 from mctf_compile.config import FusionConfig
 from mctf_compile.errors import ConfigError
 from mctf_compile.methods.base import Reads
+from mctf_compile.narrowing import node_of, present
 from mctf_compile.passes import ANALYSIS, State, run_passes
 from mctf_compile.passes.analysis.dataflow import Dataflow
 from mctf_compile.passes.analysis.normalize import fake_inputs
@@ -50,16 +51,17 @@ def attach(
     if isinstance(model, nn.Sequential):
         raise ConfigError("attach cannot add modules to an nn.Sequential, which would run them; wrap it in a module.")
     state = _analyse(model, inputs if inputs or kwargs else _example(model), kwargs or {}, config)
-    flow, added, module = Dataflow(state.normal.graph), nn.ModuleDict(), None
+    flow, added, module = Dataflow(present(state.normal).graph), nn.ModuleDict(), None
     readers: set[nn.Module] = set()
     device = next((p.device for p in model.parameters()), None)
     chosen = {
         tower.blocks[i]
-        for tower in state.towers
+        for tower in present(state.towers)
         for i in config.method.acts_on(len(tower.blocks))
         if i < len(tower.blocks)
     }
-    for i, block in enumerate(state.blocks):
+    blocks = present(state.blocks)
+    for i, block in enumerate(blocks):
         if i not in chosen or block.problem is not None:
             continue
         reader, width = _reader(model, block, config.method.reads, flow)
@@ -67,13 +69,14 @@ def attach(
             # A module that runs twice in one graph has its module already.
             continue
         readers.add(reader)
-        module = config.method.module(width, block.tokens.lead, block.tokens.tail, module).to(device)
+        tokens = present(block.tokens)
+        module = config.method.module(width, tokens.lead, tokens.tail, module).to(device)
         module.train(model.training)
         # A bound method, so that a copy of the model hooks up its own copy of the module.
         reader.register_forward_pre_hook(module.observe)
         added[str(i)] = module
     if not added:
-        reasons = "; ".join(sorted({b.problem for b in state.blocks if b.problem})) or "it has no self-attention"
+        reasons = "; ".join(sorted({b.problem for b in blocks if b.problem})) or "it has no self-attention"
         raise ConfigError(f"method {method!r} found no block of this model to attach to: {reasons}.")
     model.add_module(name, added)
     return model
@@ -95,19 +98,19 @@ def _analyse(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any],
         return run_passes(ANALYSIS, State(gm, fake_inputs(gm, given), config, given))
 
     with torch.no_grad():
-        return capture(model, inputs, kwargs, analyse).largest(lambda state: len(state.blocks))
+        return capture(model, inputs, kwargs, analyse).largest(lambda state: len(present(state.blocks)))
 
 
 def _reader(model: nn.Module, block: Block, reads: Reads, flow: Dataflow) -> tuple[nn.Module, int]:
     """The module that takes what is to be read as its first argument, and the number of channels."""
-    query = block.attention.query
-    between = [*flow.between(block.entry, query), query]
+    query, entry = block.attention.query, present(block.entry)
+    between = [*flow.between(entry, query), query]
     if reads is Reads.STREAM:
-        node = next(n for n in between if block.entry in n.all_input_nodes)
-        read = block.entry
+        node = next(n for n in between if entry in n.all_input_nodes)
+        read = entry
     else:
         node = next((n for n in reversed(between) if n.target is aten.linear.default), query)
-        read = node.args[0]
+        read = node_of(node.args[0])
     # Dynamo keys a call's modules by their identity, "@" and a number behind it for a repeated call.
     modules = {str(id(m)): m for m in model.modules()}
     keys = [key.partition("@")[0] for key in node.meta.get("nn_module_stack") or {}]

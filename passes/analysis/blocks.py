@@ -5,18 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from typing import cast
 
 import networkx as nx
 import torch
 from torch import fx
 
+from mctf_compile.narrowing import function_of, node_of, present
 from mctf_compile.passes.analysis.dataflow import Dataflow
 from mctf_compile.passes.analysis.mutations import updates_statistics
 from mctf_compile.passes.analysis.observations import assign
 from mctf_compile.passes.analysis.reasons import name_of
 from mctf_compile.passes.analysis.structure import Attention, Block
 from mctf_compile.passes.analysis.token_axes import Axes
-from mctf_compile.passes.axes import FEATURES, Cat, Dim, Dims, Tokens, atoms, mentions, places, product
+from mctf_compile.passes.axes import FEATURES, Cat, Dim, Dims, Size, Tokens, atoms, mentions, places, product
 from mctf_compile.passes.pipeline import State, graph_pass
 from mctf_compile.passes.rules import schema_arguments
 from mctf_compile.passes.rules.contractions import letters, operands
@@ -41,9 +43,10 @@ REORDERING = (
 @graph_pass("blocks", requires=("axes", "observations"), ensures=("blocks",))
 def run(state: State) -> None:
     method = state.config.method
-    protected = None if method.protected == "auto" else method.protected
-    found = find_blocks(state.normal.graph, state.axes, protected)
-    state.blocks = assign(state.observations, found, state.normal.graph)
+    protected = None if isinstance(method.protected, str) else method.protected
+    graph = present(state.normal).graph
+    found = find_blocks(graph, present(state.axes), protected)
+    state.blocks = assign(present(state.observations), found, graph)
 
 
 def find_blocks(graph: fx.Graph, axes: Axes, protected: int | None = None) -> list[Block]:
@@ -87,7 +90,7 @@ def _attention(node: fx.Node, axes: Axes) -> Attention | None:
     if packet is aten.scaled_dot_product_attention:
         args = schema_arguments(node)
         q, k, v = args["query"], args["key"], args["value"]
-        site = Attention(node, q, k, v, None, None, axes.of(k)[-2], axes.of(q)[-2])
+        site: Attention | None = Attention(node, q, k, v, None, None, axes.of(k)[-2], axes.of(q)[-2])
     elif packet is aten.softmax:
         site = _spelled_out(node, axes)
     else:
@@ -104,7 +107,7 @@ def _attention(node: fx.Node, axes: Axes) -> Attention | None:
 def _spelled_out(softmax: fx.Node, axes: Axes) -> Attention | None:
     """softmax(q kᵀ …) v as nodes: the product before the softmax and the one after it."""
     dims = axes.of(softmax)
-    dim = softmax.args[1] % len(dims)
+    dim = cast(int, softmax.args[1]) % len(dims)
     keys = set(atoms(dims[dim]))
     query_axis = next((d for i, d in enumerate(dims) if i != dim and set(atoms(d)) & keys), ())
     if not keys or not query_axis:
@@ -121,7 +124,7 @@ def _spelled_out(softmax: fx.Node, axes: Axes) -> Attention | None:
     def makes_map(node: fx.Node) -> bool:
         return is_product(node) and not any(map(is_map, _factors(node)))
 
-    before = _walk([softmax.args[0]], is_map, makes_map, lambda n: n.all_input_nodes)
+    before = _walk([node_of(softmax.args[0])], is_map, makes_map, lambda n: n.all_input_nodes)
     after = _walk(
         list(softmax.users),
         lambda n: any(map(is_map, n.all_input_nodes)),
@@ -154,11 +157,12 @@ def _keys_come_last(
         return None if back is None else [node, *back]
 
     last = over_tokens(softmax).index(dim) > 0
-    for node in way(softmax.args[0]) or ():
+    for node in way(node_of(softmax.args[0])) or ():
         if getattr(node.target, "overloadpacket", None) in REORDERING:
             # What the operator makes of dimensions that are told apart by their sizes.
             given = node.all_input_nodes[0].meta["val"].dim()
-            made = node.target(torch.empty(tuple(range(2, given + 2)), device="meta"), *node.args[1:], **node.kwargs)
+            x = torch.empty(tuple(range(2, given + 2)), device="meta")
+            made = function_of(node)(x, *node.args[1:], **node.kwargs)
             first, second = (made.shape[d] for d in over_tokens(node)[:2])
             last ^= first > second
     if product.target is aten.einsum.default:
@@ -247,7 +251,7 @@ def _ends_are_keys(stream: Dims, keys: Dim, tokens: Tokens) -> bool:
     return all(mine == theirs[: len(mine)] for mine, theirs in zip(own, all_keys))
 
 
-def _ends_of(dims: Dims, tokens: Tokens) -> tuple[list, list]:
+def _ends_of(dims: Dims, tokens: Tokens) -> tuple[list[tuple[Size, Dim]], list[tuple[Size, Dim]]]:
     """The parts before and after the tokens in the dimension that holds them, the nearest first."""
     body = set(atoms(tokens.body))
     axis = next((axis for dim in dims for axis in dim if isinstance(axis, Cat) and body & set(atoms((axis,)))), None)

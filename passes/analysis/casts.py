@@ -13,6 +13,7 @@ from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mctf_compile.errors import UnsupportedGraph
+from mctf_compile.narrowing import function_of, operator_of
 
 aten = torch.ops.aten
 
@@ -82,13 +83,13 @@ class _Probe:
     """Finds what autocast does to an operator; the same call is run once."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple, list[torch.dtype | None]] = {}
+        self._known: dict[tuple[Any, ...], list[torch.dtype | None]] = {}
 
     def casts(self, node: fx.Node, state: Autocast) -> dict[fx.Node, torch.dtype]:
         """The operands of a node that are cast, each with the dtype that it gets."""
         operands = [n for n in node.all_input_nodes if _may_be_cast(n.meta.get("val"), state)]
         # Run again, such would say of another size that nobody knows it.
-        if not operands or torch.Tag.dynamic_output_shape in node.target.tags:
+        if not operands or torch.Tag.dynamic_output_shape in operator_of(node).tags:
             return {}
         key = (node.target, *state.items(), repr(fx.node.map_arg((node.args, node.kwargs), _kind)))
         if key not in self._known:
@@ -112,8 +113,9 @@ def _find_casts(node: fx.Node, operands: Sequence[fx.Node], state: Autocast) -> 
     seen, wanted = _run(node, values, state)
     own, _ = _run(node, values, {})
     results = {t.to_real() for t in wanted or () if t.is_floating_point or t.is_complex}
-    alike = [[t] * len(values) for t in results]
-    for found in ([new if new != old else None for new, old in zip(seen, own)], *alike):
+    changed = [new if new != old else None for new, old in zip(seen, own)]
+    alike: list[list[torch.dtype | None]] = [[t] * len(values) for t in results]
+    for found in (changed, *alike):
         given = dict(zip(operands, (v if t is None else v.to(t) for v, t in zip(values, found))))
         if wanted is not None and _run(node, list(given.values()), {}, given)[1] == wanted:
             return [t if t is not v.dtype else None for v, t in zip(values, found)]
@@ -135,7 +137,7 @@ def _run(
             stack.enter_context(torch.autocast(device, dtype))
         stack.enter_context(watch)
         try:
-            result = node.target(*args, **kwargs)
+            result = function_of(node)(*args, **kwargs)
         except Exception:
             return watch.casts, None
     return watch.casts, [v.dtype for v in _tensors(result)]
@@ -145,10 +147,14 @@ class _Watch(TorchDispatchMode):
     """Notes the dtype that each of some tensors is cast to first."""
 
     def __init__(self, watched: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.watched, self.casts = watched, [None] * len(watched)
+        TorchDispatchMode.__init__(self)
+        self.watched = watched
+        self.casts: list[torch.dtype | None] = [None] * len(watched)
 
-    def __torch_dispatch__(self, func: OpOverload, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
         if func is aten._to_copy.default:
             for i, value in enumerate(self.watched):
                 if value is args[0] and self.casts[i] is None:

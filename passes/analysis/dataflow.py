@@ -7,8 +7,10 @@ from torch import fx
 
 
 class Dataflow:
-    """What is computed from what. Every question is answered within the nodes between two, so that the
-    time for a graph of like blocks grows with their number.
+    """What is computed from what.
+
+    Every question is answered within the nodes between two, so that the time for a graph of like blocks grows with
+    their number.
     """
 
     def __init__(self, graph: fx.Graph) -> None:

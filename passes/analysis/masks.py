@@ -8,10 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx
 
+from mctf_compile.narrowing import present
 from mctf_compile.passes.analysis.normalize import constants
 from mctf_compile.passes.analysis.structure import Attention, Block, Mask
 from mctf_compile.passes.analysis.token_axes import Axes
-from mctf_compile.passes.axes import atoms
+from mctf_compile.passes.axes import Atom, atoms
 from mctf_compile.passes.pipeline import State, graph_pass
 from mctf_compile.passes.rules import RULES, find_rule, schema_arguments
 
@@ -26,8 +27,8 @@ SEPARABLE = {aten.bitwise_and, aten.logical_and, aten.mul, aten.bitwise_or, aten
 
 @graph_pass("masks", requires=("blocks",), ensures=("blocks",))
 def run(state: State) -> None:
-    values = constants(state.gm, state.normal, state.examples)
-    state.blocks = find_masks(state.blocks, state.axes, values)
+    values = constants(state.gm, present(state.normal), state.examples)
+    state.blocks = find_masks(present(state.blocks), present(state.axes), values)
 
 
 def find_masks(blocks: Iterable[Block], axes: Axes, values: Mapping[fx.Node, Tensor]) -> list[Block]:
@@ -48,7 +49,8 @@ def _operands(site: Attention) -> list[fx.Node]:
     if site.weights is None:
         mask = schema_arguments(site.node).get("attn_mask")
         return [] if mask is None else [mask]
-    inside: dict[fx.Node, bool] = {site.product: True}
+    product = present(site.product)
+    inside: dict[fx.Node, bool] = {product: True}
 
     def descends(node: fx.Node) -> bool:
         """Whether a node is computed from the product; asked from the softmax backwards only."""
@@ -59,17 +61,18 @@ def _operands(site: Attention) -> list[fx.Node]:
                 stack.pop()
                 continue
             unknown = [i for i in n.all_input_nodes if i not in inside]
-            if unknown and n > site.product:
+            if unknown and n > product:
                 stack.extend(unknown)
                 continue
             inside[n] = any(inside.get(i, False) for i in n.all_input_nodes)
             stack.pop()
         return inside[node]
 
-    found, stack, seen = [], [site.weights], set()
+    found: list[fx.Node] = []
+    stack, seen = [site.weights], set()
     while stack:
         node = stack.pop()
-        if node is site.product or node in seen:
+        if node is product or node in seen:
             continue
         seen.add(node)
         for source in node.all_input_nodes:
@@ -78,7 +81,7 @@ def _operands(site: Attention) -> list[fx.Node]:
 
 
 class _Finder:
-    def __init__(self, inside: set, axes: Axes, values: Mapping[fx.Node, Tensor]) -> None:
+    def __init__(self, inside: set[Atom], axes: Axes, values: Mapping[fx.Node, Tensor]) -> None:
         self.inside, self.axes, self.values = inside, axes, values
         self.known: dict[fx.Node, Mask] = {}
 

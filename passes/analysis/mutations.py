@@ -10,6 +10,7 @@ from torch._ops import OpOverload
 
 from mctf_compile.errors import UnsupportedGraph
 from mctf_compile.kernels.library import without_autocast
+from mctf_compile.narrowing import node_of, operator_of
 from mctf_compile.passes.rules import schema_arguments
 
 aten = torch.ops.aten
@@ -113,10 +114,12 @@ def _pure(graph: fx.Graph, node: fx.Node) -> fx.Node:
             source = args["src"]
             if source.meta["val"].dtype != value.dtype:
                 source = insert(aten.to.dtype, source, value.dtype)
-            return insert(aten.clone.default, insert(aten.expand.default, source, list(node.args[0].meta["val"].shape)))
-        name = node.target._schema.name.partition("::")[2]
-        packet = getattr(getattr(torch.ops, node.target.namespace), name[:-1], None)
-        pure = getattr(packet, node.target._overloadname, None)
+            shape = list(node_of(node.args[0]).meta["val"].shape)
+            return insert(aten.clone.default, insert(aten.expand.default, source, shape))
+        written = operator_of(node)
+        name = written._schema.name.partition("::")[2]
+        packet = getattr(getattr(torch.ops, written.namespace), name[:-1], None)
+        pure = getattr(packet, written._overloadname, None)
         if pure is None:
             return node
         result = insert(pure, *node.args, **node.kwargs)

@@ -74,8 +74,8 @@ def constants(gm: fx.GraphModule, normal: fx.GraphModule, examples: Sequence[Any
     for old, new, value in zip(_placeholders(gm), _placeholders(normal), examples):
         if isinstance(value, Tensor) and not isinstance(value, FakeTensor):
             source = getattr(old.meta.get("grapharg"), "source", None)
-            held = source is not None and source.guard_source.is_unspecialized_nn_module()
-            if held or isinstance(value, torch.nn.Parameter):
+            own = source is not None and source.guard_source.is_unspecialized_nn_module()
+            if own or isinstance(value, torch.nn.Parameter):
                 found[new] = value
     return found
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
+from mctf_compile.narrowing import present
 from mctf_compile.passes.analysis.dataflow import Dataflow
 from mctf_compile.passes.analysis.structure import Block
 from mctf_compile.passes.pipeline import State, graph_pass
@@ -15,7 +16,7 @@ from mctf_compile.passes.pipeline import State, graph_pass
 
 @graph_pass("observations", requires=("normal",), ensures=("observations",))
 def run(state: State) -> None:
-    state.observations = take_observations(state.normal, state.config.method.name)
+    state.observations = take_observations(present(state.normal), state.config.method.name)
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def assign(observations: Sequence[Observation], blocks: list[Block], graph: fx.G
     flow = Dataflow(graph)
 
     def reads(o: Observation, block: Block) -> bool:
-        before = o.read is block.entry or flow.leads(block.entry, o.read)
+        before = o.read is block.entry or flow.leads(present(block.entry), o.read)
         return before and (o.read is block.attention.query or flow.leads(o.read, block.attention.query))
 
     found = []

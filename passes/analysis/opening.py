@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -44,7 +44,7 @@ class Opener(fx.Interpreter):
         self._entered: list[torch.autocast] = []
         self._detached: dict[Tensor, Tensor] = {}
 
-    def run(self, *inputs: Any) -> Any:
+    def run(self, *inputs: Any) -> Any:  # type: ignore[override]  # of the inputs alone
         before = torch.is_grad_enabled()
         try:
             return super().run(*inputs)
@@ -60,7 +60,7 @@ class Opener(fx.Interpreter):
             n.meta["ac_graph_id"] = self.checkpoint
         return super().run_node(n)
 
-    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple, dict]:
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         operands = super().fetch_args_kwargs_from_env(n)
         if torch.is_grad_enabled() == self.gradients:
             return operands
@@ -77,7 +77,7 @@ class Opener(fx.Interpreter):
             return self._detached[value]
         raise UnsupportedGraph("the model enables gradients where its caller has disabled them")
 
-    def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target in self._REPLACED:
             return self._REPLACED[target](self, *args)
         if target is torch._transformer_encoder_layer_fwd:
@@ -97,7 +97,8 @@ class Opener(fx.Interpreter):
 
     def _begin_autocast(self, *state: Any) -> torch.autocast:
         self._entered.append(torch.autocast(*state))
-        return self._entered[-1].__enter__()
+        entered: torch.autocast = self._entered[-1].__enter__()
+        return entered
 
     def _end_autocast(self, mode: torch.autocast) -> None:
         self._entered.remove(mode)
@@ -135,7 +136,7 @@ class Opener(fx.Interpreter):
         _record_gradients(not enabled)
         return before
 
-    _REPLACED: dict[Callable, Callable] = {
+    _REPLACED: ClassVar[dict[Callable[..., Any], Callable[..., Any]]] = {
         tag_activation_checkpoint: _open_checkpoint,
         wrap_with_autocast: _open_autocast,
         wrap_with_set_grad_enabled: _open_gradients,

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from mctf_compile.methods import Site
+from mctf_compile.narrowing import node_of, present
 from mctf_compile.passes.analysis.token_axes import Axes
 from mctf_compile.passes.axes import Axis, Dims, atoms
 from mctf_compile.passes.pipeline import State, graph_pass
@@ -27,13 +30,14 @@ COPIES = (aten.contiguous, aten.clone, aten.alias)
 
 @graph_pass("projections", requires=("plan",))
 def run(state: State) -> None:
-    if state.plan.site is not Site.AHEAD:
+    plan = present(state.plan)
+    if plan.site is not Site.AHEAD:
         return
     found: dict[fx.Node, Projection] = {}
-    for planned in state.plan.fusing:
-        site = planned.block.attention
-        found |= find_projections([site.query, site.key, site.value], planned.block.entry, state.axes)
-    state.plan = replace(state.plan, projections=found)
+    for planned in plan.fusing:
+        site, entry = planned.block.attention, present(planned.block.entry)
+        found |= find_projections([site.query, site.key, site.value], entry, present(state.axes))
+    state.plan = replace(plan, projections=found)
 
 
 @dataclass(frozen=True)
@@ -79,13 +83,14 @@ def _layout_chain(node: fx.Node) -> list[fx.Node] | None:
             return chain if len(chain) > 1 else None
         if packet is not operator.getitem and packet not in _STEPS and packet not in COPIES:
             return None
-        chain.insert(0, chain[0].args[0])
+        chain.insert(0, node_of(chain[0].args[0]))
     return None
 
 
 def _feature_indices(chain: list[fx.Node], axes: Axes, inside: set[Axis]) -> Tensor | None:
     """Replay the chain on the numbers of the features, every other dimension shrunk to 1."""
-    value: Tensor | tuple = torch.arange(_int(chain[0].meta["val"].shape[-1]))
+    # A tensor, or several where an operator has made parts.
+    value: Any = torch.arange(_int(chain[0].meta["val"].shape[-1]))
     for node in chain:
         packet = getattr(node.target, "overloadpacket", node.target)
         if node is chain[0]:
@@ -97,7 +102,8 @@ def _feature_indices(chain: list[fx.Node], axes: Axes, inside: set[Axis]) -> Ten
         # Features that were cut to pieces have names of their own, and are followed no further.
         if value is None or (isinstance(value, Tensor) and list(value.shape) != _shrunk(axes.of(node), inside)):
             return None
-    return value
+    index: Tensor = value
+    return index
 
 
 def _int(size: int | torch.SymInt) -> int:
@@ -113,12 +119,12 @@ def _is_inside(axis: Axis, inside: set[Axis]) -> bool:
     return axis in inside or any(atom in inside for atom in atoms((axis,)))
 
 
-def _regroup(value, node, axes, inside):
+def _regroup(value: Tensor, node: fx.Node, axes: Axes, inside: set[Axis]) -> Tensor | None:
     shape = _shrunk(axes.of(node), inside)
     return value.reshape(shape) if math.prod(shape) == value.numel() else None
 
 
-def _parts(value, node, axes, inside):
+def _parts(value: Tensor, node: fx.Node, axes: Axes, inside: set[Axis]) -> Sequence[Tensor] | None:
     d = schema_arguments(node)["dim"]
     if value.shape[d] == 1:
         return None
@@ -126,21 +132,21 @@ def _parts(value, node, axes, inside):
     return value.split(sizes, d) if sum(sizes) == value.shape[d] else None
 
 
-def _one(value, node, axes, inside):
+def _one(value: Tensor, node: fx.Node, axes: Axes, inside: set[Axis]) -> Tensor | None:
     args = schema_arguments(node)
     return value.select(args["dim"], args["index"]) if value.shape[args["dim"]] > 1 else None
 
 
-def _range(value, node, axes, inside):
+def _range(value: Tensor, node: fx.Node, axes: Axes, inside: set[Axis]) -> Tensor | None:
     args = schema_arguments(node)
     d = wrap(args["dim"], value.dim())
-    source, result = node.args[0].meta["val"].shape[d], node.meta["val"].shape[d]
+    source, result = node_of(node.args[0]).meta["val"].shape[d], node.meta["val"].shape[d]
     if value.shape[d] == 1:
         return value if source == result else None
     return value[(slice(None),) * d + (slice(args["start"], args["end"], args["step"]),)]
 
 
-_STEPS = {
+_STEPS: dict[Any, Callable[[Any, fx.Node, Axes, set[Axis]], Any]] = {
     **dict.fromkeys(
         (aten.reshape, aten.view, aten._unsafe_view, aten.flatten, aten.unflatten, aten.squeeze, aten.unsqueeze),
         _regroup,
@@ -156,7 +162,9 @@ _STEPS = {
 }
 
 
-def _arrange(linear, node, index, start, stop, axes, inside) -> Projection | None:
+def _arrange(
+    linear: fx.Node, node: fx.Node, index: Tensor, start: int, stop: int, axes: Axes, inside: set[Axis]
+) -> Projection | None:
     """How ``linear(...)[..., start:stop]`` becomes ``node``: split the last dimension, then permute."""
     source, target = axes.of(linear)[:-1], axes.of(node)
     strides = {d: int(index.select(d, 1).flatten()[0]) - start for d in range(index.dim()) if index.shape[d] > 1}

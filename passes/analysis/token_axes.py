@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import fx
 
+from mctf_compile.narrowing import node_of, present
 from mctf_compile.passes.axes import AxisTable, Dims
 from mctf_compile.passes.pipeline import State, graph_pass
 from mctf_compile.passes.rules import Call, Flow, Rule, find_rule
@@ -23,7 +25,7 @@ class Axes:
 
     def of(self, node: fx.Node) -> Dims:
         """The dims of a node with one tensor."""
-        return self.table.canonical_dims(self.dims[node])
+        return self.table.canonical_dims(cast(Dims, self.dims[node]))
 
     def mixed_by(self, node: fx.Node) -> Dims:
         """The dims whose positions meet in a node; for one without a rule, all of its operands'."""
@@ -35,7 +37,7 @@ class Axes:
 
 @graph_pass("token_axes", requires=("normal",), ensures=("axes",))
 def run(state: State) -> None:
-    state.axes = token_axes(state.normal.graph)
+    state.axes = token_axes(present(state.normal).graph)
 
 
 def token_axes(graph: fx.Graph) -> Axes:
@@ -60,9 +62,10 @@ def token_axes(graph: fx.Graph) -> Axes:
     return axes
 
 
-def _flow(node: fx.Node, value: object, axes: Axes) -> Flow | None:
+def _flow(node: fx.Node, value: Any, axes: Axes) -> Flow | None:
     if node.target is operator.getitem and node.args[0] in axes.dims:
-        return Flow(axes.dims[node.args[0]][node.args[1]])
+        several = cast(list[Dims], axes.dims[node_of(node.args[0])])
+        return Flow(several[cast(int, node.args[1])])
     if not _tensors(value):
         return None
     operands = [n for n in node.all_input_nodes if n in axes.dims and isinstance(axes.dims[n], tuple)]
@@ -70,7 +73,7 @@ def _flow(node: fx.Node, value: object, axes: Axes) -> Flow | None:
     # Of values without dimensions, whose first and last may be named all the same, there is nothing to say.
     if rule is not None and any(axes.dims[n] for n in operands):
         return rule.axes(axes.call(node))
-    mixed = tuple(dim for n in operands for dim in axes.dims[n])
+    mixed = tuple(dim for n in operands for dim in cast(Dims, axes.dims[n]))
     if isinstance(value, torch.Tensor):
         return Flow(axes.table.fresh_dims(value.shape), mixed)
     return Flow([axes.table.fresh_dims(v.shape) if isinstance(v, torch.Tensor) else () for v in value], mixed)

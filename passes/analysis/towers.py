@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os.path
 from collections.abc import Sequence
+from itertools import takewhile
 
 import networkx as nx
 import torch
 from torch import fx
 
+from mctf_compile.narrowing import present
 from mctf_compile.passes.analysis.dataflow import Dataflow
 from mctf_compile.passes.analysis.structure import Block, Tower
 from mctf_compile.passes.analysis.token_axes import Axes
@@ -33,7 +34,7 @@ LAYERS = CONVOLUTIONS | {
 
 @graph_pass("towers", requires=("blocks",), ensures=("towers",))
 def run(state: State) -> None:
-    state.towers = find_towers(state.blocks, state.axes, state.normal.graph)
+    state.towers = find_towers(present(state.blocks), present(state.axes), present(state.normal).graph)
 
 
 def find_towers(blocks: Sequence[Block], axes: Axes, graph: fx.Graph) -> list[Tower]:
@@ -117,7 +118,7 @@ def _positions(node: fx.Node, axes: Axes, channels: set[Atom]) -> int:
 
 def _tower(blocks: Sequence[Block], chain: Sequence[int]) -> Tower:
     """A chain with the name of the module that all its blocks are in."""
-    paths = [blocks[i].module.split(".") for i in chain if blocks[i].module]
-    shared = os.path.commonprefix(paths) if paths else []
+    paths = [module.split(".") for i in chain if (module := blocks[i].module)]
+    shared = [names[0] for names in takewhile(lambda names: len(set(names)) == 1, zip(*paths))]
     # One block's own module is more than a tower is called by.
     return Tower(tuple(chain), ".".join(shared if len(paths) > 1 else shared[:1]))

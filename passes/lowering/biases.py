@@ -6,6 +6,7 @@ import torch
 from torch import fx
 
 from mctf_compile.kernels.device import device_of
+from mctf_compile.narrowing import present
 from mctf_compile.passes.pipeline import State, graph_pass
 
 aten = torch.ops.aten
@@ -14,7 +15,7 @@ aten = torch.ops.aten
 @graph_pass("biases", requires=("lowered",))
 def run(state: State) -> None:
     if state.config.lowering.inner == "inductor":
-        loosen_biases(state.lowered)
+        loosen_biases(present(state.lowered))
 
 
 def loosen_biases(gm: fx.GraphModule) -> None:

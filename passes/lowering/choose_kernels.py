@@ -13,6 +13,7 @@ from torch._ops import OpOverload
 
 from mctf_compile.errors import ConfigError
 from mctf_compile.kernels.device import device_of
+from mctf_compile.narrowing import present
 from mctf_compile.passes.lowering import cpp, triton
 from mctf_compile.passes.lowering.replacing import readers_of_map
 from mctf_compile.passes.pipeline import State, graph_pass
@@ -24,13 +25,13 @@ FAMILIES = {"triton": triton, "cpp": cpp}
 
 @graph_pass("prepare", requires=("plan",))
 def prepare(state: State) -> None:
-    if state.plan.fusing:
+    if present(state.plan).fusing:
         prepare_kernels(state.config.lowering.kernels, state.inputs)
 
 
 @graph_pass("kernels", requires=("result",), ensures=("lowered",))
 def run(state: State) -> None:
-    state.lowered, state.remarks = choose_kernels(state.result, state.config.lowering.kernels, state.inputs)
+    state.lowered, state.remarks = choose_kernels(present(state.result), state.config.lowering.kernels, state.inputs)
 
 
 def recorded(gm: fx.GraphModule, inputs: Sequence[Any]) -> set[fx.Node]:

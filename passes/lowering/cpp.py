@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -60,16 +61,17 @@ def replacements(gradients: bool) -> dict[object, Replacement]:
     }
 
 
-def _groups(args: dict) -> bool:
+def _groups(args: dict[str, Any]) -> bool:
     from mctf_compile.kernels.on_cpu import group_supported
 
     return group_supported(*values(args["raw"], args["size"]))
 
 
-def _pools(args: dict) -> bool:
+def _pools(args: dict[str, Any]) -> bool:
     from mctf_compile.kernels.on_cpu import pool_supported
 
-    return pool_supported(*values(args["x"], args["weight"]), args["dim"])
+    x, weight = values(args["x"], args["weight"])
+    return pool_supported(x, weight, args["dim"])
 
 
 def _match(node: fx.Node) -> str | None:
@@ -101,10 +103,10 @@ def _attention(node: fx.Node) -> str | None:
 
     args = schema_arguments(node)
     operands = [args[name] for name in ("q", "k", "v", "log_size", "bias")]
-    tensors = values(*operands[:3], args["bias"])
-    if not attention_supported(*tensors, args["dropout_p"]):
+    q, k, v, bias = values(*operands[:3], args["bias"])
+    if not attention_supported(q, k, v, bias, args["dropout_p"]):
         return NOT_TAKEN
-    replace(node, call(node, mctf.attention_cpp.default, (*operands, args["scale"]), attention(*tensors)))
+    replace(node, call(node, mctf.attention_cpp.default, (*operands, args["scale"]), attention(q, k, v, bias)))
     return None
 
 

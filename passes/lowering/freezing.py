@@ -11,6 +11,7 @@ from torch._ops import OpOverload
 
 from mctf_compile.kernels.library import without_autocast
 from mctf_compile.kernels.linear.op import frozen_linear_supported
+from mctf_compile.narrowing import node_of, present
 from mctf_compile.passes.lowering.regions import stays_whole
 from mctf_compile.passes.pipeline import State, graph_pass
 
@@ -21,7 +22,7 @@ aten = torch.ops.aten
 def run(state: State) -> None:
     """Weights are operands to a region; of a graph that stays whole Inductor freezes them itself."""
     if state.config.lowering.inductor_has("freezing") and not torch.is_grad_enabled() and not stays_whole(state):
-        state.frozen = freeze(state.lowered)
+        state.frozen = freeze(present(state.lowered))
 
 
 def freeze(gm: fx.GraphModule) -> fx.GraphModule:
@@ -93,7 +94,7 @@ def _pack(gm: fx.GraphModule, linear: fx.Node) -> None:
     """Put a packed product in the place of a linear layer and of what it can do besides."""
     x, weight, bias = (*linear.args, None)[:3]
     dtype = linear.meta["val"].dtype
-    if not frozen_linear_supported(weight.meta["val"], dtype):
+    if not frozen_linear_supported(node_of(weight).meta["val"], dtype):
         return
     last, gelu = linear, None
     added = _only_user(last, aten.add.Tensor)
@@ -111,7 +112,7 @@ def _pack(gm: fx.GraphModule, linear: fx.Node) -> None:
 def _only_user(node: fx.Node, target: OpOverload) -> fx.Node | None:
     """The one reader of a node, if it is a call of ``target``."""
     user = next(iter(node.users), None)
-    return user if len(node.users) == 1 and user.target is target else None
+    return user if user is not None and len(node.users) == 1 and user.target is target else None
 
 
 def _adds_bias(added: fx.Node, product: fx.Node, dtype: torch.dtype) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from torch._ops import HigherOrderOperator, OpOverload
 
 from mctf_compile.kernels.device import device_of
+from mctf_compile.narrowing import function_of, present
 from mctf_compile.passes.axes import Size, hint_of, size_of
 from mctf_compile.passes.lowering.autocast import devices_of, keep_autocast_out
 from mctf_compile.passes.pipeline import State, graph_pass
@@ -24,7 +25,7 @@ aten = torch.ops.aten
 
 @graph_pass("regions", requires=("lowered",))
 def run(state: State) -> None:
-    cut = None if stays_whole(state) else split(state.frozen or state.lowered)
+    cut = None if stays_whole(state) else split(state.frozen or present(state.lowered))
     # Something speaks for it where blocks are alike, or numbers of tokens may change.
     if cut is not None and any(region.sites > 1 or region.adjustable for region in cut.regions):
         state.cut = cut
@@ -38,8 +39,8 @@ def stays_whole(state: State) -> bool:
     lowering = state.config.lowering
     if state.whole or lowering.inner == "eager":
         return True
-    recorders = {device_of(x.device).recorder for x in state.inputs if isinstance(x, Tensor)} - {None}
-    return state.counts is None and any(map(lowering.inductor_has, recorders))
+    recorders = {device_of(x.device).recorder for x in state.inputs if isinstance(x, Tensor)}
+    return state.counts is None and any(lowering.inductor_has(name) for name in recorders if name is not None)
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def split(gm: fx.GraphModule) -> Cut | None:
     for node in gm.graph.find_nodes(op="get_attr"):
         node.meta.setdefault("val", operator.attrgetter(node.target)(gm))
     segments = _joined([_Segment(nodes) for nodes in _segments(gm.graph)])
-    groups: dict[tuple, list[_Segment]] = {}
+    groups: dict[tuple[Any, ...], list[_Segment]] = {}
     for segment in segments:
         groups.setdefault(segment.key, []).append(segment)
     regions, operands = zip(*(_region(gm, group) for group in groups.values()))
@@ -162,7 +163,9 @@ Number = int | fx.Node | tuple[fx.Node, int]
 def _known(number: Number) -> int | torch.SymInt:
     """A number as it was traced."""
     if isinstance(number, tuple):
-        return number[0].meta["val"].shape[number[1]]
+        node, d = number
+        size: int | torch.SymInt = node.meta["val"].shape[d]
+        return size
     return number.meta["val"] if isinstance(number, fx.Node) else number
 
 
@@ -200,7 +203,7 @@ class _Segment:
     def expressions(self) -> list[Size]:
         return [size_of(_known(n)) for n in self.numbers]
 
-    def arguments(self, node: fx.Node, number: Callable[[Any], Any]) -> tuple[tuple, dict]:
+    def arguments(self, node: fx.Node, number: Callable[[Any], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of a node, with ``number`` of each that may differ in its place."""
 
         def walk(value: Any, size: bool) -> Any:
@@ -233,7 +236,7 @@ def _takes_size(target: Any, place: int | str) -> bool:
 
 def _region(gm: fx.GraphModule, segments: list[_Segment]) -> tuple[Region, list[list[Number]]]:
     """The region of some segments that are alike, and the operands of each."""
-    index: dict[tuple, Symbol] = {}
+    index: dict[tuple[Any, ...], Symbol] = {}
     first_at: list[int] = []
     known: list[int | Symbol] = []
     for i, vector in enumerate(zip(*(s.expressions for s in segments), strict=True)):
@@ -267,7 +270,7 @@ def _body(segment: _Segment, results: list[int], symbols: int, known: Iterator[i
     for node in segment.nodes:
         arguments = segment.arguments(node, number)
         args, kwargs = fx.node.map_arg(arguments, lambda n: env.get(n, n))
-        env[node] = graph.call_function(node.target, args, kwargs)
+        env[node] = graph.call_function(function_of(node), args, kwargs)
         env[node].meta = {k: v for k, v in node.meta.items() if k not in ("val", "tensor_meta", SEGMENT)}
     graph.output(tuple(env[segment.nodes[i]] for i in results))
     return graph
@@ -276,11 +279,12 @@ def _body(segment: _Segment, results: list[int], symbols: int, known: Iterator[i
 def _outer(
     graph: fx.Graph,
     segments: list[_Segment],
-    keys: list[tuple],
+    keys: list[tuple[Any, ...]],
     regions: Sequence[Region],
     operands: Sequence[list[list[Number]]],
 ) -> fx.Graph:
-    outer, env = fx.Graph(), {}
+    outer = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
     inside = set().union(*(s.own for s in segments))
 
     def number(value: Number) -> Any:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
-from torch import Tensor, fx
+from torch import fx
+from torch._ops import OpOverload
 
 from mctf_compile.passes.rules import schema_arguments
 
@@ -16,11 +18,12 @@ Replacement = Callable[[fx.Node], "str | None"]
 NOT_TAKEN = "the kernel does not take its operands"
 
 
-def values(*nodes: fx.Node | None) -> list[Tensor | None]:
+def values(*nodes: fx.Node | None) -> list[Any]:
+    """The traced tensors of operands, None for one that is not there."""
     return [None if n is None else n.meta["val"] for n in nodes]
 
 
-def call(like: fx.Node, target: object, args: tuple, value: object) -> fx.Node:
+def call(like: fx.Node, target: Callable[..., Any], args: tuple[Any, ...], value: object) -> fx.Node:
     """A new call in the place of ``like``, in the same block."""
     node = like.graph.call_function(target, args)
     node.meta = {**like.meta, "val": value}
@@ -28,20 +31,22 @@ def call(like: fx.Node, target: object, args: tuple, value: object) -> fx.Node:
 
 
 def item(several: fx.Node, i: int) -> fx.Node:
+    """The ``i``-th result of a call that has several."""
     return call(several, operator.getitem, (several, i), several.meta["val"][i])
 
 
 def items(node: fx.Node) -> dict[int, fx.Node]:
     """The results of a node that has several, by their number."""
-    return {user.args[1]: user for user in node.users}
+    return {cast(int, user.args[1]): user for user in node.users}
 
 
 def replace(old: fx.Node, new: fx.Node) -> None:
+    """``new`` is read in the place of ``old``, which goes."""
     old.replace_all_uses_with(new)
     old.graph.erase_node(old)
 
 
-def by_the_same_operands(target: object, supported: Callable[[dict], bool]) -> Replacement:
+def by_the_same_operands(target: OpOverload, supported: Callable[[dict[str, Any]], bool]) -> Replacement:
     """By an operator of the same operands and results; ``supported`` is asked by their names."""
 
     def put(node: fx.Node) -> str | None:

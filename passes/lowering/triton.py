@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import Any
 
 import torch
 from torch import fx
@@ -49,16 +50,16 @@ def replacements(gradients: bool) -> dict[object, Replacement]:
     from mctf_compile.kernels.pooling import triton as pooling
     from mctf_compile.kernels.unmerge import triton as unmerge
 
-    def match(args: dict) -> bool:
+    def match(args: dict[str, Any]) -> bool:
         return matching.supported(*values(args["x"]))
 
-    def group(args: dict) -> bool:
+    def group(args: dict[str, Any]) -> bool:
         return pooling.supported_group(*values(args["raw"], args["size"]))
 
-    def pool(args: dict) -> bool:
+    def pool(args: dict[str, Any]) -> bool:
         return pooling.supported(*values(args["x"], args["weight"]))
 
-    def unmerged(args: dict) -> bool:
+    def unmerged(args: dict[str, Any]) -> bool:
         return unmerge.supported(*values(args["y"]))
 
     return {
@@ -76,9 +77,10 @@ def _attention(node: fx.Node) -> str | None:
 
     args = schema_arguments(node)
     operands = [args[name] for name in ("q", "k", "v", "log_size", "bias")]
-    if not supported(*values(*operands[:3]), args["dropout_p"]):
+    q, k, v = values(*operands[:3])
+    if not supported(q, k, v, args["dropout_p"]):
         return NOT_TAKEN
-    out, q = node.meta["val"], operands[0].meta["val"]
+    out = node.meta["val"]
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     both = call(node, mctf.attention_triton.default, (*operands, args["scale"]), (out, lse))
     replace(node, item(both, 0))
@@ -103,7 +105,8 @@ def _importance(node: fx.Node) -> str | None:
     if readers is None or not supported(q, k, None):
         return NOT_TAKEN
     for of_reader in map(schema_arguments, readers):
-        if not supported_ahead(q, k, *values(of_reader["v"], of_reader["weight"]), of_reader["dropout_p"]):
+        v, weight = values(of_reader["v"], of_reader["weight"])
+        if not supported_ahead(q, k, v, weight, of_reader["dropout_p"]):
             return NOT_TAKEN
 
     value = node.meta["val"][0], q.new_empty(q.shape[:3], dtype=torch.float32)

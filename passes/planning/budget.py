@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from mctf_compile.errors import ConfigError
+from mctf_compile.narrowing import present
 from mctf_compile.options.schedule import GMACS, LATENCY, SPEEDUP, Target, least, spread
 from mctf_compile.passes.axes import hint_of
 from mctf_compile.passes.pipeline import State, graph_pass
@@ -35,24 +36,24 @@ def run(state: State) -> str | None:
 
 
 def settle(state: State) -> None:
-    """Put into ``state.findings`` the ``r`` that meets the target, and the blocks where fusing takes longer than it
-    saves, as far as the options ask for either.
+    """Put into ``state.findings`` what the options leave open, as far as they ask for it.
 
-    ``state`` has an adjustable result. Raises ``ConfigError`` for a target out of reach.
+    That is the ``r`` that meets the target, and the blocks where fusing takes longer than it saves. ``state`` has an
+    adjustable result. Raises ``ConfigError`` for a target out of reach.
     """
-    macs = macs_by_counts(state.result, state.counts)
-    clock = state.clock(state) if state.config.by_running else None
+    macs = macs_by_counts(present(state.result), present(state.counts))
+    clock = present(state.clock)(state) if state.config.by_running else None
     target, profit = state.unsolved, state.config.lowering.profit
     if target is not None:
         timed = target.quantity == LATENCY
-        found = _for_latency(state, target, clock, macs) if timed else _for_macs(state, target, macs)
+        found = _for_latency(state, target, present(clock), macs) if timed else _for_macs(state, target, macs)
         if isinstance(found, str):
-            _decline(state, {b.index: found for b in state.plan.fusing})
+            _decline(state, {b.index: found for b in present(state.plan).fusing})
             return
         state.findings = replace(state.findings, r=tuple(found.r), met=found.met)
     if profit == "off":
         return
-    costs = nominal(state.plan.fusing) if profit == "model" else measured(state, clock, macs)
+    costs = nominal(present(state.plan).fusing) if profit == "model" else measured(state, present(clock), macs)
     declined = unprofitable(state, macs, costs)
     if declined:
         _decline(state, declined)
@@ -75,7 +76,7 @@ class Solution:
 
 def _for_macs(state: State, target: Target, macs: Measure) -> Solution | str:
     """What meets a target in multiply-accumulates; why no block need fuse, where the dense graph does."""
-    dense = count_macs(state.normal)
+    dense = count_macs(present(state.normal))
     images = _images(state)
     goal = {GMACS: lambda: target.value * 1e9 * images, SPEEDUP: lambda: dense / target.value}[target.quantity]()
     if dense <= goal:
@@ -83,8 +84,9 @@ def _for_macs(state: State, target: Target, macs: Measure) -> Solution | str:
     found = solve(state, lambda left: macs(left) <= goal)
     if found is None:
         reached = macs(tokens_left(state, requests=everything(state)))
+        name = present(state.plan).method.name
         raise ConfigError(
-            f"target={str(target)!r} is out of reach: the most tokens that method {state.plan.method.name!r} can "
+            f"target={str(target)!r} is out of reach: the most tokens that method {name!r} can "
             f"remove leave {reached / images / 1e9:.3f} GMACs per image, {dense / reached:.2f}x fewer."
         )
     return Solution(found, str(target))
@@ -93,7 +95,7 @@ def _for_macs(state: State, target: Target, macs: Measure) -> Solution | str:
 def _for_latency(state: State, target: Target, clock: Clock, macs: Measure) -> Solution | str:
     """As ``_for_macs``, for a latency: time is about linear in multiply-accumulates."""
     goal = target.value / 1e3
-    none, most = ([0] * len(state.blocks), everything(state))
+    none, most = ([0] * len(present(state.blocks)), everything(state))
     lefts = [tokens_left(state, requests=r) for r in (none, most)]
     dense, slow, fast = clock.seconds(None, *lefts)
     if dense <= goal:
@@ -101,13 +103,17 @@ def _for_latency(state: State, target: Target, clock: Clock, macs: Measure) -> S
     if fast > goal:
         raise ConfigError(
             f"target={str(target)!r} is out of reach: with the most tokens that method "
-            f"{state.plan.method.name!r} can remove, a call takes {1e3 * fast:.2f} ms."
+            f"{present(state.plan).method.name!r} can remove, a call takes {1e3 * fast:.2f} ms."
         )
     high, low = map(macs, lefts)
     per_mac = max(slow - fast, 0.0) / max(high - low, 1)
     best, taken, offset = most, fast, fast - per_mac * low
     for _ in range(ATTEMPTS):
-        found = solve(state, lambda left, offset=offset: offset + per_mac * macs(left) <= goal) or most
+
+        def meets(left: Sequence[int], offset: float = offset) -> bool:
+            return offset + per_mac * macs(left) <= goal
+
+        found = solve(state, meets) or most
         left = tokens_left(state, requests=found)
         (seconds,) = clock.seconds(left)
         if seconds <= goal and sum(found) < sum(best):
@@ -120,16 +126,16 @@ def _for_latency(state: State, target: Target, clock: Clock, macs: Measure) -> S
 
 def solve(state: State, meets: Callable[[Sequence[int]], bool]) -> list[int] | None:
     """The evenest removal per block, of the fewest tokens in all, that meets a goal; None where none does."""
-    per_tower = max(sum(b.tower == t for b in state.plan.fusing) for t in range(len(state.towers)))
+    per_tower = max(sum(b.tower == t for b in present(state.plan).fusing) for t in range(len(present(state.towers))))
     total = least(lambda k: meets(tokens_left(state, requests=evenly(state, k))), most_of_any(state) * per_tower)
     return None if total is None else evenly(state, total)
 
 
 def evenly(state: State, total: int) -> list[int]:
     """``total`` tokens spread over the fusing blocks of each tower, by block: towers that are alike get the same."""
-    requests = [0] * len(state.blocks)
-    for t, tower in enumerate(state.towers):
-        fusing = [b.number for b in state.plan.fusing if b.tower == t]
+    requests = [0] * len(present(state.blocks))
+    for t, tower in enumerate(present(state.towers)):
+        fusing = [b.number for b in present(state.plan).fusing if b.tower == t]
         for i, request in zip(tower.blocks, spread(total, fusing, len(tower.blocks))):
             requests[i] = request
     return requests
@@ -137,22 +143,24 @@ def evenly(state: State, total: int) -> list[int]:
 
 def most_of_any(state: State) -> int:
     """As many tokens as no block can remove more of."""
-    return max(b.tokens_in for b in state.plan.fusing) // 2
+    return max(present(b.tokens_in) for b in present(state.plan).fusing) // 2
 
 
 def everything(state: State) -> list[int]:
     """A request that every block can but fall short of."""
-    fusing, most = {b.index for b in state.plan.fusing}, most_of_any(state)
-    return [most if i in fusing else 0 for i in range(len(state.blocks))]
+    fusing, most = {b.index for b in present(state.plan).fusing}, most_of_any(state)
+    return [most if i in fusing else 0 for i in range(len(present(state.blocks)))]
 
 
 def _images(state: State) -> int:
     """The number of images in a batch."""
-    block = state.plan.fusing[0].block
-    alone = [d for d, dim in enumerate(state.axes.of(block.entry)) if dim == block.tokens.batch]
-    if alone and block.tokens.batch:
-        return hint_of(block.entry.meta["val"].shape[alone[0]])
-    sizes = [axis.size for axis in block.tokens.batch]
+    block = present(state.plan).fusing[0].block
+    entry, batch = present(block.entry), present(block.tokens).batch
+    alone = [d for d, dim in enumerate(present(state.axes).of(entry)) if dim == batch]
+    if alone and batch:
+        images: int = hint_of(entry.meta["val"].shape[alone[0]])
+        return images
+    sizes = [axis.size for axis in batch]
     if not all(isinstance(size, int) for size in sizes):
         raise ConfigError(
             "the number of images is symbolic and shares a dimension with others, so gmacs per image "

@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import fx
 
 from mctf_compile.kernels.device import device_of
+from mctf_compile.narrowing import present
 from mctf_compile.passes.axes import hint_of
 from mctf_compile.passes.pipeline import State
 from mctf_compile.passes.planning.plan import PlannedBlock, make_plan, tokens_left
@@ -43,12 +44,12 @@ CALLS, STREAM_PASSES, MAP_PASSES = 12, 6, 2
 
 def nominal(blocks: Sequence[PlannedBlock]) -> Costs:
     """Costs from the kind of device and the shapes."""
-    kind = blocks[0].block.entry.meta["val"].device
+    kind = present(blocks[0].block.entry).meta["val"].device
     device = device_of(kind)
     fusion = {}
     for planned in blocks:
-        share = (planned.tokens_in or 0) / planned.block.tokens.total
-        traffic = STREAM_PASSES * share * _bytes(planned.block.entry) + MAP_PASSES * share**2 * _map_bytes(planned)
+        share, entry = (planned.tokens_in or 0) / present(planned.block.tokens).total, present(planned.block.entry)
+        traffic = STREAM_PASSES * share * _bytes(entry) + MAP_PASSES * share**2 * _map_bytes(planned)
         fusion[planned.index] = CALLS / device.calls + traffic / (device.bytes * device.threads)
     return Costs(1 / (device.macs * device.threads), fusion, f"estimated for {kind.type}")
 
@@ -58,19 +59,20 @@ def _bytes(node: fx.Node) -> float:
     size = value.element_size()
     for s in value.shape:
         size *= hint_of(s)
-    return size
+    return float(size)
 
 
 def _map_bytes(planned: PlannedBlock) -> float:
     """Of the attention map over the original tokens."""
     query = planned.block.attention.query
-    return _bytes(query) / hint_of(query.meta["val"].shape[-1]) * planned.block.tokens.total
+    width: int = hint_of(query.meta["val"].shape[-1])
+    return _bytes(query) / width * present(planned.block.tokens).total
 
 
 def measured(state: State, clock: Clock, macs: Measure) -> Costs:
     """Costs from three runs: dense, with fusions of no token, and as planned."""
-    fusing = state.plan.fusing
-    lefts = [tokens_left(state, requests=r) for r in ([0] * len(state.blocks), state.findings.r)]
+    fusing = present(state.plan).fusing
+    lefts = [tokens_left(state, requests=r) for r in ([0] * len(present(state.blocks)), state.findings.r)]
     dense, none, planned = clock.seconds(None, *lefts)
     more, fewer = map(macs, lefts)
     each = max(none - dense, 0.0) / len(fusing)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import sympy
 import torch
@@ -14,6 +14,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from mctf_compile.compat import WatchedShapeEnv
 from mctf_compile.errors import ConfigError
+from mctf_compile.narrowing import present
 from mctf_compile.passes.axes import hint_of
 
 
@@ -70,7 +71,7 @@ class Counts:
         expression = size.node.expr
         for symbol in sorted(expression.free_symbols, key=str):
             if symbol not in self._of:
-                known = size.node.shape_env.create_symintnode(symbol, hint=None)
+                known = present(size.node.shape_env).create_symintnode(symbol, hint=None)
                 self._of[symbol] = new_symbol(self.env, str(symbol), hint_of(known))
         replaced = {old: new.node.expr for old, new in self._of.items()}
         return self.env.create_symintnode(expression.subs(replaced), hint=hint_of(size))
@@ -83,4 +84,4 @@ def new_symbol(env: ShapeEnv, name: str, hint: int, small: bool = False) -> SymI
     symbol = env.create_symbol(
         hint, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None, do_not_specialize_zero_one=small
     )
-    return env.create_symintnode(symbol, hint=hint, source=source)
+    return cast(SymInt, env.create_symintnode(symbol, hint=hint, source=source))

@@ -20,7 +20,8 @@ from mctf_compile.passes.planning.segments import SEGMENT, owners, segments
 
 
 def _attention_flops(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
-    return sdpa_flop_count(q, k, v)
+    flops: int = sdpa_flop_count(q, k, v)
+    return flops
 
 
 # The counter of older releases does not know attention on the CPU.
@@ -46,7 +47,7 @@ def macs_by_block(
     """
     numbers, owner = segments(before.graph, blocks), owners(before.graph, blocks)
     dense = _totals(before, lambda node: owner.get(numbers[node]))
-    fused = dense if after is None else _totals(after, lambda node: owner.get(node.meta.get(SEGMENT)))
+    fused = dense if after is None else _totals(after, lambda node: owner.get(node.meta.get(SEGMENT, -1)))
     known = set(owner.values())
     return [(dense[i] // 2, fused[i] // 2) if i in known else None for i in range(len(blocks))]
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from typing import cast
 
 from torch import Tensor, fx
 
 from mctf_compile.errors import ConfigError
 from mctf_compile.methods import Count, Merging, Method, Need, Site
 from mctf_compile.methods.base import OF_CLASS_TOKEN
+from mctf_compile.narrowing import present
 from mctf_compile.options.schedule import NOT_CHOSEN, PerBlock, Removal
 from mctf_compile.passes.analysis.projections import Projection
 from mctf_compile.passes.analysis.structure import Block, Mask, Tower
@@ -26,8 +28,8 @@ def run(state: State) -> None:
     counted = state.adjustable or state.unsettled
     method, requests = state.config.method, state.findings.r
     if counted:
-        method, requests = typical(method, state.blocks, state.towers), None
-    relaxed = any(o.state == "training" for o in state.observations)
+        method, requests = typical(cast(Merging, method), present(state.blocks), present(state.towers)), None
+    relaxed = any(o.state == "training" for o in present(state.observations))
     state.plan = make_plan(state, method, requests, relaxed, counted)
 
 
@@ -61,7 +63,7 @@ class PlannedBlock:
 
     @property
     def removed(self) -> int:
-        return 0 if self.reason is not None else self.tokens_in - self.tokens_out
+        return 0 if self.reason is not None else present(self.tokens_in) - present(self.tokens_out)
 
     def own(self, of_keys: Tensor) -> Tensor:
         """What [B, N, ...] of the keys says of the residual stream's tokens, which other streams' may stand beside."""
@@ -98,7 +100,7 @@ def make_plan(
     get the original tokens back before they run.
     Raises ``ConfigError`` where options of the method do not fit the blocks.
     """
-    blocks, towers = state.blocks, state.towers
+    blocks, towers = present(state.blocks), present(state.towers)
     able = [b for b in blocks if b.problem is None]
     if Need.LEARNED in method.needs and able and all(b.learned is None for b in able):
         raise ConfigError(
@@ -110,7 +112,7 @@ def make_plan(
     for number, tower in enumerate(towers):
         own = method
         if requests is not None:
-            own = replace(method, r=[requests[i] for i in tower.blocks], target=None)
+            own = replace(cast(Merging, method), r=[requests[i] for i in tower.blocks], target=None)
         planner = _TowerPlanner(state, own, number, tower, adjustable)
         planned.update((block.index, block) for block in map(planner.plan, range(len(tower.blocks))))
     return Plan(method, [planned[i] for i in range(len(blocks))], relaxed)
@@ -120,7 +122,7 @@ class _TowerPlanner:
     """Plans the blocks of one tower, in order; what they leave is what the next ones get."""
 
     def __init__(self, state: State, method: Method, number: int, tower: Tower, adjustable: bool) -> None:
-        self.blocks, self.axes, self.findings = state.blocks, state.axes, state.findings
+        self.blocks, self.axes, self.findings = present(state.blocks), present(state.axes), state.findings
         self.method, self.number, self.tower, self.adjustable = method, number, tower, adjustable
         self.depth = len(tower.blocks)
         self.chosen = {i for i in method.acts_on(self.depth) if i < self.depth}
@@ -140,23 +142,24 @@ class _TowerPlanner:
         if reason is not None:
             size = self._size(block)
             return replace(planned, tokens_in=size, tokens_out=size, reason=reason)
-        (place,) = places(self.axes.of(block.entry), block.tokens)
+        entry, axis = present(block.entry), present(block.tokens)
+        (place,) = present(places(self.axes.of(entry), axis))
         if index in findings.whole:
-            self.counts[block.tokens.body] = block.tokens.size
-        body = self.counts.setdefault(block.tokens.body, block.tokens.size)
+            self.counts[axis.body] = axis.size
+        body = self.counts.setdefault(axis.body, axis.size)
         tokens = place.lead + body + place.tail
-        lead = place.lead if self.method.protected == "auto" else self.method.protected
+        lead = place.lead if isinstance(self.method.protected, str) else self.method.protected
         # Padding may leave one token of either kind without a partner of its own.
         spare = 2 if block.mask is Mask.TOKENS else 0
-        outcome = self._removal(number, Count(tokens, lead + place.tail, block.tokens.size + place.lead - lead, spare))
+        outcome = self._removal(number, Count(tokens, lead + place.tail, axis.size + place.lead - lead, spare))
         if outcome.r == 0 and not outcome.acts and not (self.adjustable and number in self.chosen):
             reason = outcome.note
-        elif block.entry in self.entries:
-            reason = f"reads the same tokens as block {self.entries[block.entry]}, which fuses them"
+        elif entry in self.entries:
+            reason = f"reads the same tokens as block {self.entries[entry]}, which fuses them"
         if reason is None:
-            self.entries[block.entry] = number
+            self.entries[entry] = number
             if self.method.site is not Site.AROUND:
-                self.counts[block.tokens.body] = body - outcome.r
+                self.counts[axis.body] = body - outcome.r
         left = tokens if reason is not None else tokens - outcome.r
         notes = [outcome.note, _exposed(block, self.method)]
         return replace(
@@ -167,8 +170,8 @@ class _TowerPlanner:
             note="; ".join(n for n in notes if n) or None,
             lead=lead,
             tail=place.tail,
-            first=block.tokens.lead - place.lead,
-            last=block.tokens.tail - place.tail,
+            first=axis.lead - place.lead,
+            last=axis.tail - place.tail,
         )
 
     def _removal(self, number: int, count: Count) -> Removal:
@@ -194,7 +197,7 @@ def tokens_left(state: State, method: Method | None = None, requests: Sequence[i
     ``method`` and ``requests``: as for ``make_plan``; those of the options where None.
     """
     blocks = make_plan(state, method or state.config.method, requests, adjustable=True).blocks
-    return [blocks[b.index].tokens_out for b in state.plan.fusing]
+    return [present(blocks[b.index].tokens_out) for b in present(state.plan).fusing]
 
 
 def typical(method: Merging, blocks: Sequence[Block], towers: Sequence[Tower]) -> Merging:
@@ -220,11 +223,12 @@ def _check_layers(method: Method, blocks: Sequence[Block], towers: Sequence[Towe
     beyond = [i for i in method.layers or () if depths and i >= depths[-1]]
     if beyond:
         has = f"the model has {depths[-1]}" if len(towers) == 1 else f"the deepest of its towers has {depths[-1]}"
-        raise ConfigError(f"layers={list(method.layers)}: block {beyond[0]} does not exist; {has}.")
-    if len(depths) > 1 and isinstance(getattr(method, "r", None), PerBlock):
+        raise ConfigError(f"layers={list(method.layers or ())}: block {beyond[0]} does not exist; {has}.")
+    r = getattr(method, "r", None)
+    if len(depths) > 1 and isinstance(r, PerBlock):
         named = ", ".join(f"{tower.module or 'one'} of {len(tower.blocks)} blocks" for tower in free)
         raise ConfigError(
-            f"r is a list of {len(method.r)} entries, and the model has towers of several depths "
+            f"r is a list of {len(r)} entries, and the model has towers of several depths "
             f"({named}); give a number, or choose towers of one depth with modules=..."
         )
 
@@ -242,21 +246,22 @@ def _left_out(block: Block, modules: Sequence[str] | None) -> str | None:
 
 def _exposed(block: Block, method: Method) -> str | None:
     """What a user should know who leaves a prefix token unprotected that the model reads by its place."""
-    if not block.tokens.positional:
+    if not present(block.tokens).positional:
         return None
     return f"protected={method.protected} lets prefix tokens be fused; position 0 may then hold another token"
 
 
 def _unmet(block: Block, axes: Axes, method: Method) -> str | None:
     """What a method needs of a block that it does not have."""
-    (place,) = places(axes.of(block.entry), block.tokens)
-    lead = place.lead if method.protected == "auto" else method.protected
+    tokens = present(block.tokens)
+    (place,) = present(places(axes.of(present(block.entry)), tokens))
+    lead = place.lead if isinstance(method.protected, str) else method.protected
     if OF_CLASS_TOKEN & set(method.needs) and not lead:
         hint = f" ({method.hint})" if method.hint else ""
         return f"method {method.name!r} reads the class token, and there is none before these tokens{hint}"
     if Need.LEARNED in method.needs and block.learned is None:
         return f"method {method.name!r} has no module at this block"
-    if Need.LEARNED in method.needs and len(places(axes.of(block.learned), block.tokens) or ()) != 1:
+    if Need.LEARNED in method.needs and len(places(axes.of(present(block.learned)), tokens) or ()) != 1:
         return f"the module of method {method.name!r} does not tell the tokens of this block apart"
     return None
 
@@ -273,6 +278,6 @@ def _unsupported(block: Block, axes: Axes) -> str | None:
         return "causal attention needs the order of the original tokens"
     if args.get("enable_gqa"):
         return "grouped-query attention is not fused"
-    if head_layout(axes.of(site.query), block.tokens) is None:
+    if head_layout(axes.of(site.query), present(block.tokens)) is None:
         return "attention numbers its images otherwise than the residual stream does (windows or frames)"
     return None

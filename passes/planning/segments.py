@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
+from mctf_compile.narrowing import present
 from mctf_compile.passes.analysis.structure import Block
 
 aten = torch.ops.aten
@@ -21,7 +22,8 @@ LAYOUT = {aten.view, aten.reshape, aten._unsafe_view, aten.permute, aten.transpo
 def ends(blocks: Sequence[Block]) -> set[fx.Node]:
     """The nodes behind which a graph is cut: the residual streams that blocks read, and those that they leave."""
     entries = {block.entry for block in blocks}
-    return (entries | {block.exit for block in blocks} | {left(block, entries) for block in blocks}) - {None}
+    found = entries | {block.exit for block in blocks} | {left(block, entries) for block in blocks}
+    return {node for node in found if node is not None}
 
 
 def left(block: Block, entries: set[fx.Node | None]) -> fx.Node | None:
@@ -66,10 +68,11 @@ def owners(graph: fx.Graph, blocks: Sequence[Block]) -> dict[int, int]:
 
     A part of two blocks (parallel ones read one stream) is the first one's.
     """
-    numbers, found = segments(graph, blocks), {}
+    numbers = segments(graph, blocks)
+    found: dict[int, int] = {}
     entries = {block.entry for block in blocks}
     for index, block in enumerate(blocks):
         if block.entry is not None:
-            for number in range(numbers[block.entry] + 1, numbers[left(block, entries)] + 1):
+            for number in range(numbers[block.entry] + 1, numbers[present(left(block, entries))] + 1):
                 found.setdefault(number, index)
     return found

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from mctf_compile.errors import Declined
+from mctf_compile.narrowing import operator_of, present
 from mctf_compile.passes.analysis.reasons import name_of, regrouped
 from mctf_compile.passes.axes import Dims, Place, Tokens, has_batch, mentions, places
 from mctf_compile.passes.rewriting.stream import Stream, Value
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 # Operators that leave attention weights what they are, up to scaling or layout.
-MASS_KEEPING: set[Callable] = {
+MASS_KEEPING: set[Callable[..., Any]] = {
     aten.dropout,
     aten.to,
     aten._to_copy,
@@ -50,14 +51,15 @@ class FusedCall:
         self.rewriter, self.rule, self.node = rewriter, rule, node
         self.stream, self.generation, self.env = stream, generation, env
         self.call: Call = rewriter.axes.call(node)
-        self.args, self.target = self.call.args, node.target
-        self.packet = node.target.overloadpacket
+        self.args, self.target = self.call.args, operator_of(node)
+        self.packet = self.target.overloadpacket
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the (first) result."""
         value = self.node.meta["val"]
-        return (value[0] if isinstance(value, (tuple, list)) else value).dtype
+        dtype: torch.dtype = (value[0] if isinstance(value, (tuple, list)) else value).dtype
+        return dtype
 
     @property
     def tokens(self) -> Tokens:
@@ -202,7 +204,7 @@ class FusedCall:
 
         args, kwargs = fx.node.map_arg((self.node.args, self.node.kwargs), operand)
         if self.rule.resized is not None:
-            result = self._resize(args, shapes[0], all_dims[0])
+            result = self._resize(args, present(shapes[0]), all_dims[0])
         else:
             result = self.target(*args, **kwargs)
         results = result if isinstance(result, (tuple, list)) else [result]
@@ -223,25 +225,28 @@ class FusedCall:
             return value.mass
         return len(out[0]) - 1 if last else None
 
-    def _resize(self, args: tuple, shape: list[Any], dims: Dims) -> Tensor:
+    def _resize(self, args: tuple[Any, ...], shape: list[Any], dims: Dims) -> Tensor:
         """Reshape or expand to ``shape``; sizes that hold no tokens stay as the program computes them."""
-        x = args[0]
+        x: Tensor = args[0]
+        given: Any
         if self.rule.resized == "size":
             given = args[1] if isinstance(args[1], (list, tuple)) else list(shape)
-            touched = {d for p in places(dims, self.tokens) for d in (p.dim, *p.rest)}
-            return torch.ops.aten.expand(x, [shape[d] if d in touched else s for d, s in enumerate(given)])
+            touched = {d for p in present(places(dims, self.tokens)) for d in (p.dim, *p.rest)}
+            x = torch.ops.aten.expand(x, [shape[d] if d in touched else s for d, s in enumerate(given)])
+            return x
         unknown = [d for d, s in enumerate(shape) if not isinstance(s, int)]
         if len(unknown) > 1:
             given = args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else None
             if given is None:
                 raise Declined("a reshape with several symbolic sizes meets fused tokens")
-            touched = {d for p in places(dims, self.tokens) for d in (p.dim, *p.rest)}
+            touched = {d for p in present(places(dims, self.tokens)) for d in (p.dim, *p.rest)}
             shape = [s if isinstance(s, int) or d in touched else given[d] for d, s in enumerate(shape)]
             unknown = [d for d in unknown if d in touched or given[d] == -1]
             if len(unknown) > 1:
                 raise Declined("a reshape with several symbolic sizes meets fused tokens")
         target = [-1 if d in unknown else s for d, s in enumerate(shape)]
-        return torch.ops.aten.reshape(x, target)
+        x = torch.ops.aten.reshape(x, target)
+        return x
 
     def _check(self, got: Tensor, dims: Dims, index: int) -> None:
         """Raise ``Declined`` where a result is not what the original program makes, its token axes shrunk."""
@@ -279,6 +284,7 @@ class FusedCall:
 
 
 def flat_values(values: Any) -> list[Value]:
+    """The values among some, and those of the lists among them; other things are left out."""
     flat: list[Value] = []
     for value in values:
         if isinstance(value, Value):

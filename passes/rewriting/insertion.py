@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import ChainMap
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -13,6 +13,7 @@ from mctf_compile.errors import PassError
 from mctf_compile.kernels.library import working_dtype
 from mctf_compile.kernels.pooling.aten import index_of
 from mctf_compile.methods import Choice, Combine, Evidence, Need, Site
+from mctf_compile.narrowing import node_of, present
 from mctf_compile.passes.analysis.masks import MASKED
 from mctf_compile.passes.axes import Place, atoms, hint_of
 from mctf_compile.passes.planning.plan import PlannedBlock
@@ -98,34 +99,40 @@ class Insertion:
 
     def _stream(self, block: PlannedBlock) -> Stream:
         """The stream of a block's tokens; one of its own where nothing has fused them yet, or all came back."""
-        entry, value = block.block.entry, self._entry(block)
+        entry, value = present(block.block.entry), self._entry(block)
         if value.stream is not None:
             return value.stream
         if entry not in self.streams:
-            self.streams[entry] = Stream(block.block.tokens)
+            self.streams[entry] = Stream(present(block.block.tokens))
         return self.streams[entry]
 
     def _entry(self, block: PlannedBlock) -> Value:
-        return self.rewriter.env[block.block.entry]
+        value: Value = self.rewriter.env[present(block.block.entry)]
+        return value
 
     # Attention, and the reduction that belongs to it.
 
     def _attend(self, node: fx.Node, block: PlannedBlock) -> Value:
         """The value of a planned attention."""
-        site, entry = block.block.attention, block.block.entry
-        call = seen = None
+        site, entry = block.block.attention, present(block.block.entry)
+        call: FusedCall | None = None
+        seen: Map | None = None
+        value: Value
         if site.weights is None:
             stream, generation = self._stream(block), self._entry(block).generation
-            call = FusedCall(self.rewriter, find_rule(node.target), node, stream, generation, self.rewriter.env)
+            rule = present(find_rule(node.target))
+            call = FusedCall(self.rewriter, rule, node, stream, generation, self.rewriter.env)
             seen = self._look_at_operands(call, block)
         if self.plan.site is Site.BEFORE:
-            return self.rewriter.again(node, {entry: self._fuse(block, self._entry(block))})
+            value = self.rewriter.again(node, {entry: self._fuse(block, self._entry(block))})
+            return value
         if self.plan.site is Site.AROUND:
             return self._attend_chosen(node, block)
         if self.plan.site is Site.AHEAD:
             return self._attend_ahead(node, block, call, seen)
-        if seen is None:
-            return self.rewriter.evaluate(node, self.rewriter.env)
+        if seen is None or call is None:
+            value = self.rewriter.evaluate(node, self.rewriter.env)
+            return value
         # The map is there: its product with the values is all that is left of attention.
         v = call.intensive("value").tensor
         rows = torch.nn.functional.dropout(seen.weights, call.args["dropout_p"]) @ seen.layout.split(v)
@@ -133,13 +140,14 @@ class Insertion:
 
     def _attend_ahead(self, node: fx.Node, block: PlannedBlock, call: FusedCall | None, seen: Map | None) -> Value:
         """A' V: the values of the fused tokens under the map of the unfused ones."""
-        site, entry = block.block.attention, block.block.entry
+        site, entry = block.block.attention, present(block.block.entry)
         x = self._fuse(block, self._entry(block))
-        fusion = x.stream.fusions[-1]
-        v = x.stream.raise_to(self.rewriter.again(site.value, {entry: x}), x.generation)
-        if seen is not None:
+        stream = present(x.stream)
+        fusion = stream.fusions[-1]
+        v = stream.raise_to(self.rewriter.again(site.value, {entry: x}), x.generation)
+        if seen is not None and call is not None:
             keys = self._keys(call)
-            fusion = x.stream.fusion(x.generation, keys.lead, keys.tail)
+            fusion = stream.fusion(x.generation, keys.lead, keys.tail)
             out = torch.ops.mctf.ahead(
                 seen.weights,
                 seen.norm,
@@ -154,29 +162,32 @@ class Insertion:
             return Value(seen.layout.join(out, v.tensor), self.rewriter.axes.of(node), x.stream, x.generation)
         if fusion.combine is Combine.MAX:
             return self._attend_by_maxima(node, block, v)
-        repeated = x.stream.lower_to(v, x.generation - 1)
+        repeated = stream.lower_to(v, x.generation - 1)
         out = self.rewriter.evaluate(node, ChainMap({site.value: repeated}, self.rewriter.env))
-        return x.stream.raise_to(out, x.generation)
+        return stream.raise_to(out, x.generation)
 
     def _attend_by_maxima(self, node: fx.Node, block: PlannedBlock, v: Value) -> Value:
         """The pooled map itself times the values: maxima over rows are no linear map."""
         site = block.block.attention
         factor = next(n for n in node.all_input_nodes if n is not site.value)
-        weights = self.rewriter.env[factor]
+        weights, stream = self.rewriter.env[factor], present(v.stream)
         if weights.mass is None:
             # The keys of what multiplies the values run along its last dimension.
-            weights = v.stream.extensive(weights, len(weights.dims) - 1)
-        pooled = {site.value: v, factor: v.stream.pooled_map(weights)}
-        return self.rewriter.evaluate(node, ChainMap(pooled, self.rewriter.env))
+            weights = stream.extensive(weights, len(weights.dims) - 1)
+        pooled = {site.value: v, factor: stream.pooled_map(weights)}
+        value: Value = self.rewriter.evaluate(node, ChainMap(pooled, self.rewriter.env))
+        return value
 
     def _attend_chosen(self, node: fx.Node, block: PlannedBlock) -> Value:
         """Attention among the chosen tokens: their own query, key and value, which are computed already."""
         site = block.block.attention
         x = self._fuse(block, self._entry(block))
         operands = {n: self.rewriter.env[n] for n in (site.query, site.key, site.value)}
-        return self.rewriter.again(
-            node, {n: x.stream.raise_to(replace(v, stream=x.stream), x.generation) for n, v in operands.items()}
+        stream = present(x.stream)
+        value: Value = self.rewriter.again(
+            node, {n: stream.raise_to(replace(v, stream=stream), x.generation) for n, v in operands.items()}
         )
+        return value
 
     # What the method asked to see.
 
@@ -214,11 +225,13 @@ class Insertion:
 
     def _look_at_map(self, weights: Value, block: PlannedBlock) -> dict[str, Tensor]:
         """What a softmax over tokens tells, spelled out in the graph."""
-        needs, seen = set(self.plan.method.needs), {}
+        needs = set(self.plan.method.needs)
+        seen: dict[str, Tensor] = {}
         stream, site = self._stream(block), block.block.attention
-        dim = wrap(site.weights.args[1], len(weights.dims))
+        softmax = present(site.weights)
+        dim = wrap(cast(int, softmax.args[1]), len(weights.dims))
         keys = next(p for p in stream.places(weights.dims) if p.dim == dim)
-        logits = self.rewriter.env[site.weights.args[0]]
+        logits = self.rewriter.env[node_of(softmax.args[0])]
         if block.padded:
             seen["padding"] = self._masked(logits, keys, stream)
         if Need.KEYS in needs:
@@ -245,14 +258,15 @@ class Insertion:
         """[B, N, D] mean over heads of the keys, in any layout."""
         value = self.rewriter.env[site.key]
         (place,) = stream.places(value.dims)
-        shared = {atom for dim in self.rewriter.axes.of(site.product) for atom in atoms(dim)}
+        shared = {atom for dim in self.rewriter.axes.of(present(site.product)) for atom in atoms(dim)}
         tokens = value.dims[place.dim][len(place.before) : len(value.dims[place.dim]) - len(place.after)]
         # An axis that was cut into single positions has no atoms.
         own = {*stream.tokens.batch, *atoms(stream.tokens.batch), *tokens, *atoms(tokens)}
         rest = [axis for dim in value.dims for axis in dim if not own & {axis, *atoms((axis,))}]
         x = stream.canonical(value, place).unflatten(2, [axis.size for axis in rest])
         heads = [i + 2 for i, axis in enumerate(rest) if shared & set(atoms((axis,)))]
-        return (x.mean(heads) if heads else x).flatten(2)
+        mean: Tensor = (x.mean(heads) if heads else x).flatten(2)
+        return mean
 
     def _masked(self, logits: Value, keys: Place, stream: Stream) -> Tensor:
         """Bool [B, N]: the tokens that no query may see, from the logits or from what is added to them."""
@@ -265,7 +279,7 @@ class Insertion:
         """What the method sees of the tokens [B, N, C] of a residual stream; of the keys, those that are among them."""
         seen = {name: block.own(t) for name, t in self._seen.get(block.index, {}).items()}
         if Need.LEARNED in self.plan.method.needs:
-            stream, learned = self._stream(block), self.rewriter.env[block.block.learned]
+            stream, learned = self._stream(block), self.rewriter.env[present(block.block.learned)]
             learned = stream.raise_to(learned, self._entry(block).generation)
             (place,) = stream.places(learned.dims)
             seen["learned"] = stream.canonical(learned, place)
@@ -275,8 +289,10 @@ class Insertion:
         return Evidence(tokens, size, block.lead, block.tail, block.number, block.depth, **seen)
 
     def _choose(self, evidence: Evidence, r: int) -> Choice:
-        """The method's choice. With padding the tokens are first sorted by kind, so that each kind is
-        spread over both sides of a bipartite matching and has partners of its own.
+        """The method's choice.
+
+        With padding the tokens are first sorted by kind, so that each kind is spread over both sides of a bipartite
+        matching and has partners of its own.
         """
         if evidence.padding is None:
             return self.plan.method.choose(evidence, r)
@@ -285,7 +301,8 @@ class Insertion:
         position = torch.arange(n, device=body.device).expand_as(evidence.padding)
         order = torch.cat([position[:, :lead], body, position[:, n - tail :]], 1)
         tensors = {f.name: t for f in fields(evidence) if isinstance(t := getattr(evidence, f.name), Tensor)}
-        choice = self.plan.method.choose(replace(evidence, **{n: _take(t, order) for n, t in tensors.items()}), r)
+        taken: dict[str, Any] = {n: _take(t, order) for n, t in tensors.items()}
+        choice = self.plan.method.choose(replace(evidence, **taken), r)
         weight = choice.weight
         if weight is not None:
             weight = torch.zeros_like(weight).scatter(1, order, weight)
@@ -304,32 +321,36 @@ class Insertion:
         fused = self._relax(block, x, evidence, place) if self.plan.relaxed else self._reduce(block, x, evidence, place)
         self.reductions.append(Reduction(block, stream, fused.generation, place, evidence))
         if self.plan.site in (Site.AHEAD, Site.BEFORE):
-            self.sources[stream, fused.generation] = block.block.entry
-            self.fused[block.block.entry] = fused
+            entry = present(block.block.entry)
+            self.sources[stream, fused.generation] = entry
+            self.fused[entry] = fused
         return fused
 
     def _reduce(self, block: PlannedBlock, x: Value, evidence: Evidence, place: Place) -> Value:
         """``x`` with fewer tokens."""
-        left = self.rewriter.left.get(block.index)
-        choice = self._choose(evidence, block.removed if left is None else evidence.x.shape[1] - left)
-        x.stream.fusions.append(self._fusion(choice, evidence, place))
-        fused = x.stream.raise_to(x, x.generation + 1)
+        left, stream = self.rewriter.left.get(block.index), present(x.stream)
+        # Where it is an input of the graph it is a SymInt, which methods take as they take an int.
+        r = block.removed if left is None else cast(int, evidence.x.shape[1] - left)
+        choice = self._choose(evidence, r)
+        stream.fusions.append(self._fusion(choice, evidence, place))
+        fused = stream.raise_to(x, x.generation + 1)
         if choice.gain is None:
             return fused
-        gain = x.stream.spread(choice.gain.to(fused.tensor.dtype), fused, place)
+        gain = stream.spread(choice.gain.to(fused.tensor.dtype), fused, place)
         return replace(fused, tensor=fused.tensor * gain)
 
     def _relax(self, block: PlannedBlock, x: Value, evidence: Evidence, place: Place) -> Value:
         """``x`` with all tokens, which count as the method says."""
-        relaxed = self.plan.method.relax(evidence, block.tokens_in, block.removed)
-        if relaxed.x is not None and (x.stream.batch_dim(x.dims), place.dim, len(x.dims)) != (0, 1, 3):
+        relaxed = self.plan.method.relax(evidence, present(block.tokens_in), block.removed)
+        stream = present(x.stream)
+        if relaxed.x is not None and (stream.batch_dim(x.dims), place.dim, len(x.dims)) != (0, 1, 3):
             raise PassError(f"method {self.plan.method.name!r} trains on residual streams [B, N, C] alone")
         nobody = evidence.size[:, :0].long()
         position = torch.arange(evidence.size.shape[1], device=nobody.device).expand(evidence.size.shape)
         order = position if relaxed.order is None else relaxed.order
         # A token that counts for nothing has a logarithm still, and a gradient.
         size = relaxed.size if relaxed.whole_to_itself else relaxed.size + torch.finfo(torch.float32).tiny
-        x.stream.fusions.append(
+        stream.fusions.append(
             Fusion(
                 order,
                 nobody,
@@ -344,7 +365,7 @@ class Insertion:
                 whole_to_itself=relaxed.whole_to_itself,
             )
         )
-        moved = x if relaxed.order is None else x.stream.raise_to(x, x.generation + 1)
+        moved = x if relaxed.order is None else stream.raise_to(x, x.generation + 1)
         return Value(moved.tensor if relaxed.x is None else relaxed.x, x.dims, x.stream, x.generation + 1)
 
     def _fusion(self, choice: Choice, evidence: Evidence, place: Place) -> Fusion:
@@ -376,7 +397,7 @@ class Insertion:
         return Fusion(
             choice.keep,
             choice.gone,
-            choice.into,
+            present(choice.into),
             index,
             weight,
             total,

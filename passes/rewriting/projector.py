@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from mctf_compile.narrowing import node_of, present
 from mctf_compile.passes.analysis.projections import Projection
 from mctf_compile.passes.analysis.structure import Block
 from mctf_compile.passes.analysis.token_axes import Axes
@@ -33,7 +34,7 @@ class Projector:
             node = stack.pop()
             if node in self.plan.projections:
                 found.add(node)
-            elif node not in seen and node > block.entry:
+            elif node not in seen and node > present(block.entry):
                 seen.add(node)
                 stack.extend(sources(node))
         return found
@@ -44,13 +45,13 @@ class Projector:
         ``first`` is the linear's operand before this block fused; of the fused tokens, v alone is wanted.
         """
         projection = self.plan.projections[node]
-        x = env[projection.linear.args[0]]
+        x = env[node_of(projection.linear.args[0])]
         start, stop = self._range(projection) if x is first else (projection.start, projection.stop)
         key = (projection.linear, x.tensor, start, stop)
         if key not in self._projected:
             weight, bias = (self._arg(projection.linear, i, env) for i in (1, 2))
             bias = None if bias is None else bias[start:stop]
-            self._projected[key] = torch.ops.aten.linear(x.tensor, weight[start:stop], bias)
+            self._projected[key] = torch.ops.aten.linear(x.tensor, present(weight)[start:stop], bias)
         out = self._projected[key]
         if (start, stop) != (projection.start, projection.stop):
             out = out[..., projection.start - start : projection.stop - start]
@@ -60,7 +61,8 @@ class Projector:
 
     def _arg(self, linear: fx.Node, i: int, env: Mapping[fx.Node, Any]) -> Tensor | None:
         node = linear.args[i] if len(linear.args) > i else linear.kwargs.get(("input", "weight", "bias")[i])
-        return None if node is None else env[node].tensor
+        tensor: Tensor | None = None if node is None else env[node_of(node)].tensor
+        return tensor
 
     def _range(self, projection: Projection) -> tuple[int, int]:
         """The output features to compute at once: this part, and q or k beside it."""

@@ -7,7 +7,7 @@ from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import SymInt, Tensor, fx
@@ -17,6 +17,7 @@ from torch.fx.traceback import set_current_meta
 from mctf_compile.errors import Declined
 from mctf_compile.kernels.library import without_autocast
 from mctf_compile.methods import Site
+from mctf_compile.narrowing import function_of, node_of, present
 from mctf_compile.passes.analysis.reasons import name_of
 from mctf_compile.passes.analysis.token_axes import Axes
 from mctf_compile.passes.axes import Dims, atoms, has_batch, mentions
@@ -39,15 +40,16 @@ Env = Mapping[fx.Node, Any]
 @graph_pass("rewrite", requires=("plan",), ensures=("result",))
 def run(state: State) -> str | None:
     state.counts = None
-    if (state.adjustable or state.unsettled) and not state.plan.relaxed:
-        state.counts = Counts(state.inputs, [b.tokens_out for b in state.plan.fusing])
-    outcome = rewrite_graph(state.normal, state.inputs, state.axes, state.plan, state.counts)
+    plan, normal = present(state.plan), present(state.normal)
+    if (state.adjustable or state.unsettled) and not plan.relaxed:
+        state.counts = Counts(state.inputs, [present(b.tokens_out) for b in plan.fusing])
+    outcome = rewrite_graph(normal, state.inputs, present(state.axes), plan, state.counts)
     state.result, state.unmerges = outcome.graph, outcome.unmerges
     known = state.findings
     declined = known.declined | outcome.wasted
-    if outcome.unmerges and not outcome.wasted and count_macs(state.result) >= count_macs(state.normal):
+    if outcome.unmerges and not outcome.wasted and count_macs(state.result) >= count_macs(normal):
         reason = "giving the original tokens back for later operators costs more than the fusion saves"
-        declined = declined | {block.index: reason for block in state.plan.fusing}
+        declined = declined | {block.index: reason for block in plan.fusing}
     state.findings = replace(known, declined=declined, whole=known.whole | outcome.whole)
     return None if state.findings == known else "plan"
 
@@ -169,7 +171,7 @@ class Rewriter:
             with set_current_meta(node):
                 self.insertion.begin(node)
             if node in cuts:
-                self.close(get_proxy_mode().tracer.graph)
+                self.close(present(get_proxy_mode()).tracer.graph)
         raise AssertionError("a graph without an output")
 
     def _emit(self, node: fx.Node) -> Any:
@@ -187,7 +189,7 @@ class Rewriter:
         A projection that is computed in parts is not, nor what takes it apart, nor values that attention one step
         ahead derives from the fused tokens.
         """
-        read = {b.block.learned for b in self.plan.fusing}
+        read = {b.block.learned for b in self.plan.fusing if b.block.learned is not None}
         sites = (b.block.attention for b in self.plan.fusing) if self.plan.site is Site.AHEAD else ()
         anew = {site.node: site.value for site in sites}
         for node in reversed(self.gm.graph.nodes):
@@ -213,7 +215,7 @@ class Rewriter:
         if isinstance(result, Tensor):
             return Value(result, self.axes.of(node) if node in self.axes.dims else ())
         if isinstance(result, (tuple, list)):
-            dims = self.axes.dims.get(node, [()] * len(result))
+            dims = cast(list[Dims], self.axes.dims.get(node, [()] * len(result)))
             return [
                 Value(r, self.axes.table.canonical_dims(d)) if isinstance(r, Tensor) else r
                 for r, d in zip(result, dims)
@@ -225,12 +227,12 @@ class Rewriter:
     def evaluate(self, node: fx.Node, env: Env) -> Any:
         """Run one node on the values of ``env``, in the youngest generation among them."""
         if node.op == "get_attr":
-            return self._dense(node, operator.attrgetter(node.target)(self.gm))
+            return self._dense(node, operator.attrgetter(cast(str, node.target))(self.gm))
         if node in self.plan.projections:
-            first = self.env[self.plan.projections[node].linear.args[0]]
+            first = self.env[node_of(self.plan.projections[node].linear.args[0])]
             return self._projector.evaluate(node, env, first)
-        if node.target is operator.getitem and isinstance(env.get(node.args[0]), list):
-            return env[node.args[0]][node.args[1]]
+        if node.target is operator.getitem and isinstance(env.get(cast(fx.Node, node.args[0])), list):
+            return env[node_of(node.args[0])][node.args[1]]
         operands = [env[n] for n in node.all_input_nodes]
         fused = [v for v in flat_values(operands) if v.generation]
         if not fused:
@@ -238,7 +240,7 @@ class Rewriter:
         try:
             if len({v.stream for v in fused}) > 1:
                 raise Declined("two token axes that are fused apart meet")
-            return self._run_fused(node, fused[0].stream, max(v.generation for v in fused), env)
+            return self._run_fused(node, present(fused[0].stream), max(v.generation for v in fused), env)
         except Declined as declined:
             self.unmerges.append(Unmerge(node, str(declined)))
             return self._run_dense(node, env)
@@ -246,7 +248,7 @@ class Rewriter:
     def _run_dense(self, node: fx.Node, env: Env) -> Any:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self._plain(env[n]))
         # Tokens that were given back lie elsewhere in memory than a view was made for.
-        target = aten.reshape.default if node.target is aten.view.default else node.target
+        target = aten.reshape.default if node.target is aten.view.default else function_of(node)
         return self._dense(node, target(*args, **kwargs))
 
     def _run_fused(self, node: fx.Node, stream: Stream, generation: int, env: Env) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from torch import Tensor
 from mctf_compile.errors import Declined
 from mctf_compile.kernels.pooling.aten import combine, index_of
 from mctf_compile.methods import Combine
-from mctf_compile.passes.axes import Dims, Place, Tokens, places, product
+from mctf_compile.narrowing import present
+from mctf_compile.passes.axes import Dim, Dims, Place, Tokens, places, product
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,10 @@ class Fusion:
     def pool(self, x: Tensor, dim: int) -> Tensor:
         """[B, ..., N, ...] -> [B, ..., M, ...] along ``dim``."""
         if self.combine is Combine.DROP:
-            return torch.ops.mctf.keep(x, self.keep, dim)
-        return torch.ops.mctf.pool(x, self.weight, self.keep, self.gone, self.into, dim)
+            pooled: Tensor = torch.ops.mctf.keep(x, self.keep, dim)
+        else:
+            pooled = torch.ops.mctf.pool(x, self.weight, self.keep, self.gone, self.into, dim)
+        return pooled
 
     def then(self, later: Fusion) -> Fusion:
         """This fusion and a later one that combines tokens in the same way, as one: a mean of means is a mean."""
@@ -64,7 +68,7 @@ class Fusion:
             gone=torch.cat([self.gone, self.keep.gather(1, later.gone)], 1),
             into=torch.cat([later.index.gather(1, self.into), later.into], 1),
             index=later.index.gather(1, self.index),
-            weight=None if self.weight is None else self.weight * later.weight.gather(1, self.index),
+            weight=None if self.weight is None else self.weight * present(later.weight).gather(1, self.index),
             conserves=self.conserves and later.conserves,
         )
 
@@ -206,7 +210,9 @@ class Stream:
             return value
 
         def unmerge(x: Tensor, dim: int, place: Place) -> Tensor:
-            return torch.ops.mctf.unmerge(x, self.map(value.generation, generation, place.lead, place.tail), dim)
+            index = self.map(value.generation, generation, place.lead, place.tail)
+            given_back: Tensor = torch.ops.mctf.unmerge(x, index, dim)
+            return given_back
 
         tensor = self._each_place(value, unmerge)
         if generation == 0:
@@ -277,7 +283,9 @@ class Stream:
         if joined == [1] * len(value.dims):
             return result
         # A dimension that is a product must be filled before its factors are joined.
-        expand, target, i = [], [], 0
+        expand: list[int] = []
+        target: list[int] = []
+        i = 0
         for d, count in enumerate(joined):
             together = range(i, i + count)
             whole = batch in together or token in together
@@ -339,13 +347,13 @@ class Stream:
                     tensor = tensor.unsqueeze(other)
         return replace(value, tensor=tensor)
 
-    def _pieces(self, value: Value, place: Place) -> tuple[list, list[int], int | None, int]:
+    def _pieces(self, value: Value, place: Place) -> tuple[list[Any], list[int], int | None, int]:
         """``value``'s shape with images and tokens in dimensions of their own.
 
         Returns the shape, how many of its entries each dimension became, and the entries of the images
         (None where there are none) and of the tokens.
         """
-        shape: list = []
+        shape: list[Any] = []
         joined: list[int] = []
         batch = token = None
         images = self.tokens.batch
@@ -366,7 +374,7 @@ class Stream:
                 shape.append(size)
                 joined.append(1)
                 continue
-            sizes: list = []
+            sizes: list[tuple[Any, str | None]] = []
             position = 0
             for a, b, kind in sorted(cuts):
                 if a > position:
@@ -380,10 +388,10 @@ class Stream:
             known = 1
             for s, _ in sizes:
                 known = known * s if s is not None else known
-            for s, kind in sizes:
-                if kind == "batch":
+            for s, held in sizes:
+                if held == "batch":
                     batch = len(shape)
-                if kind == "token":
+                if held == "token":
                     token = len(shape)
                 shape.append(size // known if s is None else s)
             joined.append(len(sizes))
@@ -402,7 +410,7 @@ def _regrid(tensor: Tensor, place: Place, dims: Dims) -> Tensor:
     return tensor.movedim(tuple(range(d + 1, d + 1 + width)), place.rest)
 
 
-def _static(axes: tuple) -> int:
+def _static(axes: Dim) -> int:
     """The size of axes that stand beside images or tokens in one dimension."""
     size = 1
     for axis in axes:

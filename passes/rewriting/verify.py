@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
 from mctf_compile.errors import PassError
+from mctf_compile.narrowing import present
 from mctf_compile.passes.axes import size_of
 from mctf_compile.passes.pipeline import State, graph_pass
 from mctf_compile.passes.planning.counts import Counts
@@ -13,7 +16,7 @@ from mctf_compile.passes.planning.counts import Counts
 
 @graph_pass("verify", requires=("result",))
 def run(state: State) -> None:
-    verify(state.normal, state.current, state.counts)
+    verify(present(state.normal), state.current, state.counts)
 
 
 def verify(before: fx.GraphModule, after: fx.GraphModule, counts: Counts | None = None) -> None:
@@ -37,9 +40,9 @@ def verify(before: fx.GraphModule, after: fx.GraphModule, counts: Counts | None 
                 )
 
 
-def _outputs(gm: fx.GraphModule) -> list:
+def _outputs(gm: fx.GraphModule) -> list[Any]:
     node = next(n for n in gm.graph.nodes if n.op == "output")
-    values: list = []
+    values: list[Any] = []
     fx.node.map_arg(node.args[0], lambda n: values.append(n.meta.get("val")))
     return values
 

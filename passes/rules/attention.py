@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 def scale_of(call: Call) -> float:
     """The factor on the logits: the argument, or D ** -0.5."""
     given = call.args.get("scale")
-    return call.args["query"].meta["val"].shape[-1] ** -0.5 if given is None else given
+    scale: float = call.args["query"].meta["val"].shape[-1] ** -0.5 if given is None else given
+    return scale
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class HeadLayout:
         if self.kind == "single":
             return x.unsqueeze(1)
         if self.kind == "joined":
-            return x.unflatten(0, (-1, self.heads))
+            apart: Tensor = x.unflatten(0, (-1, self.heads))
+            return apart
         return x if x.dim() == 4 else x.flatten(1, -3)
 
     def join(self, x: Tensor, like: Tensor) -> Tensor:

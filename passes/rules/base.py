@@ -10,6 +10,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
+from mctf_compile.narrowing import operator_of
 from mctf_compile.passes.axes import AxisTable, Dim, Dims
 
 if TYPE_CHECKING:
@@ -48,12 +49,13 @@ class Call:
     def shape(self) -> Sequence[int | torch.SymInt]:
         """The shape of the (first) result."""
         value = self.node.meta["val"]
-        return (value[0] if isinstance(value, (tuple, list)) else value).shape
+        shape: Sequence[int | torch.SymInt] = (value[0] if isinstance(value, (tuple, list)) else value).shape
+        return shape
 
     @property
     def results(self) -> int:
         """How many tensors the operator returns."""
-        return len(self.node.target._schema.returns)
+        return len(operator_of(self.node)._schema.returns)
 
     def tensors(self) -> list[fx.Node]:
         return [n for n in self.node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
@@ -61,7 +63,7 @@ class Call:
 
 def schema_arguments(node: fx.Node) -> dict[str, Any]:
     """The arguments of a call by name, with the schema's defaults filled in."""
-    arguments = node.target._schema.arguments
+    arguments = operator_of(node)._schema.arguments
     named = {a.name: a.default_value for a in arguments if a.has_default_value()}
     named.update(zip((a.name for a in arguments), node.args))
     return named | dict(node.kwargs)

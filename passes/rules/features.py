@@ -1,8 +1,10 @@
 """Operators over the channels of a token: linear, norms, convolutions."""
 
+from typing import cast
+
 import torch
 
-from mctf_compile.passes.axes import FEATURES
+from mctf_compile.passes.axes import FEATURES, Dims
 from mctf_compile.passes.rules.base import Call, Flow, rule, wrap
 from mctf_compile.passes.rules.pointwise import broadcast
 
@@ -87,8 +89,9 @@ def compared(call: Call) -> Flow:
     met = broadcast(call, rank)
     d = wrap(call.args.get("dim", -1), rank)
     keep = call.args.get("keepdim", False)
-    out = tuple(() if i == d else dim for i, dim in enumerate(met.out) if keep or i != d)
-    return Flow(out, (*met.mixed, met.out[d]))
+    dims = cast(Dims, met.out)
+    out = tuple(() if i == d else dim for i, dim in enumerate(dims) if keep or i != d)
+    return Flow(out, (*met.mixed, dims[d]))
 
 
 @rule("embedding", reads="weight indices padding_idx scale_grad_by_freq sparse")

@@ -1,13 +1,15 @@
-"""Operators that only move or regroup positions: reshape, permute, cat, slice, …"""
+"""Operators that only move or regroup positions: reshape, permute, cat, slice, and the like."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mctf_compile.errors import Declined
+from mctf_compile.narrowing import node_of
 from mctf_compile.passes.axes import Dims, product, size_of
 from mctf_compile.passes.rules.base import Call, Flow, rule, wrap
 
@@ -71,7 +73,10 @@ def permute(call: Call) -> Flow:
 )
 def movedim(call: Call) -> Flow:
     dims = call.dims("self")
-    listed = lambda v: [wrap(d, len(dims)) for d in (v if isinstance(v, (list, tuple)) else [v])]
+
+    def listed(given: Any) -> list[int]:
+        return [wrap(d, len(dims)) for d in (given if isinstance(given, (list, tuple)) else [given])]
+
     source, destination = listed(call.args["source"]), listed(call.args["destination"])
     order = [d for d in range(len(dims)) if d not in source]
     for d, s in sorted(zip(destination, source)):
@@ -81,7 +86,7 @@ def movedim(call: Call) -> Flow:
 
 @rule("squeeze", "squeeze.dim", "squeeze.dims", reads="self dim")
 def squeeze(call: Call) -> Flow:
-    value = call.node.args[0].meta["val"]
+    value = node_of(call.node.args[0]).meta["val"]
     dims = call.dims("self")
     chosen = call.args.get("dim", range(len(dims)))
     chosen = [chosen] if isinstance(chosen, int) else chosen
@@ -151,7 +156,8 @@ def select_prefix(call: FusedCall) -> Value:
     place = call.place("self", dim)
     if place.before or place.after or not 0 <= index < max(place.lead, call.tokens.positional):
         raise Declined(f"position {index} of the token axis is read")
-    return call.emit()
+    value: Value = call.emit()
+    return value
 
 
 @rule("select.int", reads="self dim index", fused=select_prefix)
@@ -177,7 +183,7 @@ def split_parts(call: FusedCall) -> list[Value]:
     d = call.wrapped("dim")
     sizes = [value.shape[d] for value in call.node.meta["val"]]
     edges = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
-    pieces = [part(call, start, stop) for start, stop in zip(edges, edges[1:])]
+    pieces = [part(call, start, stop) for start, stop in pairwise(edges)]
     return [call.result(piece, index=i) for i, piece in enumerate(pieces)]
 
 
@@ -196,7 +202,8 @@ def part(call: FusedCall, start: int, stop: int) -> Tensor:
         stop = stop - removed
     elif stop > place.lead:
         raise Declined(f"tokens {start}:{stop} are sliced out of {body_end + place.tail}")
-    return torch.ops.aten.slice.Tensor(x, dim, start, stop)
+    piece: Tensor = torch.ops.aten.slice.Tensor(x, dim, start, stop)
+    return piece
 
 
 def bounds(call: Call) -> tuple[int, int]:
@@ -272,7 +279,8 @@ def unbind(call: Call) -> Flow:
 
 def cat_parts(call: FusedCall) -> Value:
     """Concatenating along the token axis: prefix and body, each whole, make the fused axis again."""
-    return call.emit()
+    value: Value = call.emit()
+    return value
 
 
 @rule("cat", "concat", "concatenate", reads="tensors dim", fused=cat_parts)

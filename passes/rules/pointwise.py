@@ -137,7 +137,8 @@ def drawn_for_each(call: FusedCall) -> Value:
     """In training all tokens stay; copies that were fused would share one number."""
     if not call.rewriter.plan.relaxed:
         raise Declined(f"{call.packet.__name__} draws a number for each of the original tokens")
-    return call.emit()
+    value: Value = call.emit()
+    return value
 
 
 @rule("rand_like", "randn_like", "bernoulli", "bernoulli.p", reads=f"self p generator {MAKING}", fused=drawn_for_each)

@@ -56,9 +56,9 @@ class Sized:
     keep: bool
 
     @classmethod
-    def of(cls, call: FusedCall, dims: set[int] | None = None) -> Sized:
+    def of(cls, call: FusedCall, over: set[int] | None = None) -> Sized:
         """The operand of a reduction over all of the one token axis, and maybe over other dimensions."""
-        gone = reduced(call.call)[0] if dims is None else dims
+        gone = reduced(call.call)[0] if over is None else over
         value = call.intensive(call.operand)
         place = call.only_place(value)
         if not gone.issuperset((place.dim, *place.rest)) or place.before or place.after:
@@ -86,6 +86,7 @@ class Sized:
 
 
 def has_fraction(x: Tensor) -> bool:
+    """Whether a tensor's dtype holds more than whole numbers: floating or complex."""
     return x.is_floating_point() or x.is_complex()
 
 

@@ -111,7 +111,7 @@ def test_forward(case: Case) -> None:
     inputs = case.inputs()
     q, k, v, log_size, bias = inputs
     y, rows, _ = forward(case, inputs)
-    index, weight, *found = case.map()
+    _, weight, *found = case.map()
     # What a row adds up to in absolute values, weights with the error of their logits, is what its group does.
     v_all, _ = whole(case, v, v)
     weights = gradient_terms(q, k, v_all, log_size, bias, case.scale, torch.zeros_like(v_all))[4]
@@ -123,7 +123,7 @@ def test_forward(case: Case) -> None:
 @cases
 def test_backward(case: Case) -> None:
     inputs = case.inputs()
-    y, rows, lse = forward(case, inputs)
+    _, rows, lse = forward(case, inputs)
     do = randn(2, case.n - case.r, case.heads, case.d, seed=6, dtype=case.dtype).transpose(1, 2)
     *actual, dbias = ahead_backward(do, *inputs, case.scale, lse, *case.map(), rows, inputs[4] is not None)
     ideal, low = leaves_of(*widened(*inputs)), leaves_of(*inputs)

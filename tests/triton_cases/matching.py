@@ -198,7 +198,7 @@ def test_scores(dtype: torch.dtype, taus: Taus) -> None:
 @pytest.mark.parametrize(("n", "c"), [(2, 1), (30, 64), (131, 33), (261, 384)])
 def test_scores_of_any_size(n: int, c: int) -> None:
     # Of one channel and both signs cosines are -1, and a score has no digit left.
-    x, a, s = inputs(n, c)
+    x, _, s = inputs(n, c)
     scored(x.abs(), None, s, Problem(n, 0, 0, 0), (1.0, 20.0, 40.0))
 
 
@@ -267,7 +267,7 @@ def test_match_of_equal_tokens_takes_the_first(n: int, bidirectional: bool) -> N
 
 # Importances are near 1/N; N ** (2/tau) does not fit float32, ratios of importances do.
 def test_scores_stand_low_temperatures() -> None:
-    x, a, s = inputs(17)
+    x, _, s = inputs(17)
     received = 0.5 + torch.rand(2, 17, generator=torch.Generator().manual_seed(0))
     matched(Problem(17, 1, 0, 8), (1.0, 0.06, 40.0), True, x, received / received.sum(1, keepdim=True), s)
 
