@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from mctf_compile.passes.rules import schema_arguments
+from mctf_compile.passes.rules import described, schema_arguments
+from mctf_compile.passes.subclasses import wrappers
 
 aten = torch.ops.aten
 CONVOLUTIONS = (aten.conv1d, aten.conv2d, aten.conv3d)
@@ -33,6 +34,8 @@ ALIKE = (aten.batch_norm, aten.layer_norm, aten.group_norm, aten.gelu, aten.relu
 
 def name_of(node: fx.Node) -> str:
     """An operator by the name that its users know: "a 3×3 convolution", "a linear layer", "cumsum"."""
+    if wrappers(node):
+        return described(node)
     packet = getattr(node.target, "overloadpacket", None)
     if packet in CONVOLUTIONS:
         kernel = schema_arguments(node)["weight"].meta["val"].shape[2:]

@@ -15,6 +15,7 @@ from mctf_compile.passes.axes import Dims, Place, Tokens, has_batch, mentions, p
 from mctf_compile.passes.rewriting.stream import Stream, Value
 from mctf_compile.passes.rules import Call, Rule
 from mctf_compile.passes.rules.base import wrap
+from mctf_compile.passes.subclasses import call
 
 if TYPE_CHECKING:
     from mctf_compile.passes.rewriting.rewriter import Rewriter
@@ -51,7 +52,7 @@ class FusedCall:
         self.stream, self.generation, self.env = stream, generation, env
         self.call: Call = rewriter.axes.call(node)
         self.args, self.target = self.call.args, node.target
-        self.packet = node.target.overloadpacket
+        self.packet = getattr(node.target, "overloadpacket", None)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -204,7 +205,7 @@ class FusedCall:
         if self.rule.resized is not None:
             result = self._resize(args, shapes[0], all_dims[0])
         else:
-            result = self.target(*args, **kwargs)
+            result = call(self.target, args, kwargs)
         results = result if isinstance(result, (tuple, list)) else [result]
         values = [self.result(r, mass, index=i) for i, r in enumerate(results)]
         return values if isinstance(result, (tuple, list)) else values[0]
