@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, track_tensor_tree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map
+
+from mctf_compile.errors import Declined, UnsupportedGraph
 
 
 def is_wrapper(value: Any) -> bool:
@@ -20,8 +24,17 @@ def is_wrapper(value: Any) -> bool:
 
 def wrappers(node: fx.Node) -> list[Tensor]:
     """Those among the operands of a node, and then among its results."""
-    values = [n.meta.get("val") for n in (*node.all_input_nodes, node)]
-    return [v for v in tree_leaves(values) if is_wrapper(v)]
+    found = []
+    for n in (*node.all_input_nodes, node):
+        value = n.meta.get("val")
+        found.extend(filter(is_wrapper, value if isinstance(value, (tuple, list)) else (value,)))
+    return found
+
+
+def described(target: Callable[..., Any], among: Sequence[Tensor]) -> str:
+    """A call in which wrappers take part, in words: "linear of an Int8Tensor"."""
+    kind = type(among[0]).__name__
+    return f"{getattr(target, '__name__', str(target))} of {'an' if kind[0] in 'AEIOU' else 'a'} {kind}"
 
 
 def make_up(value: Tensor) -> tuple:
@@ -48,18 +61,51 @@ def call(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, A
     """``target(*args, **kwargs)`` under a tracer: one node where a wrapper takes part or is made, else as ever.
 
     What wrappers make of a call (``__torch_function__``, ``__torch_dispatch__``) is in none of PyTorch's operators. So
-    the call stands in the graph as the model makes it, and whatever runs the graph gives it to the wrappers.
+    the call stands in the graph as the model makes it, and whatever runs the graph gives it to the wrappers. Functions
+    that PyTorch composes of others, which wrappers would not see as a whole, are traced as those.
+
+    Raises ``Declined`` where they cannot run it: what the model itself has run fails for its number of tokens; and
+    ``UnsupportedGraph`` where it writes into an operand.
     """
-    if not any(map(is_wrapper, tree_leaves((args, kwargs)))):
+    operands = [v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
+    among = [v for v in operands if is_wrapper(v)]
+    if not among or (_is_composed(target) and not any(map(_sees_functions, among))):
         result = target(*args, **kwargs)
-        if not any(map(is_wrapper, tree_leaves(result))):
+        among = among or [v for v in tree_leaves(result) if is_wrapper(v)]
+        if not among or _is_composed(target):
             return result
-    # An operator of ATen that wrappers have taken over is none that rules know.
-    target = target.overloadpacket if isinstance(target, OpOverload) else target
     tracer = get_proxy_mode().tracer
     proxies = tree_map(tracer.unwrap_proxy, (tuple(args), dict(kwargs)))
+    before = list(map(_version, operands))
     with disable_proxy_modes_tracing():
-        result = target(*args, **kwargs)
-    return track_tensor_tree(
-        result, tracer.create_proxy("call_function", target, *proxies), constant=None, tracer=tracer
-    )
+        try:
+            result = target(*args, **kwargs)
+        except Exception as error:
+            raise Declined(f"{described(target, among)} does not run on other numbers of tokens: {error}") from error
+    if list(map(_version, operands)) != before:
+        raise UnsupportedGraph(f"{described(target, among)} writes into its operands")
+    return track_tensor_tree(result, tracer.create_proxy("call_function", target, *proxies), constant=None, tracer=tracer)
+
+
+def _is_composed(target: Callable[..., Any]) -> bool:
+    """Whether it is Python of PyTorch's own that calls other functions and nothing else."""
+    return isinstance(target, FunctionType) and target.__module__ in ("torch.nn.functional", "torch.functional")
+
+
+def _sees_functions(wrapper: Tensor) -> bool:
+    return type(wrapper).__torch_function__ is not torch._C._disabled_torch_function_impl
+
+
+def _version(x: Tensor) -> int | None:
+    return None if x.is_inference() else x._version
+
+
+def give_to_wrappers(graph: fx.Graph) -> None:
+    """Make calls of ATen in which wrappers take part look like all others of theirs: no rule knows them.
+
+    Before::  aten.linear.default(x, weight)
+    After::   aten.linear(x, weight)
+    """
+    for node in graph.nodes:
+        if isinstance(node.target, OpOverload) and wrappers(node):
+            node.target = node.target.overloadpacket

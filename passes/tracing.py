@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import maybe_get_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mctf_compile.kernels.library import ShapesAlone, autocast_dtype, original, stand_in
+from mctf_compile.passes.subclasses import give_to_wrappers
 
 aten = torch.ops.aten
 
@@ -39,6 +40,7 @@ def trace(function: Callable[..., Any], inputs: Sequence[Any]) -> fx.GraphModule
             node.target = node.meta["original_aten"] = operator
             # Of operators that are not ATen's alone.
             node.meta.pop("eager_input_vals", None)
+    give_to_wrappers(gm.graph)
     gm.recompile()
     return gm
 

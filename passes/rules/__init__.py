@@ -15,7 +15,7 @@ A new operator is a new entry here and nowhere else; an operator without one nev
 
 from mctf_compile.passes.rules import attention, contractions, features, layout, pointwise, reductions
 from mctf_compile.passes.rules.base import RULES, Call, Flow, Rule, find_rule, rule, schema_arguments, sources
-from mctf_compile.passes.rules.bodies import described, flow_of, rule_of
+from mctf_compile.passes.rules.bodies import flow_of, rule_of
 
 __all__ = [
     "RULES",
@@ -24,7 +24,6 @@ __all__ = [
     "Rule",
     "attention",
     "contractions",
-    "described",
     "features",
     "find_rule",
     "flow_of",

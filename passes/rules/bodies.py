@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from mctf_compile.errors import Declined, UnsupportedGraph
 from mctf_compile.passes.axes import FEATURES, AxisTable, Dims, atoms
 from mctf_compile.passes.rules.base import Call, Flow, Rule, find_rule
-from mctf_compile.passes.subclasses import is_wrapper, wrappers
+from mctf_compile.passes.subclasses import described, is_wrapper, wrappers
 
 if TYPE_CHECKING:
     from mctf_compile.passes.rewriting.fused_call import FusedCall
@@ -155,7 +155,7 @@ def _flow_within(
         return flow_of(node, table, dims)
     written = node.args[0].meta.get("val") if node.args and isinstance(node.args[0], fx.Node) else None
     if not isinstance(written, Tensor) or written.untyped_storage()._cdata in memory:
-        raise UnsupportedGraph(f"{described(whole)} writes into its operands")
+        raise UnsupportedGraph(f"{described(whole.target, wrappers(whole))} writes into its operands")
     pure = getattr(torch.ops.aten, target._schema.name.partition("::")[2].removesuffix("_"), None)
     rule = find_rule(getattr(pure, target._overloadname, None))
     if rule is None:
@@ -174,15 +174,8 @@ def _with_features(out: Dims, own: list, operands: list[Dims], table: AxisTable)
     return tuple(named)
 
 
-def described(node: fx.Node) -> str:
-    """A call that a tensor subclass answers, in words: "linear of an Int8Tensor"."""
-    kind = type(wrappers(node)[0]).__name__
-    name = getattr(node.target, "__qualname__", None) or getattr(node.target, "__name__", str(node.target))
-    return f"{name} of {'an' if kind[0] in 'AEIOUaeiou' else 'a'} {kind}"
-
-
 def not_by_itself(call: FusedCall) -> Any:
-    raise Declined(f"{described(call.node)} does not treat each token by itself")
+    raise Declined(f"{described(call.target, wrappers(call.node))} is not known to treat each token by itself")
 
 
 ANSWERED = Rule(flow_of_body, fused=not_by_itself)
