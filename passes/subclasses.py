@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import cache
 from types import FunctionType
 from typing import Any
 
@@ -69,11 +71,15 @@ def call(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, A
     """
     operands = [v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
     among = [v for v in operands if is_wrapper(v)]
-    if not among or (_is_composed(target) and not any(map(_sees_functions, among))):
+    if not among:
         result = target(*args, **kwargs)
-        among = among or [v for v in tree_leaves(result) if is_wrapper(v)]
-        if not among or _is_composed(target):
+        among = [v for v in tree_leaves(result) if is_wrapper(v)]
+        if not among:
             return result
+    elif _is_composed(target) and not any(map(_sees_functions, among)):
+        # Of what some wrappers do below autograd the tracer cannot make anything; the call can stand as a whole then.
+        with suppress(RuntimeError):
+            return target(*args, **kwargs)
     tracer = get_proxy_mode().tracer
     proxies = tree_map(tracer.unwrap_proxy, (tuple(args), dict(kwargs)))
     before = list(map(_version, operands))
@@ -82,9 +88,10 @@ def call(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, A
             result = target(*args, **kwargs)
         except Exception as error:
             raise Declined(f"{described(target, among)} does not run on other numbers of tokens: {error}") from error
-    if list(map(_version, operands)) != before:
-        raise UnsupportedGraph(f"{described(target, among)} writes into its operands")
-    return track_tensor_tree(result, tracer.create_proxy("call_function", target, *proxies), constant=None, tracer=tracer)
+        if list(map(_version, operands)) != before:
+            raise UnsupportedGraph(f"{described(target, among)} writes into its operands")
+        made = tracer.create_proxy("call_function", target, *proxies)
+        return track_tensor_tree(result, made, constant=None, tracer=tracer)
 
 
 def _is_composed(target: Callable[..., Any]) -> bool:
@@ -98,6 +105,21 @@ def _sees_functions(wrapper: Tensor) -> bool:
 
 def _version(x: Tensor) -> int | None:
     return None if x.is_inference() else x._version
+
+
+@cache
+def under_autocast(target: Callable[..., Any], state: tuple[tuple[str, torch.dtype], ...]) -> Callable[..., Any]:
+    """A call as it is under autocast, which casts within what wrappers make of it; ``state``: dtypes by device."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as stack:
+            for device, dtype in state:
+                stack.enter_context(torch.autocast(device, dtype))
+            return target(*args, **kwargs)
+
+    # The name alone: a graph prints functions of a module of torch's by where they are, not as what they are.
+    run.__name__ = target.__name__
+    return run
 
 
 def give_to_wrappers(graph: fx.Graph) -> None:
