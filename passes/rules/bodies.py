@@ -33,7 +33,7 @@ def rule_of(node: fx.Node) -> Rule | None:
 def flow_of(node: fx.Node, table: AxisTable, dims: Mapping[fx.Node, Dims | list[Dims]]) -> Flow | None:
     """Where the axes of a node's operands go; None for one that has no tensors among its results."""
     value = node.meta.get("val")
-    if node.target is operator.getitem and node.args[0] in dims:
+    if node.target is operator.getitem and isinstance(dims.get(node.args[0]), list):
         return Flow(dims[node.args[0]][node.args[1]])
     if not any(isinstance(v, Tensor) for v in tree_leaves(value)):
         return None
