@@ -118,4 +118,6 @@ def _reader(model: nn.Module, block: Block, reads: Reads, flow: Dataflow) -> tup
 
 def _is_linear(node: fx.Node) -> bool:
     """Whether a node is a linear layer, be it that of a tensor subclass."""
-    return node.target is aten.linear.default or (getattr(node.target, "__name__", "") == "linear" and bool(wrappers(node)))
+    return node.target is aten.linear.default or (
+        getattr(node.target, "__name__", "") == "linear" and bool(wrappers(node))
+    )
