@@ -89,7 +89,9 @@ def parameters_gathered(model: object) -> Iterator[None]:
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in [k for k, hook in hooks.items() if hook.__module__.startswith("torch.distributed.fsdp")]:
                 put(hooks, key, cut)
-        for group in module._get_fsdp_state()._fsdp_param_groups:
+        state = module._get_fsdp_state()
+        # Before 2.14 a module has one group at most.
+        for group in filter(None, getattr(state, "_fsdp_param_groups", [state._fsdp_param_group])):
             for parameter in group.fsdp_params:
                 held, info = parameter.sharded_param, parameter._module_info
                 whole = torch.empty(1, dtype=held.dtype, device=held.device).expand(held.shape)

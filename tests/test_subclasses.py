@@ -350,6 +350,7 @@ def test_layers_parallel_in_their_features_give_the_tokens_back(mesh):
     images = images_of(model)
     report = explained(model, images)
     assert "from_local of a DTensor is not known to treat each token by itself" in report.reason
+    assert report.macs_before == explained(model_of(lambda weight: weight), images).macs_before
     with torch.no_grad():
         for inner in INNER[:2]:
             assert torch.equal(compiled(model, inner)(images), model(images))

@@ -64,7 +64,7 @@ class Body:
 
 
 def body_of(node: fx.Node) -> Body | None:
-    """The operators below autograd that wrappers make of a call; None where they, or their results, cannot be traced."""
+    """The operators below autograd that wrappers make of a call; None where they cannot be traced, or make wrappers."""
     nodes, spec = tree_flatten((node.args, node.kwargs))
     inputs: list[Any] = []
     operands: list[fx.Node | None] = []
@@ -175,6 +175,7 @@ def _with_features(out: Dims, own: list, operands: list[Dims], table: AxisTable)
 
 
 def not_by_itself(call: FusedCall) -> Any:
+    """Decline a call within which tokens meet, or may meet for all that is known."""
     raise Declined(f"{described(call.target, wrappers(call.node))} is not known to treat each token by itself")
 
 
