@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -91,13 +92,16 @@ def stand_in(operator: OpOverload, *functions: Callable[..., Any]) -> Callable[[
 class ShapesAlone(TorchFunctionMode):
     """Within it operators that have a stand-in compute no results, only their shapes and dtypes: in this thread alone.
 
-    What is traced then calls the stand-ins: ``original`` says for which operators.
+    What is traced then calls the stand-ins: ``original`` says for which operators. Subclasses that hold tensors have
+    operators of their own.
     """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return _stand_ins.get(func, func)(*args, **(kwargs or {}))
+        if func in _stand_ins and not any(map(is_traceable_wrapper_subclass, args)):
+            func = _stand_ins[func]
+        return func(*args, **(kwargs or {}))
 
 
 def original(target: Any) -> OpOverload | None:

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
-from mctf_compile.compat import counters_restored, forget_compilations, isolated
+from mctf_compile.compat import counters_restored, forget_compilations, isolated, parameters_gathered
 from mctf_compile.errors import MctfError
 
 T = TypeVar("T")
@@ -57,7 +57,7 @@ def capture(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str,
 
     Raises what ``take`` raises, and what ``torch.compile`` raises of the model.
     """
-    with counters_restored():
+    with counters_restored(), parameters_gathered(model):
         found = _one_graph(model, args, kwargs, take)
         return _pieces(model, args, kwargs, take) if found is None else found
 

@@ -76,6 +76,47 @@ def counters_restored() -> Iterator[None]:
 
 
 @contextmanager
+def parameters_gathered(model: object) -> Iterator[None]:
+    """Within, the modules that FSDP2 shards have whole parameters, without values, and gather none.
+
+    Dynamo runs their hooks, at which it cuts the graph, and those change more than the modules.
+    """
+    sharded = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    if sharded is None or not isinstance(model, torch.nn.Module):
+        yield
+        return
+    replaced: list[tuple[dict, Any, Any]] = []
+
+    def put(holder: dict, key: Any, value: Any) -> None:
+        replaced.append((holder, key, holder[key]))
+        holder[key] = value
+
+    @torch._dynamo.disable
+    def cut(*_: Any) -> None:
+        """Stand where a hook of FSDP2 cuts the graph."""
+
+    for module in (m for m in model.modules() if isinstance(m, sharded)):
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [k for k, hook in hooks.items() if hook.__module__.startswith("torch.distributed.fsdp")]:
+                put(hooks, key, cut)
+        state = module._get_fsdp_state()
+        # Before 2.14 a module has one group at most.
+        for group in filter(None, getattr(state, "_fsdp_param_groups", [state._fsdp_param_group])):
+            for parameter in group.fsdp_params:
+                held, info = parameter.sharded_param, parameter._module_info
+                whole = torch.empty(1, dtype=held.dtype, device=held.device).expand(held.shape)
+                whole = torch.nn.Parameter(whole, requires_grad=held.requires_grad)
+                names = (info.param_name, *info.shared_param_names)
+                for owner, name in zip((info.module, *info.shared_modules), names, strict=True):
+                    put(owner._parameters, name, whole)
+    try:
+        yield
+    finally:
+        for holder, key, value in replaced:
+            holder[key] = value
+
+
+@contextmanager
 def forget_compilations(backend: Callable[..., Any]) -> Iterator[None]:
     """What Dynamo compiles with ``backend`` within is forgotten afterwards; what it compiled for others stays."""
     from torch._dynamo.convert_frame import input_codes

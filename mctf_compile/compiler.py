@@ -22,6 +22,7 @@ from mctf_compile.narrowing import present
 from mctf_compile.options.schedule import NOT_CHOSEN
 from mctf_compile.passes import ANALYSIS, LOWERING, REWRITING, State, run_passes
 from mctf_compile.passes.analysis.normalize import fake_inputs
+from mctf_compile.passes.analysis.reasons import why_no_attention
 from mctf_compile.passes.lowering.autocast import devices_of, keep_autocast_out
 from mctf_compile.passes.planning.macs import count_macs, macs_by_block
 from mctf_compile.report import BlockReport, Report
@@ -123,7 +124,7 @@ def make_report(state: State) -> Report:
     if not fused:
         reasons = {b.reason for b in planned} - {NOT_CHOSEN} or {NOT_CHOSEN}
         reason = (
-            "the graph has no self-attention over tokens"
+            why_no_attention(state.normal.graph)
             if not planned
             else (reasons.pop() if len(reasons) == 1 else "no block can fuse")
         )

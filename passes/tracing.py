@@ -9,10 +9,11 @@ from unittest import mock
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import maybe_get_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mctf_compile.kernels.library import ShapesAlone, autocast_dtype, original, stand_in
+from mctf_compile.passes.subclasses import give_to_wrappers
 
 aten = torch.ops.aten
 
@@ -25,7 +26,7 @@ def trace(function: Callable[..., Any], inputs: Sequence[Any]) -> fx.GraphModule
             return function(*inputs)
 
     # Without the mode, tensors that the program makes itself (arange, zeros) would be real ones.
-    mode = next((v.fake_mode for v in inputs if isinstance(v, FakeTensor)), None)
+    mode = next((m for m in map(maybe_get_fake_mode, inputs) if m is not None), None)
     with ExitStack() as stack:
         stack.enter_context(fx.traceback.preserve_node_meta())
         if mode is not None:
@@ -39,6 +40,7 @@ def trace(function: Callable[..., Any], inputs: Sequence[Any]) -> fx.GraphModule
             node.target = node.meta["original_aten"] = operator
             # Of operators that are not ATen's alone.
             node.meta.pop("eager_input_vals", None)
+    give_to_wrappers(gm.graph)
     gm.recompile()
     return gm
 

@@ -32,13 +32,14 @@ def test_every_operator_with_a_rule_gets_calls_that_print_as_they_run():
         printed = eval(program, {"torch": torch, "made": made, **held})
         if torch.Tag.nondeterministic_seeded not in target.tags and "empty" not in program:
             torch.testing.assert_close(printed, call.run(tensors(dtype)), rtol=0, atol=0, equal_nan=True, msg=program)
-    # They run on CUDA alone, or return no tensor, or take probabilities.
+    # They run on CUDA alone, or return no tensor, or take probabilities, or int8.
     without -= {f"aten.{name}.dtype" for name in ("addmm", "baddbmm", "bmm", "mm")}
     assert without <= {
         "aten.equal.default",
         "aten.rand_like.generator",
         "aten.randn_like.generator",
         "aten.bernoulli.default",
+        "aten._int_mm.default",
     }
 
 

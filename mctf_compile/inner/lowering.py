@@ -14,6 +14,7 @@ from mctf_compile.kernels.library import sources_digest
 from mctf_compile.narrowing import present
 from mctf_compile.passes import State
 from mctf_compile.passes.lowering.autocast import devices_of, keep_autocast_out
+from mctf_compile.passes.subclasses import is_wrapper
 
 Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
@@ -51,6 +52,7 @@ def _region_compiler(state: State) -> RegionCompiler:
 def inner_compiler(config: FusionConfig, **others: Any) -> Compiler:
     """The compiler named by ``inner``, with the Inductor patches applied, and ``others`` in the place of some."""
     if config.lowering.inner == "inductor":
+        from torch._functorch import config as functorch
         from torch._inductor.compile_fx import compile_fx
 
         patches = {**config.lowering.patches(), **others}
@@ -58,7 +60,10 @@ def inner_compiler(config: FusionConfig, **others: Any) -> Compiler:
         def compile_inner(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
             # PyTorch's caches know an operator by its name; what one opens up into is ours to tell them.
             tag = f"{torch.compiler.config.cache_key_tag} mctf {sources_digest()}"
-            with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]  # it is put there at import
+            # AOTAutograd's does not know wrappers of one make-up by their class: one would get another's graph.
+            cached = functorch.enable_autograd_cache and not any(map(is_wrapper, inputs))
+            tagged = torch.compiler.config.patch(cache_key_tag=tag)  # type: ignore[attr-defined]  # it is put there at import
+            with tagged, functorch.patch(enable_autograd_cache=cached):
                 return cast(Callable[..., Any], compile_fx(gm, inputs, config_patches=patches or None))
 
         return compile_inner

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import SymInt, Tensor, fx, nn
 from torch._dynamo.convert_frame import compile_lock
-from torch._guards import TracingContext, tracing
+from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental import _config as config
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from mctf_compile.passes.lowering.regions import Cut, Region, Symbol
 from mctf_compile.passes.planning.counts import new_symbol
+from mctf_compile.passes.subclasses import is_wrapper, make_up
 
 # What it makes takes a list of operands, and may empty it: then nobody keeps in memory what is not read again.
 RegionCompiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[[list[Any]], Any]]
@@ -124,8 +125,8 @@ class CompiledRegion:
 
 
 def _kind(x: Tensor) -> tuple[Any, ...]:
-    """What a compilation takes for granted of an operand, beside its shape: dtype, gradient and layout."""
-    return x.requires_grad, x.dtype, x.device, tuple(_layout(x))
+    """What a compilation takes for granted of an operand, beside its shape: dtype, gradient, layout and make-up."""
+    return x.requires_grad, x.dtype, x.device, tuple(_layout(x)), *make_up(x)
 
 
 def _layout(x: Tensor) -> list[tuple[int, int | None]]:
@@ -138,7 +139,12 @@ def _layout(x: Tensor) -> list[tuple[int, int | None]]:
 
 
 def _fake(x: Tensor, shape: list[int | SymInt]) -> Tensor:
-    """A fake tensor like ``x`` with sizes of ``shape``; its strides are those of ``x`` in terms of them."""
+    """A fake tensor like ``x`` with sizes of ``shape``; its strides are those of ``x`` in terms of them.
+
+    Call it under the fake mode. Subclasses that hold tensors are weights, whose sizes differ at no site.
+    """
+    if is_wrapper(x):
+        return detect_fake_mode().from_tensor(x, static_shapes=True)
     strides: list[int | SymInt] = [0] * x.dim()
     step: int | SymInt = 1
     for d, gap in _layout(x):

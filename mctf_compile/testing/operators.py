@@ -334,7 +334,8 @@ class _Drawing:
         channels = shape[1] if len(shape) > 1 else 1
         if self.name.startswith("conv"):
             pairs = ((5, channels), (channels, 1))
-            return [(*pair, *[size] * int(self.name[4])) for pair in pairs for size in (1, 3)]
+            sides = len(shape) - 2 if self.name == "convolution" else int(self.name[4])
+            return [(*pair, *[size] * sides) for pair in pairs for size in (1, 3)]
         return [(channels,), (1,)] if self.name == "prelu" else [(channels,)]
 
     # Numbers.

@@ -17,6 +17,7 @@ from mctf_compile.passes import ANALYSIS, State, run_passes
 from mctf_compile.passes.analysis.dataflow import Dataflow
 from mctf_compile.passes.analysis.normalize import fake_inputs
 from mctf_compile.passes.analysis.structure import Block
+from mctf_compile.passes.subclasses import wrappers
 
 aten = torch.ops.aten
 
@@ -109,10 +110,17 @@ def _reader(model: nn.Module, block: Block, reads: Reads, flow: Dataflow) -> tup
         node = next(n for n in between if entry in n.all_input_nodes)
         read = entry
     else:
-        node = next((n for n in reversed(between) if n.target is aten.linear.default), query)
+        node = next((n for n in reversed(between) if _is_linear(n)), query)
         read = node_of(node.args[0])
     # Dynamo keys a call's modules by their identity, "@" and a number behind it for a repeated call.
     modules = {str(id(m)): m for m in model.modules()}
     keys = [key.partition("@")[0] for key in node.meta.get("nn_module_stack") or {}]
     reader = next((modules[key] for key in reversed(keys) if key in modules), model)
     return reader, read.meta["val"].shape[-1]
+
+
+def _is_linear(node: fx.Node) -> bool:
+    """Whether a node is a linear layer, be it that of a tensor subclass."""
+    return node.target is aten.linear.default or (
+        getattr(node.target, "__name__", "") == "linear" and bool(wrappers(node))
+    )

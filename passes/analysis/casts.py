@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mctf_compile.errors import UnsupportedGraph
 from mctf_compile.narrowing import function_of, operator_of
+from mctf_compile.passes.subclasses import under_autocast, wrappers
 
 aten = torch.ops.aten
 
@@ -40,6 +41,7 @@ def make_casts_explicit(gm: fx.GraphModule) -> None:
        keeps the lists to itself, and they differ by device.
     2. One that has other operators cast within it (``einsum``), or sums up in another dtype, gets its operands in the
        dtype that its result is to have.
+    3. A call that a tensor subclass answers enters the region by itself.
 
     Raises ``UnsupportedGraph`` for operators of which neither gives the dtypes that autocast gives.
     """
@@ -56,6 +58,8 @@ def make_casts_explicit(gm: fx.GraphModule) -> None:
             gm.graph.erase_node(node)
         elif isinstance(node.target, HigherOrderOperator) and (state or before):
             raise UnsupportedGraph(f"{node.target} is called in a model with autocast")
+        elif state and node.op == "call_function" and wrappers(node):
+            node.target = under_autocast(node.target, tuple(state.items()))
         elif isinstance(node.target, OpOverload) and not node.target._schema.is_mutable:
             _insert(node, probe.casts(node, state))
     for node in before:

@@ -14,7 +14,7 @@ from mctf_compile.passes.analysis.structure import Attention, Block, Mask
 from mctf_compile.passes.analysis.token_axes import Axes
 from mctf_compile.passes.axes import Atom, atoms
 from mctf_compile.passes.pipeline import State, graph_pass
-from mctf_compile.passes.rules import RULES, find_rule, schema_arguments
+from mctf_compile.passes.rules import RULES, rule_of, schema_arguments
 
 aten = torch.ops.aten
 
@@ -106,7 +106,7 @@ class _Finder:
         if node in self.values:
             return Mask.BIAS if self._soft(self.values[node]) else Mask.PAIRS
         packet = getattr(node.target, "overloadpacket", None)
-        rule = find_rule(node.target) if node.op == "call_function" else None
+        rule = rule_of(node) if node.op == "call_function" else None
         sources = [n for n in node.all_input_nodes if self._count(n)]
         if rule is None or (packet not in _SPREADING and rule is not RULES[aten.add.Tensor]) or not sources:
             return Mask.BIAS if self._learned(node) else Mask.PAIRS

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy
 
 from mctf_compile.errors import UnsupportedGraph
+from mctf_compile.passes.subclasses import call, is_wrapper
 
 
 class Opener(fx.Interpreter):
@@ -84,7 +85,12 @@ class Opener(fx.Interpreter):
             opened = _encoder_layer(*args, **kwargs)
             if opened is not None:
                 return opened
-        return super().call_function(target, args, kwargs)
+        return call(target, args, kwargs)
+
+    def call_method(self, target: str, args: tuple, kwargs: dict) -> Any:
+        if not any(map(is_wrapper, args)):
+            return super().call_method(target, args, kwargs)
+        return call(getattr(type(args[0]), target), args, kwargs)
 
     def _open(self, body: fx.GraphModule, operands: Sequence[Any], checkpoint: int | None = None) -> Any:
         inside = self.checkpoint if checkpoint is None else checkpoint

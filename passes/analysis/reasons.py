@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from mctf_compile.passes.rules import schema_arguments
+from mctf_compile.passes.subclasses import described, wrappers
 
 aten = torch.ops.aten
 CONVOLUTIONS = (aten.conv1d, aten.conv2d, aten.conv3d)
@@ -33,6 +34,8 @@ ALIKE = (aten.batch_norm, aten.layer_norm, aten.group_norm, aten.gelu, aten.relu
 
 def name_of(node: fx.Node) -> str:
     """An operator by the name that its users know: "a 3×3 convolution", "a linear layer", "cumsum"."""
+    if wrappers(node):
+        return described(node.target, wrappers(node))
     packet = getattr(node.target, "overloadpacket", None)
     if packet in CONVOLUTIONS:
         kernel = schema_arguments(node)["weight"].meta["val"].shape[2:]
@@ -42,6 +45,18 @@ def name_of(node: fx.Node) -> str:
     if packet in (aten.scaled_dot_product_attention, aten.softmax):
         return "attention within windows"
     return getattr(packet, "__name__", None) or str(node.target)
+
+
+ATTENTION = ("scaled_dot_product_attention", "multi_head_attention_forward", "softmax", "_softmax")
+
+
+def why_no_attention(graph: fx.Graph) -> str:
+    """Why a graph without blocks has none."""
+    for node in graph.nodes:
+        if getattr(node.target, "__name__", None) in ATTENTION and wrappers(node):
+            kind = type(wrappers(node)[0]).__name__
+            return f"attention is a call of {name_of(node)}, and what that does is the {kind}'s own"
+    return "the graph has no self-attention over tokens"
 
 
 def purpose(node: fx.Node) -> str:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import fx
 
-from mctf_compile.narrowing import node_of, present
+from mctf_compile.narrowing import present
 from mctf_compile.passes.axes import AxisTable, Dims
 from mctf_compile.passes.pipeline import State, graph_pass
-from mctf_compile.passes.rules import Call, Flow, Rule, find_rule
+from mctf_compile.passes.rules import Call, flow_of
 
 
 @dataclass
@@ -55,31 +54,8 @@ def token_axes(graph: fx.Graph) -> Axes:
             if isinstance(value, torch.Tensor):
                 axes.dims[node] = axes.table.fresh_dims(value.shape, "p")
         elif node.op == "call_function":
-            flow = _flow(node, value, axes)
+            flow = flow_of(node, axes.table, axes.dims)
             if flow is not None:
                 axes.dims[node] = flow.out
                 axes.mixed[node] = flow.mixed
     return axes
-
-
-def _flow(node: fx.Node, value: Any, axes: Axes) -> Flow | None:
-    if node.target is operator.getitem and node.args[0] in axes.dims:
-        several = cast(list[Dims], axes.dims[node_of(node.args[0])])
-        return Flow(several[cast(int, node.args[1])])
-    if not _tensors(value):
-        return None
-    operands = [n for n in node.all_input_nodes if n in axes.dims and isinstance(axes.dims[n], tuple)]
-    rule: Rule | None = find_rule(node.target)
-    # Of values without dimensions, whose first and last may be named all the same, there is nothing to say.
-    if rule is not None and any(axes.dims[n] for n in operands):
-        return rule.axes(axes.call(node))
-    mixed = tuple(dim for n in operands for dim in cast(Dims, axes.dims[n]))
-    if isinstance(value, torch.Tensor):
-        return Flow(axes.table.fresh_dims(value.shape), mixed)
-    return Flow([axes.table.fresh_dims(v.shape) if isinstance(v, torch.Tensor) else () for v in value], mixed)
-
-
-def _tensors(value: object) -> bool:
-    if isinstance(value, (tuple, list)):
-        return any(isinstance(v, torch.Tensor) for v in value)
-    return isinstance(value, torch.Tensor)

@@ -16,6 +16,7 @@ from mctf_compile.passes.analysis.token_axes import Axes
 from mctf_compile.passes.axes import FEATURES, Atom, atoms, hint_of
 from mctf_compile.passes.pipeline import State, graph_pass
 from mctf_compile.passes.rules import schema_arguments
+from mctf_compile.passes.subclasses import wrappers
 
 aten = torch.ops.aten
 CONVOLUTIONS = {aten.conv1d, aten.conv2d, aten.conv3d}
@@ -93,7 +94,7 @@ def _leads_around_layers(source: fx.Node, node: fx.Node, flow: Dataflow) -> bool
 
 
 def _is_layer(node: fx.Node) -> bool:
-    return getattr(node.target, "overloadpacket", None) in LAYERS
+    return getattr(node.target, "overloadpacket", None) in LAYERS or bool(wrappers(node))
 
 
 def _channels(graph: fx.Graph, axes: Axes) -> set[Atom]:

@@ -19,6 +19,7 @@ from mctf_compile.passes.axes import Size, hint_of, size_of
 from mctf_compile.passes.lowering.autocast import devices_of, keep_autocast_out
 from mctf_compile.passes.pipeline import State, graph_pass
 from mctf_compile.passes.planning.segments import SEGMENT
+from mctf_compile.passes.subclasses import make_up
 
 aten = torch.ops.aten
 
@@ -187,7 +188,7 @@ class _Segment:
         for node in self.inputs:
             value = node.meta["val"]
             shape = [self._note((node, d)) if _varies(node, s) else s for d, s in enumerate(value.shape)]
-            key.append((value.dtype, value.device, tuple(shape)))
+            key.append((value.dtype, value.device, tuple(shape), make_up(value)))
         checkpoints: dict[int | None, int] = {}
         for node in nodes:
             checkpoint = checkpoints.setdefault(node.meta.get("ac_graph_id"), len(checkpoints))

@@ -11,12 +11,14 @@ import torch
 from torch import SymInt, fx
 from torch._dynamo.convert_frame import compile_lock
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import transform_subclass
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from mctf_compile.passes.analysis.structure import Block
 from mctf_compile.passes.axes import hint_of
 from mctf_compile.passes.planning.counts import Counts
 from mctf_compile.passes.planning.segments import SEGMENT, owners, segments
+from mctf_compile.passes.subclasses import is_wrapper
 
 
 def _attention_flops(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
@@ -24,8 +26,15 @@ def _attention_flops(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
     return flops
 
 
-# The counter of older releases does not know attention on the CPU.
-COUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+def _product_flops(a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
+# The counter of older releases does not know attention on the CPU, and none knows products of integers.
+COUNTED = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._int_mm: _product_flops,
+}
 
 
 def count_macs(gm: fx.GraphModule) -> int:
@@ -126,6 +135,8 @@ class _ByNode(_Numbers):
 
 
 def _concrete(value: Any) -> Any:
+    if is_wrapper(value):
+        return transform_subclass(value, lambda _, held: _concrete(held))
     if isinstance(value, torch.Tensor):
         shape = [hint_of(s) for s in value.shape]
         return torch.empty(shape, dtype=value.dtype, device=value.device)

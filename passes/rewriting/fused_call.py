@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, fx
 
 from mctf_compile.errors import Declined
-from mctf_compile.narrowing import operator_of, present
+from mctf_compile.narrowing import present
 from mctf_compile.passes.analysis.reasons import name_of, regrouped
 from mctf_compile.passes.axes import Dims, Place, Tokens, has_batch, mentions, places
 from mctf_compile.passes.rewriting.stream import Stream, Value
 from mctf_compile.passes.rules import Call, Rule
 from mctf_compile.passes.rules.base import wrap
+from mctf_compile.passes.subclasses import call
 
 if TYPE_CHECKING:
     from mctf_compile.passes.rewriting.rewriter import Rewriter
@@ -51,8 +52,8 @@ class FusedCall:
         self.rewriter, self.rule, self.node = rewriter, rule, node
         self.stream, self.generation, self.env = stream, generation, env
         self.call: Call = rewriter.axes.call(node)
-        self.args, self.target = self.call.args, operator_of(node)
-        self.packet = self.target.overloadpacket
+        self.args, self.target = self.call.args, node.target
+        self.packet = getattr(node.target, "overloadpacket", None)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -206,7 +207,7 @@ class FusedCall:
         if self.rule.resized is not None:
             result = self._resize(args, present(shapes[0]), all_dims[0])
         else:
-            result = self.target(*args, **kwargs)
+            result = call(self.target, args, kwargs)
         results = result if isinstance(result, (tuple, list)) else [result]
         values = [self.result(r, mass, index=i) for i, r in enumerate(results)]
         return values if isinstance(result, (tuple, list)) else values[0]

@@ -20,7 +20,7 @@ from mctf_compile.passes.planning.plan import PlannedBlock
 from mctf_compile.passes.rewriting.following import Reduction
 from mctf_compile.passes.rewriting.fused_call import FusedCall
 from mctf_compile.passes.rewriting.stream import Fusion, Stream, Value
-from mctf_compile.passes.rules import find_rule
+from mctf_compile.passes.rules import rule_of
 from mctf_compile.passes.rules.attention import HeadLayout, additive, operands, scale_of
 from mctf_compile.passes.rules.base import wrap
 
@@ -120,8 +120,7 @@ class Insertion:
         value: Value
         if site.weights is None:
             stream, generation = self._stream(block), self._entry(block).generation
-            rule = present(find_rule(node.target))
-            call = FusedCall(self.rewriter, rule, node, stream, generation, self.rewriter.env)
+            call = FusedCall(self.rewriter, rule_of(node), node, stream, generation, self.rewriter.env)
             seen = self._look_at_operands(call, block)
         if self.plan.site is Site.BEFORE:
             value = self.rewriter.again(node, {entry: self._fuse(block, self._entry(block))})

@@ -30,7 +30,8 @@ from mctf_compile.passes.rewriting.fused_call import FusedCall, flat_values
 from mctf_compile.passes.rewriting.insertion import Insertion
 from mctf_compile.passes.rewriting.projector import Projector
 from mctf_compile.passes.rewriting.stream import Stream, Value
-from mctf_compile.passes.rules import find_rule
+from mctf_compile.passes.rules import rule_of
+from mctf_compile.passes.subclasses import call
 from mctf_compile.passes.tracing import trace
 
 aten = torch.ops.aten
@@ -249,21 +250,21 @@ class Rewriter:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self._plain(env[n]))
         # Tokens that were given back lie elsewhere in memory than a view was made for.
         target = aten.reshape.default if node.target is aten.view.default else function_of(node)
-        return self._dense(node, target(*args, **kwargs))
+        return self._dense(node, call(target, args, kwargs))
 
     def _run_fused(self, node: fx.Node, stream: Stream, generation: int, env: Env) -> Any:
-        rule = find_rule(node.target)
+        rule = rule_of(node)
         if rule is None:
             raise Declined(f"{name_of(node)} has no rule for fused tokens")
-        call = FusedCall(self, rule, node, stream, generation, env)
+        fused = FusedCall(self, rule, node, stream, generation, env)
         mixed = self.axes.mixed_by(node)
         if not mentions(mixed, stream.tokens):
             if set(atoms(stream.tokens.batch)) & {axis for dim in mixed for axis in atoms(dim)}:
                 raise Declined(f"{name_of(node)} mixes the images of a batch")
-            return call.emit()
+            return fused.emit()
         if rule.fused is None:
             raise Declined(f"{name_of(node)} mixes the original tokens")
-        return rule.fused(call)
+        return rule.fused(fused)
 
     def again(self, node: fx.Node, replacements: dict[fx.Node, Value]) -> Any:
         """The value of ``node`` had others been the ``replacements``; only what lies between is run again."""

@@ -9,11 +9,13 @@ A new operator is a new entry here and nowhere else; an operator without one nev
 ``reductions``    mean, sum, max, softmax: weighted by the sizes over tokens
 ``contractions``  matmul, bmm, einsum
 ``attention``     scaled_dot_product_attention
+``bodies``        what tensor subclasses answer (quantised weights): by what it consists of
 ================  ====================================================================
 """
 
 from mctf_compile.passes.rules import attention, contractions, features, layout, pointwise, reductions
 from mctf_compile.passes.rules.base import RULES, Call, Flow, Rule, find_rule, rule, schema_arguments, sources
+from mctf_compile.passes.rules.bodies import flow_of, rule_of
 
 __all__ = [
     "RULES",
@@ -24,10 +26,12 @@ __all__ = [
     "contractions",
     "features",
     "find_rule",
+    "flow_of",
     "layout",
     "pointwise",
     "reductions",
     "rule",
+    "rule_of",
     "schema_arguments",
     "sources",
 ]

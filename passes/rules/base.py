@@ -62,8 +62,11 @@ class Call:
 
 
 def schema_arguments(node: fx.Node) -> dict[str, Any]:
-    """The arguments of a call by name, with the schema's defaults filled in."""
-    arguments = operator_of(node)._schema.arguments
+    """The arguments of a call by name, with the schema's defaults filled in; none of a function without one."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return {}
+    arguments = schema.arguments
     named = {a.name: a.default_value for a in arguments if a.has_default_value()}
     named.update(zip((a.name for a in arguments), node.args))
     return named | dict(node.kwargs)

@@ -43,6 +43,7 @@ def contracted(call: FusedCall) -> Value:
     return call.result(call.target(call.intensive("self").tensor, x.tensor, y.tensor, **factors))
 
 
+@rule("_int_mm", reads="self mat2")
 @rule("matmul", reads="self other", fused=contracted, broadcasts=True)
 @rule("bmm", "mm", "mv", "baddbmm", "addmm", reads="self mat1 mat2 vec batch1 batch2 beta alpha", fused=contracted)
 def matmul(call: Call) -> Flow:

@@ -26,6 +26,15 @@ def channel_norm(call: Call) -> Flow:
     return Flow(dims, dims[len(dims) - len(call.args["normalized_shape"]) :])
 
 
+@rule("native_layer_norm", reads="input normalized_shape weight bias eps")
+def channel_norm_and_statistics(call: Call) -> Flow:
+    """The norm as it is below autograd: beside it, the mean and the deviation of each position."""
+    dims = call.dims("input")
+    kept = len(dims) - len(call.args["normalized_shape"])
+    statistics = dims[:kept] + ((),) * (len(dims) - kept)
+    return Flow([dims, statistics, statistics], dims[kept:])
+
+
 @rule(
     "batch_norm",
     reads="input weight bias running_mean running_var training momentum eps cudnn_enabled",
@@ -67,7 +76,8 @@ def glu(call: Call) -> Flow:
     "conv2d.padding",
     "conv3d",
     "conv3d.padding",
-    reads="input weight bias stride padding dilation groups",
+    "convolution",
+    reads="input weight bias stride padding dilation groups transposed output_padding",
 )
 def convolution(call: Call) -> Flow:
     """A kernel of one position with stride 1 is a linear layer; any other mixes positions too."""
@@ -76,7 +86,7 @@ def convolution(call: Call) -> Flow:
     c = len(dims) - len(kernel) - 1
     features = call.table.fresh(call.shape[c], FEATURES)
     padding = call.args["padding"]
-    in_place = isinstance(padding, str) or not any(padding)
+    in_place = isinstance(padding, str) or not any((*padding, *call.args.get("output_padding", ())))
     if in_place and all(size == 1 for size in (*kernel, *call.args["stride"])):
         return Flow((*dims[:c], features, *dims[c + 1 :]), (dims[c],))
     return Flow((*dims[:c], features, *call.table.fresh_dims(call.shape[c + 1 :], "x")), dims[c:])
