@@ -354,3 +354,48 @@ def test_returned_attention_maps_have_their_original_size(attention):
     for weights in maps:
         assert weights.shape == (2, 2, 24, 24)
         torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 24))
+
+
+class Marked(nn.Module):
+    """Three blocks, after each of which ``use`` changes the tokens by a value of the original ones."""
+
+    def __init__(self, use, masked: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.use, self.masked = use, masked
+        self.qkv = nn.ModuleList(nn.Linear(8, 24) for _ in range(3))
+
+    def forward(self, x, valid):
+        side = x
+        for qkv in self.qkv:
+            q, k, v = qkv(x).unflatten(2, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+            mask = valid[:, None, None] if self.masked else None
+            x = x + nn.functional.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+            x = self.use(x, valid, side)
+        return x
+
+
+# name: (what is done to the tokens, whether it fuses with valid as the padding mask, whether it fuses without a mask)
+MARKS = {
+    "the padding": (lambda x, valid, side: x * valid[..., None], True, False),
+    "no padding": (lambda x, valid, side: x.masked_fill(~valid[..., None], 0), True, False),
+    "a comparison of the original tokens": (lambda x, valid, side: torch.where(side > 0, x, -x), False, False),
+    "whole numbers of the original tokens": (lambda x, valid, side: x + (side * 4).long(), False, False),
+    "the same for all": (lambda x, valid, side: x * x.new_ones(x.shape[:2], dtype=torch.bool)[..., None], True, True),
+    "a comparison of the tokens as they are": (lambda x, valid, side: x * (x > 0), True, True),
+}
+
+
+@pytest.mark.parametrize("name", MARKS)
+@pytest.mark.parametrize("masked", [True, False])
+def test_values_without_a_mean_meet_fused_tokens_only_where_their_members_agree(name, masked):
+    use, with_mask, without = MARKS[name]
+    generator = torch.Generator().manual_seed(1)
+    x, valid = torch.randn(2, 16, 8, generator=generator), torch.rand(2, 16, generator=generator) > 0.4
+    recorder = Recorder({"r": 3, "min_tokens": 1})
+    with torch.no_grad():
+        recorder.run(Marked(use, masked), x, valid)
+    report = recorder.reports[0]
+    assert (report.removed > 0) == (with_mask if masked else without)
+    if not report.removed:
+        assert any("may differ in a value of" in line for line in report.unmerged)

@@ -35,12 +35,15 @@ def find_masks(blocks: Iterable[Block], axes: Axes, values: Mapping[fx.Node, Ten
 
     ``values`` holds the tensors of the graph's constants (parameters and buffers), as far as they are known.
     """
-    return [b if b.tokens is None else replace(b, mask=_mask_of(b.attention, axes, values)) for b in blocks]
+    return [b if b.tokens is None else _with_mask(b, axes, values) for b in blocks]
 
 
-def _mask_of(site: Attention, axes: Axes, values: Mapping[fx.Node, Tensor]) -> Mask:
-    finder = _Finder(set(atoms(axes.table.canonical(site.key_axis))), axes, values)
-    return max((finder.kind(node) for node in _operands(site)), default=Mask.NONE)
+def _with_mask(block: Block, axes: Axes, values: Mapping[fx.Node, Tensor]) -> Block:
+    finder = _Finder(set(atoms(axes.table.canonical(block.attention.key_axis))), axes, values)
+    kinds = {node: finder.kind(node) for node in _operands(block.attention)}
+    masks = [node for node, kind in kinds.items() if kind is not Mask.NONE]
+    told = finder.told_by(masks[0], block) if len(masks) == 1 else None
+    return replace(block, mask=max(kinds.values(), default=Mask.NONE), padding=told)
 
 
 def _operands(site: Attention) -> list[fx.Node]:
@@ -113,6 +116,28 @@ class _Finder:
             return Mask.PAIRS
         return max(kinds)
 
+    def told_by(self, mask: fx.Node, block: Block) -> fx.Node | None:
+        """The boolean value, one for each token, that is false (or true) for just those that ``mask`` masks out."""
+        if not _is_bool(mask) or block.attention.weights is not None and not all(map(_masks_out, mask.users)):
+            return None
+        node = self._origin(mask)
+        dims = [] if node is None else [dim for dim in self.axes.of(node) if dim]
+        others = [dim for dim in dims if not any(axis in self.inside for axis in atoms(dim))]
+        return node if len(dims) - len(others) == 1 and others in ([], [block.tokens.batch]) else None
+
+    def _origin(self, node: fx.Node) -> fx.Node | None:
+        """The boolean value that ``node`` repeats, rearranges or negates; the same for both sides of an "and"."""
+        sources = [n for n in node.all_input_nodes if self._count(n)]
+        packet = getattr(node.target, "overloadpacket", None)
+        if not all(map(_is_bool, sources)):
+            return node
+        if len(sources) == 1 and packet in _SPREADING | _NEGATING:
+            return self._origin(sources[0])
+        if packet in _CONJOINING:
+            origins = {self._origin(source) for source in sources}
+            return origins.pop() if len(origins) == 1 else None
+        return node
+
     def _soft(self, value: Tensor) -> bool:
         """Whether a constant bias masks nothing."""
         return value.is_floating_point() and bool((value > MASKED).all())
@@ -132,6 +157,20 @@ class _Finder:
             stack.extend(n.all_input_nodes)
         return learned
 
+
+def _is_bool(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.dtype is torch.bool
+
+
+def _masks_out(node: fx.Node) -> bool:
+    """Whether an operator fills the logits with a number that masks, where a boolean operand says so."""
+    filled = {aten.masked_fill.Scalar: "value", aten.where.ScalarOther: "other", aten.where.ScalarSelf: "self"}
+    return node.target in filled and schema_arguments(node)[filled[node.target]] <= MASKED
+
+
+_NEGATING = {aten.bitwise_not, aten.logical_not}
+_CONJOINING = {aten.bitwise_and, aten.logical_and}
 
 # Operators that repeat or rearrange a mask without comparing tokens.
 _SPREADING = {

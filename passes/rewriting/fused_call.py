@@ -261,6 +261,16 @@ class FusedCall:
                 f"where {dense.dtype} {tuple(want)} is due"
             )
 
+    def original(self) -> Value:
+        """What the original program computes where no value of its operands is read."""
+
+        def held(node: fx.Node) -> Any:
+            value = self.env[node]
+            return value.tensor if isinstance(value, Value) else value
+
+        args, kwargs = fx.node.map_arg((self.node.args, self.node.kwargs), held)
+        return Value(self.target(*args, **kwargs), self.out_dims()[0])
+
     def result(self, tensor: Tensor, mass: int | None = None, index: int = 0) -> Value:
         """A value of this call's generation, where its axes hold the tokens; else an ordinary one.
 

@@ -312,7 +312,7 @@ class Insertion:
         """``x`` with fewer tokens."""
         left = self.rewriter.left.get(block.index)
         choice = self._choose(evidence, block.removed if left is None else evidence.x.shape[1] - left)
-        x.stream.fusions.append(self._fusion(choice, evidence, place))
+        x.stream.fusions.append(replace(self._fusion(choice, evidence, place), padding=block.block.padding))
         fused = x.stream.raise_to(x, x.generation + 1)
         if choice.gain is None:
             return fused

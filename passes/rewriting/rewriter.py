@@ -29,7 +29,7 @@ from mctf_compile.passes.rewriting.fused_call import FusedCall, flat_values
 from mctf_compile.passes.rewriting.insertion import Insertion
 from mctf_compile.passes.rewriting.projector import Projector
 from mctf_compile.passes.rewriting.stream import Stream, Value
-from mctf_compile.passes.rules import find_rule
+from mctf_compile.passes.rules import find_rule, is_random, sources
 from mctf_compile.passes.tracing import trace
 
 aten = torch.ops.aten
@@ -311,8 +311,29 @@ class Rewriter:
                     return value
             if shared:
                 value = _with_images(value, stream, like())
-            self._raised[key] = stream.raise_to(stream.intensive(value), generation)
+            agrees = partial(self._agrees, node, stream)
+            self._raised[key] = stream.raise_to(stream.intensive(value), generation, agrees)
         return self._raised[key]
+
+    def _agrees(self, node: fx.Node, stream: Stream, padding: fx.Node | None) -> bool:
+        """Whether tokens have equal values in ``node`` wherever they have equal ones in ``padding``.
+
+        They do where it is computed, position by position, from nothing else that tells tokens apart.
+        """
+        stack, seen = [node], {padding}
+        while stack:
+            n = stack.pop()
+            dims = self.axes.dims.get(n)
+            if n in seen or isinstance(dims, tuple) and not mentions(self.axes.of(n), stream.tokens):
+                continue
+            seen.add(n)
+            read = sources(n)
+            if find_rule(n.target) is None or is_random(n.target):
+                return False
+            if read and mentions(self.axes.mixed_by(n), stream.tokens):
+                return False
+            stack.extend(read)
+        return True
 
     def _lower(self, value: Value) -> Value:
         if value.stream is None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from mctf_compile.errors import Declined
 from mctf_compile.kernels.pooling.aten import combine, index_of
@@ -36,6 +36,7 @@ class Fusion:
 
     ``weight`` [B, N] are the normalised pooling weights of ``Combine.MEAN``, else None. ``conserves``:
     whether the sizes still add up to the number of original tokens; ``whole_to_itself``: see ``Relaxed``.
+    ``padding``: the boolean value of the program in which the members of each token agree, if there is one.
     """
 
     keep: Tensor
@@ -49,10 +50,11 @@ class Fusion:
     combine: Combine = Combine.MEAN
     conserves: bool = True
     whole_to_itself: bool = False
+    padding: fx.Node | None = None
 
     def pool(self, x: Tensor, dim: int) -> Tensor:
-        """[B, ..., N, ...] -> [B, ..., M, ...] along ``dim``."""
-        if self.combine is Combine.DROP:
+        """[B, ..., N, ...] -> [B, ..., M, ...] along ``dim``; booleans and integers are those of the kept tokens."""
+        if self.combine is Combine.DROP or not (x.is_floating_point() or x.is_complex()):
             return torch.ops.mctf.keep(x, self.keep, dim)
         return torch.ops.mctf.pool(x, self.weight, self.keep, self.gone, self.into, dim)
 
@@ -166,8 +168,13 @@ class Stream:
             self._maps[key] = last if new == old + 1 else last.gather(1, self.map(new - 1, old, lead, tail))
         return self._maps[key]
 
-    def raise_to(self, value: Value, generation: int) -> Value:
+    def raise_to(
+        self, value: Value, generation: int, agrees: Callable[[fx.Node | None], bool] = lambda padding: False
+    ) -> Value:
         """Fuse an older value up to ``generation`` through the maps, with the tokens' own weights.
+
+        Boolean and integer values have no mean: they are taken through a fusion where ``agrees`` says that tokens have
+        equal ones wherever they have equal ``padding``, and through one that drops tokens.
 
         Fusions that combine tokens in the same way are one to it, so that blocks which read tables over the original
         tokens do the same, however many fusions came before them.
@@ -181,9 +188,10 @@ class Stream:
                 return self.through(old, new, place.lead, place.tail).pool(x, dim)
 
             dtype = value.tensor.dtype
-            averaged = self.fusions[old].combine is not Combine.DROP
-            if averaged and not (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool):
-                raise Declined(f"values of dtype {dtype} cannot be fused")
+            if not (dtype.is_floating_point or dtype.is_complex):
+                for fusion in self.fusions[old:new]:
+                    if fusion.combine is not Combine.DROP and not agrees(fusion.padding):
+                        raise Declined(f"tokens that were fused may differ in a value of {dtype}, which has no mean")
             tensor = self._each_place(value, pool)
             value = Value(tensor, value.dims, self, new)
         return value

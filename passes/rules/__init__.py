@@ -13,7 +13,17 @@ A new operator is a new entry here and nowhere else; an operator without one nev
 """
 
 from mctf_compile.passes.rules import attention, contractions, features, layout, pointwise, reductions
-from mctf_compile.passes.rules.base import RULES, Call, Flow, Rule, find_rule, rule, schema_arguments, sources
+from mctf_compile.passes.rules.base import (
+    RULES,
+    Call,
+    Flow,
+    Rule,
+    find_rule,
+    is_random,
+    rule,
+    schema_arguments,
+    sources,
+)
 
 __all__ = [
     "RULES",
@@ -24,6 +34,7 @@ __all__ = [
     "contractions",
     "features",
     "find_rule",
+    "is_random",
     "layout",
     "pointwise",
     "reductions",

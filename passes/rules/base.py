@@ -138,8 +138,12 @@ def _is_pointwise(target: OpOverload) -> bool:
     """
     schema = target._schema
     several = len(schema.returns) != 1 or str(schema.returns[0].type) != "Tensor"
-    random = torch.Tag.nondeterministic_seeded in target.tags
-    return torch.Tag.pointwise in target.tags and not (several or random or schema.is_mutable)
+    return torch.Tag.pointwise in target.tags and not (several or is_random(target) or schema.is_mutable)
+
+
+def is_random(target: OpOverload) -> bool:
+    """Whether an operator draws other numbers at every call."""
+    return torch.Tag.nondeterministic_seeded in target.tags
 
 
 def sources(node: fx.Node) -> list[fx.Node]:
