@@ -148,6 +148,7 @@ def run_call(program: Program, call: OperatorCall, given: list[fx.Node], where: 
         return outcome
     expected = program.values[node]
     expected = expected if isinstance(expected, (tuple, list)) else [expected]
+    if len(results)!=len(expected): outcome.problem=f"LEN {len(results)} {len(expected)} {outcome.reason}"; return outcome
     for got, want in zip(results, expected, strict=True):
         outcome.problem = outcome.problem or difference(got, want, program.dtype, compare)
     return outcome

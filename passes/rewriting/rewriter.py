@@ -28,7 +28,7 @@ from mctf_compile.passes.planning.segments import SEGMENT, ends
 from mctf_compile.passes.rewriting.fused_call import FusedCall, flat_values
 from mctf_compile.passes.rewriting.insertion import Insertion
 from mctf_compile.passes.rewriting.projector import Projector
-from mctf_compile.passes.rewriting.stream import Stream, Value
+from mctf_compile.passes.rewriting.stream import Fusion, Stream, Value
 from mctf_compile.passes.rules import find_rule, is_random, sources
 from mctf_compile.passes.tracing import trace
 
@@ -311,20 +311,24 @@ class Rewriter:
                     return value
             if shared:
                 value = _with_images(value, stream, like())
-            agrees = partial(self._agrees, node, stream)
+            averages = value.tensor.is_floating_point() or value.tensor.is_complex()
+            agrees = None if averages and node not in self.plan.masks else partial(self._agrees, node, stream)
             self._raised[key] = stream.raise_to(stream.intensive(value), generation, agrees)
         return self._raised[key]
 
-    def _agrees(self, node: fx.Node, stream: Stream, padding: fx.Node | None) -> bool:
-        """Whether tokens have equal values in ``node`` wherever they have equal ones in ``padding``.
+    def _agrees(self, node: fx.Node, stream: Stream, fusion: Fusion) -> bool:
+        """Whether the members of each token that a fusion made have equal values in ``node``, or are all masked by it.
 
-        They do where it is computed, position by position, from nothing else that tells tokens apart.
+        They are where the fusion kept apart what it masks. They have where it is computed, position by position, from
+        nothing else that tells tokens apart than a boolean which the fusion kept apart.
         """
-        stack, seen = [node], {padding}
+        if self.plan.masks.get(node, frozenset()) & fusion.padding:
+            return True
+        stack, seen = [node], {n for n in fusion.padding if n.meta["val"].dtype is torch.bool}
         while stack:
             n = stack.pop()
             dims = self.axes.dims.get(n)
-            if n in seen or isinstance(dims, tuple) and not mentions(self.axes.of(n), stream.tokens):
+            if n in seen or dims is None or (isinstance(dims, tuple) and not mentions(self.axes.of(n), stream.tokens)):
                 continue
             seen.add(n)
             read = sources(n)

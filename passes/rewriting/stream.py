@@ -36,7 +36,7 @@ class Fusion:
 
     ``weight`` [B, N] are the normalised pooling weights of ``Combine.MEAN``, else None. ``conserves``:
     whether the sizes still add up to the number of original tokens; ``whole_to_itself``: see ``Relaxed``.
-    ``padding``: the boolean value of the program in which the members of each token agree, if there is one.
+    ``padding``: values of the program each of which alone tells padding from tokens that it was not fused with.
     """
 
     keep: Tensor
@@ -50,7 +50,7 @@ class Fusion:
     combine: Combine = Combine.MEAN
     conserves: bool = True
     whole_to_itself: bool = False
-    padding: fx.Node | None = None
+    padding: frozenset[fx.Node] = frozenset()
 
     def pool(self, x: Tensor, dim: int) -> Tensor:
         """[B, ..., N, ...] -> [B, ..., M, ...] along ``dim``; booleans and integers are those of the kept tokens."""
@@ -168,13 +168,11 @@ class Stream:
             self._maps[key] = last if new == old + 1 else last.gather(1, self.map(new - 1, old, lead, tail))
         return self._maps[key]
 
-    def raise_to(
-        self, value: Value, generation: int, agrees: Callable[[fx.Node | None], bool] = lambda padding: False
-    ) -> Value:
+    def raise_to(self, value: Value, generation: int, agrees: Callable[[Fusion], bool] | None = None) -> Value:
         """Fuse an older value up to ``generation`` through the maps, with the tokens' own weights.
 
-        Boolean and integer values have no mean: they are taken through a fusion where ``agrees`` says that tokens have
-        equal ones wherever they have equal ``padding``, and through one that drops tokens.
+        A value that has no mean comes with ``agrees``, which says whether the members of each token have equal ones;
+        it goes through no other fusion but one that drops tokens.
 
         Fusions that combine tokens in the same way are one to it, so that blocks which read tables over the original
         tokens do the same, however many fusions came before them.
@@ -187,11 +185,10 @@ class Stream:
             def pool(x: Tensor, dim: int, place: Place, old: int = old, new: int = new) -> Tensor:
                 return self.through(old, new, place.lead, place.tail).pool(x, dim)
 
-            dtype = value.tensor.dtype
-            if not (dtype.is_floating_point or dtype.is_complex):
-                for fusion in self.fusions[old:new]:
-                    if fusion.combine is not Combine.DROP and not agrees(fusion.padding):
-                        raise Declined(f"tokens that were fused may differ in a value of {dtype}, which has no mean")
+            mixed = [f for f in self.fusions[old:new] if f.combine is not Combine.DROP]
+            if agrees is not None and not all(map(agrees, mixed)):
+                what = "mask" if value.tensor.is_floating_point() else f"value of {value.tensor.dtype}"
+                raise Declined(f"tokens that were fused may differ in a {what}, which has no mean")
             tensor = self._each_place(value, pool)
             value = Value(tensor, value.dims, self, new)
         return value
