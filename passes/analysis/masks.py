@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -13,7 +14,7 @@ from mctf_compile.passes.analysis.structure import Attention, Block, Mask
 from mctf_compile.passes.analysis.token_axes import Axes
 from mctf_compile.passes.axes import Dim, atoms
 from mctf_compile.passes.pipeline import State, graph_pass
-from mctf_compile.passes.rules import RULES, find_rule, schema_arguments, sources
+from mctf_compile.passes.rules import RULES, find_rule, is_random, schema_arguments, sources
 
 aten = torch.ops.aten
 
@@ -42,11 +43,13 @@ def find_masks(
     ``values`` holds the tensors of the graph's constants (parameters and buffers), as far as they are known.
     """
     masks: dict[fx.Node, Telling] = {}
+    equal = _equal(graph)
 
     def look(readers: Mapping[fx.Node, fx.Node], key_axis: Dim) -> tuple[list[Mask], list[Telling]]:
         finder = _Finder(set(atoms(axes.table.canonical(key_axis))), axes, values)
         kinds = {node: finder.kind(node) for node in readers}
-        own = {n: finder.told_by(n, _masks_where(readers[n])) for n, kind in kinds.items() if kind is Mask.TOKENS}
+        told = {n: finder.told_by(n, _masks_where(readers[n])) for n, kind in kinds.items() if kind is Mask.TOKENS}
+        own = {n: frozenset().union(*map(equal.__getitem__, nodes)) for n, nodes in told.items()}
         masks.update((n, masks.get(n, told) & told) for n, told in own.items())
         return list(kinds.values()), list(own.values())
 
@@ -61,6 +64,21 @@ def find_masks(
         if mask is not None and mask not in masks and axes.of(key)[-2]:
             look({mask: node}, axes.of(key)[-2])
     return found, masks
+
+
+def _equal(graph: fx.Graph) -> dict[fx.Node, Telling]:
+    """By node, those that compute the same, itself among them: a mask may be made anew in every block."""
+    first: dict[Any, fx.Node] = {}
+    same: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        key: Any = node
+        if find_rule(node.target) is not None and not is_random(node.target):
+            key = (node.target, str(fx.node.map_arg((node.args, node.kwargs), lambda n: same.get(n, n))))
+        same[node] = first.setdefault(key, node)
+    groups: dict[fx.Node, set[fx.Node]] = {}
+    for node, representative in same.items():
+        groups.setdefault(representative, set()).add(node)
+    return {node: frozenset(groups[representative]) for node, representative in same.items()}
 
 
 def _operands(site: Attention) -> dict[fx.Node, fx.Node]:

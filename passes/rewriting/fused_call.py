@@ -13,7 +13,7 @@ from mctf_compile.errors import Declined
 from mctf_compile.passes.analysis.reasons import name_of, regrouped
 from mctf_compile.passes.axes import Dims, Place, Tokens, has_batch, mentions, places
 from mctf_compile.passes.rewriting.stream import Stream, Value
-from mctf_compile.passes.rules import Call, Rule
+from mctf_compile.passes.rules import Call, Rule, sources
 from mctf_compile.passes.rules.base import wrap
 
 if TYPE_CHECKING:
@@ -134,10 +134,13 @@ class FusedCall:
         return self.stream.spread(self.stream.fusion(self.generation, place.lead, place.tail).size, value, place)
 
     def weighted(self, value: Value, place: Place) -> Value:
-        """A value times the sizes of its tokens, in its dtype: rounded once, and exact for whole numbers."""
+        """A value times the sizes of its tokens, rounded once, and exact for whole numbers.
+
+        It is in its own dtype but for float16, which has no room for the sizes: that becomes float32.
+        """
         x, size = value.tensor, self.sizes(value, place)
         size = size if x.is_floating_point() or x.is_complex() else self.whole(size)
-        return replace(value, tensor=(x * size).to(x.dtype))
+        return replace(value, tensor=(x * size).to(torch.float32 if x.dtype is torch.float16 else x.dtype))
 
     def whole(self, size: Tensor) -> Tensor:
         """Sizes as whole numbers."""
@@ -187,6 +190,7 @@ class FusedCall:
         if any(shape is None for shape in shapes):
             raise Declined(regrouped(self.node, vals[0].shape))
         mass = self._mass(all_dims)
+        read = set(sources(self.node))
 
         def operand(n: fx.Node) -> Any:
             value = self.env[n]
@@ -194,7 +198,7 @@ class FusedCall:
                 raise Declined(f"{name_of(self.node)} takes a list of results")
             if not isinstance(value, Value):
                 return value
-            if any(self.args.get(name) is n for name in self.rule.ignores):
+            if n not in read:
                 return value.tensor
             self.places_of(n)
             lifted = self.lifted(n)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, fx
 
-from mctf_compile.errors import PassError
+from mctf_compile.errors import Declined, PassError
 from mctf_compile.kernels.library import working_dtype
 from mctf_compile.kernels.pooling.aten import index_of
 from mctf_compile.methods import Choice, Combine, Evidence, Need, Site
@@ -117,7 +117,11 @@ class Insertion:
         if site.weights is None:
             stream, generation = self._stream(block), self._entry(block).generation
             call = FusedCall(self.rewriter, find_rule(node.target), node, stream, generation, self.rewriter.env)
-            seen = self._look_at_operands(call, block)
+            try:
+                seen = self._look_at_operands(call, block)
+            except Declined as declined:
+                self.undone[block.index] = str(declined)
+                return self.rewriter.evaluate(node, self.rewriter.env)
         if self.plan.site is Site.BEFORE:
             return self.rewriter.again(node, {entry: self._fuse(block, self._entry(block))})
         if self.plan.site is Site.AROUND:

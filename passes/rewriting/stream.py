@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from mctf_compile.errors import Declined
 from mctf_compile.kernels.pooling.aten import combine, index_of
 from mctf_compile.methods import Combine
-from mctf_compile.passes.axes import Dims, Place, Tokens, places, product
+from mctf_compile.passes.axes import Dim, Dims, Place, Tokens, mentions, places, product
 
 
 @dataclass(frozen=True)
@@ -373,15 +373,22 @@ class Stream:
                 continue
             sizes: list = []
             position = 0
+            # The tokens of another place stand beside the images: of the two, those have the size that is known.
+            twice = d != place.dim and mentions((dim,), self.tokens)
+
+            def beside(axes: Dim, twice: bool = twice) -> int | None:
+                return None if twice and mentions((axes,), self.tokens) else _static(axes)
+
             for a, b, kind in sorted(cuts):
                 if a > position:
-                    sizes.append((_static(dim[position:a]), None))
-                is_token = kind == "token"
-                count = self.body(value.generation) + place.lead + place.tail if is_token else None
+                    sizes.append((beside(dim[position:a]), None))
+                count = _static(images) if twice else None
+                if kind == "token":
+                    count = self.body(value.generation) + place.lead + place.tail
                 sizes.append((count, kind))
                 position = b
             if position < len(dim):
-                sizes.append((_static(dim[position:]), None))
+                sizes.append((beside(dim[position:]), None))
             known = 1
             for s, _ in sizes:
                 known = known * s if s is not None else known

@@ -151,9 +151,9 @@ def sources(node: fx.Node) -> list[fx.Node]:
     rule = find_rule(node.target)
     if rule is None or not rule.ignores:
         return node.all_input_nodes
-    args = schema_arguments(node)
-    lent = [args.get(name) for name in rule.ignores]
-    return [n for n in node.all_input_nodes if n not in lent]
+    read: set[fx.Node] = set()
+    fx.node.map_arg({name: v for name, v in schema_arguments(node).items() if name not in rule.ignores}, read.add)
+    return [n for n in node.all_input_nodes if n in read]
 
 
 def wrap(dim: int, rank: int) -> int:
