@@ -171,9 +171,14 @@ class Program:
         problem = f"{len(plain)} results instead of {len(expected)}" if len(plain) != len(expected) else None
         read = read if len(call.target._schema.returns) > 1 else len(expected)
         for got, want in list(zip(plain, expected, strict=False))[:read]:
-            problem = problem or difference(got, want, self.dtype, is_settled(call))
+            problem = problem or difference(got, want, self._reads(call), is_settled(call))
         reason = rewriter.unmerges[0].reason if rewriter.unmerges else None
         return replace(outcome, reason=reason, problem=problem)
+
+    def _reads(self, call: OperatorCall) -> torch.dtype:
+        """The dtype that a call computes in: another one where it names that, and tokens are as exact in it."""
+        named = [v for v in (*call.args, *call.kwargs.values()) if isinstance(v, torch.dtype) and v.is_floating_point]
+        return named[0] if named and self.layout != "attention" else self.dtype
 
     def _present(self, node: fx.Node, rewriter: Rewriter, stream: Stream) -> Value:
         """A value of an operand, its dims in the axes of the whole graph."""

@@ -23,7 +23,9 @@ aten = torch.ops.aten
 MASKED = -5e3
 
 # Products of two conditions on single tokens; any other meeting of two token axes compares tokens.
-SEPARABLE = {aten.bitwise_and, aten.logical_and, aten.mul, aten.bitwise_or, aten.logical_or, aten.add}
+_AND = {aten.bitwise_and, aten.logical_and, aten.__and__}
+_OR = {aten.bitwise_or, aten.logical_or, aten.__or__}
+SEPARABLE = {aten.mul, aten.add} | _AND | _OR
 
 # Of a mask: the values each of which alone tells which tokens it masks out, itself among them.
 Telling = frozenset[fx.Node]
@@ -148,7 +150,11 @@ class _Finder:
         if node in self.values:
             return Mask.BIAS if self._soft(self.values[node]) else Mask.PAIRS
         inside = [n for n in node.all_input_nodes if self._count(n)]
-        if rule is None or (packet not in _SPREADING | _FILLING and rule is not RULES[aten.add.Tensor]) or not inside:
+        if (
+            rule is None
+            or (packet not in _SPREADING | _FILLING and rule.axes is not RULES[aten.add.Tensor].axes)
+            or not inside
+        ):
             return Mask.BIAS if self._learned(node) else Mask.PAIRS
         kinds = [self.kind(n) for n in inside]
         singles = [n for n in inside if self._count(n) == 1]
@@ -224,7 +230,7 @@ def _masks_where(node: fx.Node) -> bool | None:
 _FILLING = {aten.masked_fill, aten.where}
 _NEGATING = {aten.bitwise_not, aten.logical_not}
 # Of two booleans one alone masks: where it is false, or where it is true.
-_MEETING = {aten.bitwise_and: False, aten.logical_and: False, aten.bitwise_or: True, aten.logical_or: True}
+_MEETING = dict.fromkeys(_AND, False) | dict.fromkeys(_OR, True)
 
 # Operators that repeat or rearrange a mask without comparing tokens.
 _SPREADING = {
