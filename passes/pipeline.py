@@ -66,6 +66,7 @@ class State:
     observations: list[Observation] | None = None
     axes: Axes | None = None
     blocks: list[Block] | None = None
+    masks: dict[fx.Node, frozenset[fx.Node]] | None = None
     towers: list[Tower] | None = None
     findings: Findings = Findings()
     plan: Plan | None = None

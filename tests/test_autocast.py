@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mctf_compile.testing import Recorder
+from mctf_compile.testing.soundness import ONLY_SIMILARITY
+
 aten, mctf = torch.ops.aten, torch.ops.mctf
 BF16 = torch.bfloat16
 
@@ -175,3 +178,39 @@ def test_what_has_no_gradient_in_the_model_has_none_where_it_is_computed_anew(na
         assert (got is None) == (dense is None), parameter
         if dense is not None:
             torch.testing.assert_close(got, dense, rtol=1e-4, atol=1e-5 * dense.abs().max().item(), msg=parameter)
+
+
+class Tabled(nn.Module):
+    """Three blocks on tokens with a table of positions, the second attention without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Parameter(torch.randn(1, 3, 16).repeat(1, 8, 1) / 2)
+        self.qkv = nn.ModuleList(nn.Linear(16, 48) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.table
+        for i, qkv in enumerate(self.qkv):
+            with torch.no_grad() if i == 1 else nullcontext():
+                q, k, v = (t.unflatten(2, (2, 8)).transpose(1, 2) for t in qkv(x).chunk(3, -1))
+                y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            x = x + y
+            x = x + F.gelu(x)
+        return x.tanh().mean(1)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_gradients_of_a_table_of_positions_are_those_of_all_copies(seed: int) -> None:
+    """Of copies together: how a token hands its gradient on to its members is up to the pooling weights."""
+    x = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(seed)).repeat(1, 8, 1)
+
+    def gradient(run: Callable, dtype: torch.dtype) -> Tensor:
+        model = Tabled().to(dtype)
+        run(model, x.to(dtype)).square().sum().backward()
+        return model.table.grad.double().unflatten(1, (8, 3)).sum(1)
+
+    recorder = Recorder({"r": 6, "min_tokens": 1, **ONLY_SIMILARITY})
+    exact = gradient(lambda model, x: model(x), torch.float64)
+    assert (gradient(recorder.run, torch.float32) - exact).norm() < 1e-4 * exact.norm()
+    assert recorder.reports[0].removed == 12 and recorder.spread < 1e-5

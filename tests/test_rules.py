@@ -59,6 +59,7 @@ FUSED = {
     "new tensors": lambda x: x + torch.zeros_like(x) + x.new_ones(1),
     "linear": lambda x: F.linear(x, W),
     "layer norm": lambda x: F.layer_norm(x, (C,)),
+    "layer norm and its statistics": lambda x: torch.native_layer_norm(x, (C,), None, None, 1e-5)[0],
     "rms norm": lambda x: F.rms_norm(x, (C,)),
     "glu": lambda x: F.glu(x, -1),
     "batch norm": lambda x: F.batch_norm(x.transpose(1, 2), torch.ones(C), torch.ones(C)).transpose(1, 2),
@@ -191,6 +192,37 @@ def test_an_operator_gets_the_original_tokens(name):
     report = run(program)
     lines = report.unmerged + [b.reason or "" for b in report.blocks]
     assert any(re.search(reason, line) for line in lines), lines
+
+
+def narrow_errors(program, dtype: torch.dtype, x: Tensor) -> tuple[Tensor, Tensor]:
+    """How far a program in a narrow dtype is from float64, fused and dense, at most."""
+    with torch.no_grad():
+        exact = After(program).to(dtype).double()(x.double())
+        recorder = Recorder({"r": 4, "layers": [0], "min_tokens": 1, **ONLY_SIMILARITY})
+        fused, dense = recorder.run(After(program).to(dtype), x), After(program).to(dtype)(x)
+    assert recorder.reports[0].removed == 4 and recorder.reports[0].unmerged == []
+    return tuple((result - exact).abs().amax() for result in (fused, dense))
+
+
+def few_kinds(scale: float, dtype: torch.dtype) -> Tensor:
+    kinds = torch.randn(B, 3, C, generator=torch.Generator().manual_seed(0)) * scale
+    return kinds[:, torch.arange(N) % 3].to(dtype)
+
+
+LARGE = 30000
+PRODUCTS = {
+    "matmul": lambda x: x.softmax(1).mT @ (x.clamp(-1, 1) * LARGE),
+    "bmm": lambda x: torch.bmm(x.softmax(1).mT, x.clamp(-1, 1) * LARGE),
+    "baddbmm": lambda x: torch.baddbmm(x.mean(1)[:, :, None], x.softmax(1).mT, x.clamp(-1, 1) * LARGE),
+    "einsum": lambda x: torch.einsum("bnc,bnd->bcd", x.softmax(1), x.clamp(-1, 1) * LARGE),
+    "small factor": lambda x: (x.clamp(-1, 1) * LARGE).mT @ (x * 1e-4),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_sizes_do_not_overflow_float16(name):
+    fused, dense = narrow_errors(PRODUCTS[name], torch.float16, few_kinds(1, torch.float16))
+    assert dense.isfinite() and fused <= 2 * dense
 
 
 def test_every_family_of_rules_is_tested_here():

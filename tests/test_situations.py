@@ -110,6 +110,46 @@ def test_writes_happen_once_and_are_seen(write, fuses, attention):
     assert fuses or "writes into a tensor" in report.reason
 
 
+def twice(self, x):
+    self.held[:, 1].mul_(0.5).add_(x.amax((0, 1)))
+
+
+VIEWS = {
+    "copy_": lambda self, x: self.held[:, 0].copy_(x.mean((0, 1))),
+    "assignment": lambda self, x: self.held.__setitem__((slice(None), 2), x.mean((0, 1))),
+    "one after another": twice,
+    "a transposed view": lambda self, x: self.held.t()[1].add_(x.mean((0, 1))),
+    "another shape": lambda self, x: self.held.view(3, 16)[0].copy_(x.mean((0, 1))),
+    "two views": lambda self, x: (self.held[:, :2].zero_(), self.held[:, 1].copy_(x.mean((0, 1)))),
+    "tokens": lambda self, x: self.tokens[:, 3:5].copy_(x[:, 3:5]),
+    "data": lambda self, x: self.held.data[:, 0].add_(x.mean((0, 1))),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_a_write_into_a_view_of_a_buffer_arrives(name):
+    class Holding(Written):
+        def __init__(self) -> None:
+            super().__init__(lambda self, x, qkv: qkv(x))
+            self.register_buffer("held", torch.ones(16, 3))
+            self.register_buffer("tokens", torch.zeros(2, 24, 16))
+
+        def forward(self, x):
+            x = super().forward(x)[:, None] + x
+            VIEWS[name](self, x)
+            return x
+
+    kinds = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(3))
+    x = kinds[:, torch.arange(24) % 3].contiguous()
+    dense, fused = Holding(), Holding()
+    with torch.no_grad():
+        dense(x)
+        Recorder({"r": 6, "min_tokens": 1, **ONLY_SIMILARITY}).run(fused, x)
+    torch.testing.assert_close(fused.held, dense.held, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(fused.tokens, dense.tokens, atol=1e-5, rtol=1e-5)
+    assert not torch.equal(dense.tokens if name == "tokens" else dense.held, Holding().held)
+
+
 def test_an_input_is_written_to_once():
     class Counted(nn.Module):
         def __init__(self) -> None:
@@ -163,6 +203,89 @@ def test_what_padding_holds_does_not_matter():
             outputs.append(recorder.run(model, images * pixels + noise * (1 - pixels), valid))
             assert recorder.reports[0].removed == 2
     assert torch.isfinite(outputs[1]).all()
+
+
+LOWEST = torch.finfo(torch.float32).min
+
+
+def scaled(valid):
+    """As Hugging Face writes a mask: made of numbers, here anew in every block."""
+    return (1 - valid[:, None, None].float()) * LOWEST
+
+
+def low(valid):
+    return torch.zeros(valid.shape[0], 1, 1, valid.shape[1]).masked_fill(~valid[:, None, None], float("-inf"))
+
+
+# How padding is written, each a mask that is added or, boolean, says what takes part.
+PADDINGS = {
+    "boolean": lambda valid: valid[:, None, None],
+    "expanded": lambda valid: valid[:, None, None].expand(-1, 1, valid.shape[1], -1),
+    "of queries and keys": lambda valid: valid[:, None, None] & torch.ones_like(valid)[:, None, :, None],
+    "filled": low,
+    "filled where it is masked already": lambda valid: scaled(valid).masked_fill(scaled(valid).to(torch.bool), LOWEST),
+    "chosen": lambda valid: torch.where(valid[:, None, None], 0.0, -1e9),
+    "scaled": scaled,
+    "small": lambda valid: (1 - valid[:, None, None].float()) * -1e4,
+}
+
+
+class Padded(nn.Module):
+    """A block for each entry of ``masked``, which says whether it sees the padding; twice in its logits in the last."""
+
+    def __init__(self, padding, spelling, masked) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv = nn.ModuleList(nn.Linear(16, 48) for _ in masked)
+        self.padding, self.spelling, self.masked = padding, spelling, masked
+
+    def forward(self, x, valid):
+        for qkv, masked in zip(self.qkv, self.masked):
+            q, k, v = (t.unflatten(2, (2, 8)).transpose(1, 2) for t in qkv(x).chunk(3, -1))
+            mask = self.padding(valid) if masked else None
+            if self.spelling == "sdpa":
+                y = F.scaled_dot_product_attention(q, k, v, mask)
+            else:
+                logits = q @ k.mT
+                if masked:
+                    boolean = mask.dtype is torch.bool
+                    logits = logits.masked_fill(~mask, float("-inf")) if boolean else logits + mask
+                y = logits.softmax(-1) @ v
+            x = x + y.transpose(1, 2).flatten(2)
+        return x
+
+
+@pytest.mark.parametrize("spelling", ["sdpa", "softmax"])
+@pytest.mark.parametrize("name", PADDINGS)
+def test_a_mask_that_a_fusion_did_not_keep_apart_is_never_averaged(name, spelling):
+    """Padding that only a later block masks may hold the same as tokens; a mean of both would be masked."""
+    x, valid = torch.randn(2, 1, 16).repeat(1, 24, 1), torch.rand(2, 24) > 0.5
+    with torch.no_grad():
+        for masked in ((False, True), (True, True, True)):
+            model = Padded(PADDINGS[name], spelling, masked)
+            recorder = Recorder({"r": 8, "min_tokens": 1, "layers": [0, 1][: len(masked) - 1], **ONLY_SIMILARITY})
+            got = recorder.run(model, x, valid)
+            # Tokens that are masked alike are copies of one another.
+            torch.testing.assert_close(got, model(x, valid), atol=1e-5, rtol=1e-5)
+            (report,) = recorder.reports
+            assert (report.removed > 0) == all(masked)
+            assert all(masked) or any("may differ in a" in line for line in report.unmerged)
+
+
+def test_a_mask_of_queries_that_are_no_tokens_is_never_averaged():
+    class Pooled(Padded):
+        def forward(self, x, valid):
+            x = super().forward(x, valid)
+            return F.scaled_dot_product_attention(torch.ones(2, 1, 16), x, x, low(valid)[:, 0]).squeeze(1)
+
+    x, valid = torch.randn(2, 1, 16).repeat(1, 24, 1) + torch.randn(2, 24, 16) / 1e4, torch.rand(2, 24) > 0.5
+    with torch.no_grad():
+        for masked, fuses in ((False, False), (True, True)):
+            model = Pooled(low, "sdpa", (masked,))
+            recorder = Recorder({"r": 8, "min_tokens": 1, "layers": [0], **ONLY_SIMILARITY})
+            torch.testing.assert_close(recorder.run(model, x, valid), model(x, valid), atol=1e-3, rtol=1e-3)
+            (report,) = recorder.reports
+            assert fuses == (not any("may differ in a mask" in line for line in report.unmerged))
 
 
 class Masked(nn.Module):
@@ -362,3 +485,48 @@ def test_returned_attention_maps_have_their_original_size(attention):
     for weights in maps:
         assert weights.shape == (2, 2, 24, 24)
         torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 24))
+
+
+class Marked(nn.Module):
+    """Three blocks, after each of which ``use`` changes the tokens by a value of the original ones."""
+
+    def __init__(self, use, masked: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.use, self.masked = use, masked
+        self.qkv = nn.ModuleList(nn.Linear(8, 24) for _ in range(3))
+
+    def forward(self, x, valid):
+        side = x
+        for qkv in self.qkv:
+            q, k, v = qkv(x).unflatten(2, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+            mask = valid[:, None, None] if self.masked else None
+            x = x + nn.functional.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+            x = self.use(x, valid, side)
+        return x
+
+
+# name: (what is done to the tokens, whether it fuses with valid as the padding mask, whether it fuses without a mask)
+MARKS = {
+    "the padding": (lambda x, valid, side: x * valid[..., None], True, False),
+    "no padding": (lambda x, valid, side: x.masked_fill(~valid[..., None], 0), True, False),
+    "a comparison of the original tokens": (lambda x, valid, side: torch.where(side > 0, x, -x), False, False),
+    "whole numbers of the original tokens": (lambda x, valid, side: x + (side * 4).long(), False, False),
+    "the same for all": (lambda x, valid, side: x * x.new_ones(x.shape[:2], dtype=torch.bool)[..., None], True, True),
+    "a comparison of the tokens as they are": (lambda x, valid, side: x * (x > 0), True, True),
+}
+
+
+@pytest.mark.parametrize("name", MARKS)
+@pytest.mark.parametrize("masked", [True, False])
+def test_values_without_a_mean_meet_fused_tokens_only_where_their_members_agree(name, masked):
+    use, with_mask, without = MARKS[name]
+    generator = torch.Generator().manual_seed(1)
+    x, valid = torch.randn(2, 16, 8, generator=generator), torch.rand(2, 16, generator=generator) > 0.4
+    recorder = Recorder({"r": 3, "min_tokens": 1})
+    with torch.no_grad():
+        recorder.run(Marked(use, masked), x, valid)
+    report = recorder.reports[0]
+    assert (report.removed > 0) == (with_mask if masked else without)
+    if not report.removed:
+        assert any("may differ in a value of" in line for line in report.unmerged)

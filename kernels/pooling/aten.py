@@ -40,8 +40,6 @@ def group(raw: Tensor, size: Tensor, keep: Tensor, gone: Tensor, into: Tensor) -
 
 def pool(x: Tensor, weight: Tensor | None, keep: Tensor, gone: Tensor, into: Tensor, dim: int) -> Tensor:
     """``torch.ops.mctf.pool`` in ATen; weighted in the dtype that x and weight promote to, and rounded once."""
-    if x.dtype is torch.bool:
-        return x.gather(dim, along(keep, x, dim))
     if weight is None:
         return combine(x, keep, gone, into, dim, "amax")
     shape = [1] * x.dim()

@@ -42,10 +42,8 @@ def pool_shapes(x: Tensor, weight: Tensor | None, keep: Tensor, gone: Tensor, in
 def pool(x: Tensor, weight: Tensor | None, keep: Tensor, gone: Tensor, into: Tensor, dim: int) -> Tensor:
     """Combine the tokens of each group: the weighted sum, or the maximum where ``weight`` is None.
 
-    A mask has no mean: of a boolean ``x`` each group has its carrier's value.
-
     Args:
-        x: [B, ..., N, ...] with the tokens at ``dim`` (not 0), floating (differentiable) or bool.
+        x: [B, ..., N, ...] with the tokens at ``dim`` (not 0), floating; differentiable.
         weight: [B, N] normalised pooling weights, from ``mctf::group``.
         keep: the matching, as for ``mctf::group``.
         gone: see there.

@@ -30,9 +30,7 @@ def pool(x: Tensor, weight: Tensor | None, keep: Tensor, gone: Tensor, into: Ten
     """The reference of ``torch.ops.mctf.pool``; see there."""
     g = assignment(keep, gone, into)
     x = x.movedim(dim, 1)
-    if x.dtype is torch.bool:
-        y = torch.stack([row[index] for row, index in zip(x, keep)])
-    elif weight is None:
+    if weight is None:
         members = (g > 0).reshape(*g.shape, *[1] * (x.dim() - 2))
         y = x[:, None].masked_fill(~members, float("-inf")).amax(2)
     else:

@@ -47,14 +47,18 @@ DTYPES = (
 
 @cache
 def ruled_operators() -> tuple[OpOverload, ...]:
-    """Every overload of ATen that has a rule, in the order of their names."""
+    """Every overload of ATen with a rule that takes tensors, in the order of their names."""
     names = (
         name.removeprefix("aten::").partition(".")
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("aten::")
     )
     overloads = (getattr(getattr(aten, name), kind or "default") for name, _, kind in names)
-    return tuple(sorted((o for o in overloads if find_rule(o) is not None), key=str))
+    return tuple(sorted((o for o in overloads if find_rule(o) is not None and _takes_tensors(o)), key=str))
+
+
+def _takes_tensors(target: OpOverload) -> bool:
+    return any("Tensor" in str(argument.type) for argument in target._schema.arguments)
 
 
 @dataclass(frozen=True)
@@ -198,10 +202,12 @@ class _Drawing:
     def call(self) -> OperatorCall | None:
         """The call as a tracer writes it: by position, defaults left out at the end, by name what the schema asks."""
         arguments = self.target._schema.arguments
-        # What is multiplied comes before what it is added to, and tensors before the letters of their dimensions.
-        last = {"addmm": "self", "baddbmm": "self", "einsum": "equation"}.get(self.name)
+        # What is multiplied comes before what it is added to, and tensors before the letters of their dimensions; a
+        # dimension comes before the sizes that it is split into.
+        last = {"addmm": ("self",), "baddbmm": ("self",), "einsum": ("equation",)}
+        later = last.get(self.name, ("split_size", "split_sizes"))
         try:
-            for argument in sorted(arguments, key=lambda a: a.name == last):
+            for argument in sorted(arguments, key=lambda a: a.name in later):
                 self.drawn[argument.name] = self._argument(argument)
         except _Unfit:
             return None
@@ -357,6 +363,8 @@ class _Drawing:
                 "length": (1, 2, size - 1, size),
                 "step": (1, 2),
             }[name]
+        if name == "split_size":
+            return (1, 2, shape[self.dim])
         if name == "groups":
             return (1, shape[1] if rank > 1 else 1)
         return (1, 2, 3, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -12,43 +13,83 @@ from mctf_compile.narrowing import present
 from mctf_compile.passes.analysis.normalize import constants
 from mctf_compile.passes.analysis.structure import Attention, Block, Mask
 from mctf_compile.passes.analysis.token_axes import Axes
-from mctf_compile.passes.axes import Atom, atoms
+from mctf_compile.passes.axes import Atom, Dim, atoms
 from mctf_compile.passes.pipeline import State, graph_pass
-from mctf_compile.passes.rules import RULES, rule_of, schema_arguments
+from mctf_compile.passes.rules import RULES, find_rule, is_random, rule_of, schema_arguments, sources
 
 aten = torch.ops.aten
 
-# A logit below this is no attention at all; masks are written with -inf, finfo.min or -1e9.
-MASKED = -1e4
+# A logit below this is no attention at all, whatever a soft bias adds to a mask. Masks are written with -inf,
+# finfo.min, -1e9 or -1e4.
+MASKED = -5e3
 
 # Products of two conditions on single tokens; any other meeting of two token axes compares tokens.
-SEPARABLE = {aten.bitwise_and, aten.logical_and, aten.mul, aten.bitwise_or, aten.logical_or, aten.add}
+_AND = {aten.bitwise_and, aten.logical_and, aten.__and__}
+_OR = {aten.bitwise_or, aten.logical_or, aten.__or__}
+SEPARABLE = {aten.mul, aten.add} | _AND | _OR
+
+# Of a mask: the values each of which alone tells which tokens it masks out, itself among them.
+Telling = frozenset[fx.Node]
 
 
-@graph_pass("masks", requires=("blocks",), ensures=("blocks",))
+@graph_pass("masks", requires=("blocks",), ensures=("blocks", "masks"))
 def run(state: State) -> None:
-    values = constants(state.gm, present(state.normal), state.examples)
-    state.blocks = find_masks(present(state.blocks), present(state.axes), values)
+    normal = present(state.normal)
+    values = constants(state.gm, normal, state.examples)
+    state.blocks, state.masks = find_masks(normal.graph, present(state.blocks), present(state.axes), values)
 
 
-def find_masks(blocks: Iterable[Block], axes: Axes, values: Mapping[fx.Node, Tensor]) -> list[Block]:
-    """The blocks with the most restricting mask on the logits of each that could fuse.
+def find_masks(
+    graph: fx.Graph, blocks: Iterable[Block], axes: Axes, values: Mapping[fx.Node, Tensor]
+) -> tuple[list[Block], dict[fx.Node, Telling]]:
+    """The blocks with the most restricting mask on the logits of each, and every mask over single tokens.
 
     ``values`` holds the tensors of the graph's constants (parameters and buffers), as far as they are known.
     """
-    return [b if b.tokens is None else replace(b, mask=_mask_of(b.attention, axes, values)) for b in blocks]
+    masks: dict[fx.Node, Telling] = {}
+    equal = _equal(graph)
+
+    def look(readers: Mapping[fx.Node, fx.Node], key_axis: Dim) -> tuple[list[Mask], list[Telling]]:
+        finder = _Finder(set(atoms(axes.table.canonical(key_axis))), axes, values)
+        kinds = {node: finder.kind(node) for node in readers}
+        told = {n: finder.told_by(n, _masks_where(readers[n])) for n, kind in kinds.items() if kind is Mask.TOKENS}
+        own = {n: frozenset().union(*map(equal.__getitem__, nodes)) for n, nodes in told.items()}
+        masks.update((n, masks.get(n, told) & told) for n, told in own.items())
+        return list(kinds.values()), list(own.values())
+
+    found = []
+    for block in blocks:
+        kinds, told = look(_operands(block.attention), block.attention.key_axis)
+        padding = frozenset.intersection(*told) if told else frozenset()
+        found.append(replace(block, mask=max(kinds, default=Mask.NONE), padding=padding))
+    # Attention of other queries than the tokens has its masks too.
+    for node in graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
+        mask, key = (schema_arguments(node).get(name) for name in ("attn_mask", "key"))
+        if mask is not None and mask not in masks and axes.of(key)[-2]:
+            look({mask: node}, axes.of(key)[-2])
+    return found, masks
 
 
-def _mask_of(site: Attention, axes: Axes, values: Mapping[fx.Node, Tensor]) -> Mask:
-    finder = _Finder(set(atoms(axes.table.canonical(site.key_axis))), axes, values)
-    return max((finder.kind(node) for node in _operands(site)), default=Mask.NONE)
+def _equal(graph: fx.Graph) -> dict[fx.Node, Telling]:
+    """By node, those that compute the same, itself among them: a mask may be made anew in every block."""
+    first: dict[Any, fx.Node] = {}
+    same: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        key: Any = node
+        if find_rule(node.target) is not None and not is_random(node.target):
+            key = (node.target, str(fx.node.map_arg((node.args, node.kwargs), lambda n: same.get(n, n))))
+        same[node] = first.setdefault(key, node)
+    groups: dict[fx.Node, set[fx.Node]] = {}
+    for node, representative in same.items():
+        groups.setdefault(representative, set()).add(node)
+    return {node: frozenset(groups[representative]) for node, representative in same.items()}
 
 
-def _operands(site: Attention) -> list[fx.Node]:
-    """What is combined with q kᵀ before the softmax."""
+def _operands(site: Attention) -> dict[fx.Node, fx.Node]:
+    """What is combined with q kᵀ before the softmax, each with the operator that does it."""
     if site.weights is None:
         mask = schema_arguments(site.node).get("attn_mask")
-        return [] if mask is None else [mask]
+        return {} if mask is None else {mask: site.node}
     product = present(site.product)
     inside: dict[fx.Node, bool] = {product: True}
 
@@ -68,7 +109,7 @@ def _operands(site: Attention) -> list[fx.Node]:
             stack.pop()
         return inside[node]
 
-    found: list[fx.Node] = []
+    found: dict[fx.Node, fx.Node] = {}
     stack, seen = [site.weights], set()
     while stack:
         node = stack.pop()
@@ -76,7 +117,10 @@ def _operands(site: Attention) -> list[fx.Node]:
             continue
         seen.add(node)
         for source in node.all_input_nodes:
-            (stack if descends(source) else found).append(source)
+            if descends(source):
+                stack.append(source)
+            else:
+                found[source] = node
     return found
 
 
@@ -99,22 +143,51 @@ class _Finder:
 
     def _kind(self, node: fx.Node) -> Mask:
         count = self._count(node)
-        if count == 0:
+        packet = getattr(node.target, "overloadpacket", None)
+        rule = rule_of(node) if node.op == "call_function" else None
+        # A new tensor, the same everywhere, tells no tokens apart.
+        if count == 0 or (rule is not None and not sources(node)):
             return Mask.NONE
         if count == 1:
             return Mask.BIAS if self._learned(node) else Mask.TOKENS
         if node in self.values:
             return Mask.BIAS if self._soft(self.values[node]) else Mask.PAIRS
-        packet = getattr(node.target, "overloadpacket", None)
-        rule = rule_of(node) if node.op == "call_function" else None
-        sources = [n for n in node.all_input_nodes if self._count(n)]
-        if rule is None or (packet not in _SPREADING and rule is not RULES[aten.add.Tensor]) or not sources:
+        inside = [n for n in node.all_input_nodes if self._count(n)]
+        if (
+            rule is None
+            or (packet not in _SPREADING | _FILLING and rule.axes is not RULES[aten.add.Tensor].axes)
+            or not inside
+        ):
             return Mask.BIAS if self._learned(node) else Mask.PAIRS
-        kinds = [self.kind(n) for n in sources]
-        singles = [n for n in sources if self._count(n) == 1]
+        kinds = [self.kind(n) for n in inside]
+        singles = [n for n in inside if self._count(n) == 1]
         if len(singles) > 1 and packet not in SEPARABLE and Mask.TOKENS in kinds:
             return Mask.PAIRS
         return max(kinds)
+
+    def told_by(self, mask: fx.Node, where: bool | None) -> Telling:
+        """The values each of which alone tells which tokens ``mask`` masks out.
+
+        They are those that it repeats, rearranges or negates, that it adds a soft bias to, or that say where it is
+        filled with a number that masks. ``where``: whether a boolean masks where it is true or where it is false.
+        """
+        return frozenset() if where is None else frozenset(node for node, _ in self._told_by(mask, where))
+
+    def _told_by(self, mask: fx.Node, where: bool) -> frozenset[tuple[fx.Node, bool]]:
+        packet = getattr(mask.target, "overloadpacket", None)
+        before = [n for n in mask.all_input_nodes if self.kind(n) is Mask.TOKENS]
+        filled, boolean = _masks_where(mask), _is_bool(mask)
+        if packet in _FILLING:
+            same, where = filled is not None and len(before) == 1 and _is_bool(before[0]), filled
+        elif boolean and packet in _NEGATING:
+            same, where = all(map(_is_bool, before)), not where
+        elif boolean and packet in _MEETING:
+            same = all(map(_is_bool, before)) and where is _MEETING[packet]
+        else:
+            same = packet in _SPREADING or packet is aten.cat or (packet is aten.add and not boolean)
+            same = same and all(_is_bool(n) == boolean for n in before)
+        told = [self._told_by(n, where) for n in before] if same else []
+        return frozenset([(mask, where)]).union(frozenset.intersection(*told) if told else ())
 
     def _soft(self, value: Tensor) -> bool:
         """Whether a constant bias masks nothing."""
@@ -135,6 +208,32 @@ class _Finder:
             stack.extend(n.all_input_nodes)
         return learned
 
+
+def _is_bool(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.dtype is torch.bool
+
+
+def _masks_where(node: fx.Node) -> bool | None:
+    """Whether an operator masks where its boolean operand is true, or where it is false; None where it does neither.
+
+    An operand of another dtype masks where it is low.
+    """
+    packet = getattr(node.target, "overloadpacket", None)
+    if packet in (aten.scaled_dot_product_attention, aten.add):
+        return False
+    if packet not in _FILLING:
+        return None
+    args = schema_arguments(node)
+    true, false = ("value", "self") if packet is aten.masked_fill else ("self", "other")
+    low = [not isinstance(args[name], fx.Node) and args[name] <= MASKED for name in (true, false)]
+    return low[0] if sum(low) == 1 else None
+
+
+_FILLING = {aten.masked_fill, aten.where}
+_NEGATING = {aten.bitwise_not, aten.logical_not}
+# Of two booleans one alone masks: where it is false, or where it is true.
+_MEETING = dict.fromkeys(_AND, False) | dict.fromkeys(_OR, True)
 
 # Operators that repeat or rearrange a mask without comparing tokens.
 _SPREADING = {
@@ -158,6 +257,4 @@ _SPREADING = {
     aten.slice,
     aten.flatten,
     aten.unflatten,
-    aten.masked_fill,
-    aten.where,
 }

@@ -26,7 +26,7 @@ def functionalize(gm: fx.GraphModule) -> None:
     After::   y = aten.add.Tensor(x, z);   w = aten.mul.Tensor(y, 2)
 
     1. Every later use of the tensor written to, under any name, reads the new one.
-    2. A graph input that is written to is written once, at the end.
+    2. A graph input that is written to, or a view of one, is written once, at the end.
     3. An operator without such a form (``bernoulli_``) stays, on a tensor of the graph's own; so do writes
        between values that no input but parameters leads to, which a rewrite leaves alone.
 
@@ -52,11 +52,14 @@ def functionalize(gm: fx.GraphModule) -> None:
         if not isinstance(target, fx.Node) or not node.target._schema.name.endswith("_") or target.op == "get_attr":
             raise UnsupportedGraph(f"{node.target} writes into a tensor in a way that cannot be followed")
         held = names.pop(target, [target])
+        owners = {n.op for s in _storages(target) for n in memory[s]}
+        if "get_attr" in owners:
+            raise UnsupportedGraph(f"{node.target} writes into a tensor that the graph holds")
         sharing = set().union(*(memory[s] for s in _storages(target))) - set(held) - {node}
         if any(order[user] > order[node] for other in sharing if order[other] < order[node] for user in other.users):
             raise UnsupportedGraph(f"{node.target} writes into a tensor of which a view is read afterwards")
         result = _pure(graph, node)
-        if result is node and held[0].op == "placeholder":
+        if result is node and "placeholder" in owners:
             raise UnsupportedGraph(f"{node.target} writes into an input of the graph")
         order[result] = order[node]
         later = {user for name in (*held, node) for user in name.users if order.get(user, -1) > order[node]}
@@ -65,7 +68,9 @@ def functionalize(gm: fx.GraphModule) -> None:
         for storage in _storages(target):
             memory[storage].add(result)
         names[result] = [*held, result]
-        if held[0].op == "placeholder":
+        if "placeholder" in owners:
+            # The last write is the last at the end as well.
+            written.pop(held[0], None)
             written[held[0]] = result
         if result is not node:
             for sharers in memory.values():
@@ -134,12 +139,12 @@ def _pure(graph: fx.Graph, node: fx.Node) -> fx.Node:
 
 
 def _write_back(graph: fx.Graph, written: dict[fx.Node, fx.Node]) -> None:
-    """Write the last value of each input into it, before the graph returns."""
+    """Write the last value of each input, or view of one, into it before the graph returns."""
     output = next(n for n in graph.nodes if n.op == "output")
     with graph.inserting_before(output):
-        for placeholder, value in written.items():
-            copy = graph.call_function(aten.copy_.default, (placeholder, value))
-            copy.meta = {**value.meta, "val": placeholder.meta["val"]}
+        for target, value in written.items():
+            copy = graph.call_function(aten.copy_.default, (target, value))
+            copy.meta = {**value.meta, "val": target.meta["val"]}
 
 
 def updates_statistics(node: fx.Node) -> bool:

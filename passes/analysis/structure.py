@@ -43,7 +43,8 @@ class Block:
 
     ``entry``: the residual stream that attention reads; ``middle``: the residual add after attention;
     ``exit``: the residual stream after the MLP (``middle`` where no MLP follows). ``problem`` says why
-    no token can be fused here, else None. ``mask``: what the logits allow (see ``masks``).
+    no token can be fused here, else None. ``mask``: what the logits allow (see ``masks``), and
+    ``padding`` the values each of which alone tells which tokens they leave out.
     ``learned``: what a module attached to it says of its tokens (see ``observations``). ``module``: the path of the
     module that attention runs in, where the graph tells; for people to read.
     """
@@ -55,6 +56,7 @@ class Block:
     exit: fx.Node | None = None
     problem: str | None = None
     mask: Mask = Mask.NONE
+    padding: frozenset[fx.Node] = frozenset()
     learned: fx.Node | None = None
     module: str | None = None
 

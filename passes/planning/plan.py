@@ -23,7 +23,7 @@ from mctf_compile.passes.rules import schema_arguments
 from mctf_compile.passes.rules.attention import head_layout
 
 
-@graph_pass("plan", requires=("blocks", "towers"), ensures=("plan",))
+@graph_pass("plan", requires=("blocks", "masks", "towers"), ensures=("plan",))
 def run(state: State) -> None:
     counted = state.adjustable or state.unsettled
     method, requests = state.config.method, state.findings.r
@@ -79,6 +79,8 @@ class Plan:
     # Modules are being trained: all tokens stay, and count as the method says.
     relaxed: bool = False
     projections: dict[fx.Node, Projection] = field(default_factory=dict)
+    # The masks over single tokens, each with the values that alone tell which ones it masks out.
+    masks: dict[fx.Node, frozenset[fx.Node]] = field(default_factory=dict)
 
     @property
     def site(self) -> Site:
@@ -115,7 +117,7 @@ def make_plan(
             own = replace(cast(Merging, method), r=[requests[i] for i in tower.blocks], target=None)
         planner = _TowerPlanner(state, own, number, tower, adjustable)
         planned.update((block.index, block) for block in map(planner.plan, range(len(tower.blocks))))
-    return Plan(method, [planned[i] for i in range(len(blocks))], relaxed)
+    return Plan(method, [planned[i] for i in range(len(blocks))], relaxed, masks=state.masks)
 
 
 class _TowerPlanner:

@@ -14,7 +14,7 @@ from mctf_compile.narrowing import present
 from mctf_compile.passes.analysis.reasons import name_of, regrouped
 from mctf_compile.passes.axes import Dims, Place, Tokens, has_batch, mentions, places
 from mctf_compile.passes.rewriting.stream import Stream, Value
-from mctf_compile.passes.rules import Call, Rule
+from mctf_compile.passes.rules import Call, Rule, sources
 from mctf_compile.passes.rules.base import wrap
 from mctf_compile.passes.subclasses import call
 
@@ -137,10 +137,13 @@ class FusedCall:
         return self.stream.spread(self.stream.fusion(self.generation, place.lead, place.tail).size, value, place)
 
     def weighted(self, value: Value, place: Place) -> Value:
-        """A value times the sizes of its tokens, in its dtype: rounded once, and exact for whole numbers."""
+        """A value times the sizes of its tokens, rounded once, and exact for whole numbers.
+
+        It is in its own dtype but for float16, which has no room for the sizes: that becomes float32.
+        """
         x, size = value.tensor, self.sizes(value, place)
         size = size if x.is_floating_point() or x.is_complex() else self.whole(size)
-        return replace(value, tensor=(x * size).to(x.dtype))
+        return replace(value, tensor=(x * size).to(torch.float32 if x.dtype is torch.float16 else x.dtype))
 
     def whole(self, size: Tensor) -> Tensor:
         """Sizes as whole numbers."""
@@ -190,6 +193,7 @@ class FusedCall:
         if any(shape is None for shape in shapes):
             raise Declined(regrouped(self.node, vals[0].shape))
         mass = self._mass(all_dims)
+        read = set(sources(self.node))
 
         def operand(n: fx.Node) -> Any:
             value = self.env[n]
@@ -197,7 +201,7 @@ class FusedCall:
                 raise Declined(f"{name_of(self.node)} takes a list of results")
             if not isinstance(value, Value):
                 return value
-            if any(self.args.get(name) is n for name in self.rule.ignores):
+            if n not in read:
                 return value.tensor
             self.places_of(n)
             lifted = self.lifted(n)
@@ -266,6 +270,16 @@ class FusedCall:
                 f"{name_of(self.node)} gives {got.dtype} {tuple(got.shape)} on fused tokens "
                 f"where {dense.dtype} {tuple(want)} is due"
             )
+
+    def original(self) -> Value:
+        """What the original program computes where no value of its operands is read."""
+
+        def held(node: fx.Node) -> Any:
+            value = self.env[node]
+            return value.tensor if isinstance(value, Value) else value
+
+        args, kwargs = fx.node.map_arg((self.node.args, self.node.kwargs), held)
+        return Value(self.target(*args, **kwargs), self.out_dims()[0])
 
     def result(self, tensor: Tensor, mass: int | None = None, index: int = 0) -> Value:
         """A value of this call's generation, where its axes hold the tokens; else an ordinary one.

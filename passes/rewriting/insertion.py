@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, fx
 
-from mctf_compile.errors import PassError
+from mctf_compile.errors import Declined, PassError
 from mctf_compile.kernels.library import working_dtype
 from mctf_compile.kernels.pooling.aten import index_of
 from mctf_compile.methods import Choice, Combine, Evidence, Need, Site
@@ -121,7 +121,11 @@ class Insertion:
         if site.weights is None:
             stream, generation = self._stream(block), self._entry(block).generation
             call = FusedCall(self.rewriter, rule_of(node), node, stream, generation, self.rewriter.env)
-            seen = self._look_at_operands(call, block)
+            try:
+                seen = self._look_at_operands(call, block)
+            except Declined as declined:
+                self.undone[block.index] = str(declined)
+                return self.rewriter.evaluate(node, self.rewriter.env)
         if self.plan.site is Site.BEFORE:
             value = self.rewriter.again(node, {entry: self._fuse(block, self._entry(block))})
             return value
@@ -331,7 +335,7 @@ class Insertion:
         # Where it is an input of the graph it is a SymInt, which methods take as they take an int.
         r = block.removed if left is None else cast(int, evidence.x.shape[1] - left)
         choice = self._choose(evidence, r)
-        stream.fusions.append(self._fusion(choice, evidence, place))
+        stream.fusions.append(replace(self._fusion(choice, evidence, place), padding=block.block.padding))
         fused = stream.raise_to(x, x.generation + 1)
         if choice.gain is None:
             return fused

@@ -29,8 +29,8 @@ from mctf_compile.passes.planning.segments import SEGMENT, ends
 from mctf_compile.passes.rewriting.fused_call import FusedCall, flat_values
 from mctf_compile.passes.rewriting.insertion import Insertion
 from mctf_compile.passes.rewriting.projector import Projector
-from mctf_compile.passes.rewriting.stream import Stream, Value
-from mctf_compile.passes.rules import rule_of
+from mctf_compile.passes.rewriting.stream import Fusion, Stream, Value
+from mctf_compile.passes.rules import find_rule, is_random, rule_of, sources
 from mctf_compile.passes.subclasses import call
 from mctf_compile.passes.tracing import trace
 
@@ -317,8 +317,33 @@ class Rewriter:
                     return value
             if shared:
                 value = _with_images(value, stream, like())
-            self._raised[key] = stream.raise_to(stream.intensive(value), generation)
+            averages = value.tensor.is_floating_point() or value.tensor.is_complex()
+            agrees = None if averages and node not in self.plan.masks else partial(self._agrees, node, stream)
+            self._raised[key] = stream.raise_to(stream.intensive(value), generation, agrees)
         return self._raised[key]
+
+    def _agrees(self, node: fx.Node, stream: Stream, fusion: Fusion) -> bool:
+        """Whether the members of each token that a fusion made have equal values in ``node``, or are all masked by it.
+
+        They are where the fusion kept apart what it masks. They have where it is computed, position by position, from
+        nothing else that tells tokens apart than a boolean which the fusion kept apart.
+        """
+        if self.plan.masks.get(node, frozenset()) & fusion.padding:
+            return True
+        stack, seen = [node], {n for n in fusion.padding if n.meta["val"].dtype is torch.bool}
+        while stack:
+            n = stack.pop()
+            dims = self.axes.dims.get(n)
+            if n in seen or dims is None or (isinstance(dims, tuple) and not mentions(self.axes.of(n), stream.tokens)):
+                continue
+            seen.add(n)
+            read = sources(n)
+            if find_rule(n.target) is None or is_random(n.target):
+                return False
+            if read and mentions(self.axes.mixed_by(n), stream.tokens):
+                return False
+            stack.extend(read)
+        return True
 
     def _lower(self, value: Value) -> Value:
         if value.stream is None:

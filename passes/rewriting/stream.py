@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from mctf_compile.errors import Declined
 from mctf_compile.kernels.pooling.aten import combine, index_of
 from mctf_compile.methods import Combine
 from mctf_compile.narrowing import present
-from mctf_compile.passes.axes import Dim, Dims, Place, Tokens, places, product
+from mctf_compile.passes.axes import Dim, Dims, Place, Tokens, mentions, places, product
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Fusion:
 
     ``weight`` [B, N] are the normalised pooling weights of ``Combine.MEAN``, else None. ``conserves``:
     whether the sizes still add up to the number of original tokens; ``whole_to_itself``: see ``Relaxed``.
+    ``padding``: values of the program each of which alone tells padding from tokens that it was not fused with.
     """
 
     keep: Tensor
@@ -51,10 +52,11 @@ class Fusion:
     combine: Combine = Combine.MEAN
     conserves: bool = True
     whole_to_itself: bool = False
+    padding: frozenset[fx.Node] = frozenset()
 
     def pool(self, x: Tensor, dim: int) -> Tensor:
-        """[B, ..., N, ...] -> [B, ..., M, ...] along ``dim``."""
-        if self.combine is Combine.DROP:
+        """[B, ..., N, ...] -> [B, ..., M, ...] along ``dim``; booleans and integers are those of the kept tokens."""
+        if self.combine is Combine.DROP or not (x.is_floating_point() or x.is_complex()):
             pooled: Tensor = torch.ops.mctf.keep(x, self.keep, dim)
         else:
             pooled = torch.ops.mctf.pool(x, self.weight, self.keep, self.gone, self.into, dim)
@@ -170,8 +172,11 @@ class Stream:
             self._maps[key] = last if new == old + 1 else last.gather(1, self.map(new - 1, old, lead, tail))
         return self._maps[key]
 
-    def raise_to(self, value: Value, generation: int) -> Value:
+    def raise_to(self, value: Value, generation: int, agrees: Callable[[Fusion], bool] | None = None) -> Value:
         """Fuse an older value up to ``generation`` through the maps, with the tokens' own weights.
+
+        A value that has no mean comes with ``agrees``, which says whether the members of each token have equal ones;
+        it goes through no other fusion but one that drops tokens.
 
         Fusions that combine tokens in the same way are one to it, so that blocks which read tables over the original
         tokens do the same, however many fusions came before them.
@@ -184,10 +189,10 @@ class Stream:
             def pool(x: Tensor, dim: int, place: Place, old: int = old, new: int = new) -> Tensor:
                 return self.through(old, new, place.lead, place.tail).pool(x, dim)
 
-            dtype = value.tensor.dtype
-            averaged = self.fusions[old].combine is not Combine.DROP
-            if averaged and not (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool):
-                raise Declined(f"values of dtype {dtype} cannot be fused")
+            mixed = [f for f in self.fusions[old:new] if f.combine is not Combine.DROP]
+            if agrees is not None and not all(map(agrees, mixed)):
+                what = "mask" if value.tensor.is_floating_point() else f"value of {value.tensor.dtype}"
+                raise Declined(f"tokens that were fused may differ in a {what}, which has no mean")
             tensor = self._each_place(value, pool)
             value = Value(tensor, value.dims, self, new)
         return value
@@ -376,15 +381,22 @@ class Stream:
                 continue
             sizes: list[tuple[Any, str | None]] = []
             position = 0
+            # The tokens of another place stand beside the images: of the two, those have the size that is known.
+            twice = d != place.dim and mentions((dim,), self.tokens)
+
+            def beside(axes: Dim, twice: bool = twice) -> int | None:
+                return None if twice and mentions((axes,), self.tokens) else _static(axes)
+
             for a, b, kind in sorted(cuts):
                 if a > position:
-                    sizes.append((_static(dim[position:a]), None))
-                is_token = kind == "token"
-                count = self.body(value.generation) + place.lead + place.tail if is_token else None
+                    sizes.append((beside(dim[position:a]), None))
+                count = _static(images) if twice else None
+                if kind == "token":
+                    count = self.body(value.generation) + place.lead + place.tail
                 sizes.append((count, kind))
                 position = b
             if position < len(dim):
-                sizes.append((_static(dim[position:]), None))
+                sizes.append((beside(dim[position:]), None))
             known = 1
             for s, _ in sizes:
                 known = known * s if s is not None else known

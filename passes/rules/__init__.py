@@ -14,7 +14,17 @@ A new operator is a new entry here and nowhere else; an operator without one nev
 """
 
 from mctf_compile.passes.rules import attention, contractions, features, layout, pointwise, reductions
-from mctf_compile.passes.rules.base import RULES, Call, Flow, Rule, find_rule, rule, schema_arguments, sources
+from mctf_compile.passes.rules.base import (
+    RULES,
+    Call,
+    Flow,
+    Rule,
+    find_rule,
+    is_random,
+    rule,
+    schema_arguments,
+    sources,
+)
 from mctf_compile.passes.rules.bodies import flow_of, rule_of
 
 __all__ = [
@@ -27,6 +37,7 @@ __all__ = [
     "features",
     "find_rule",
     "flow_of",
+    "is_random",
     "layout",
     "pointwise",
     "reductions",

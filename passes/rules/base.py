@@ -143,8 +143,12 @@ def _is_pointwise(target: OpOverload) -> bool:
     """
     schema = target._schema
     several = len(schema.returns) != 1 or str(schema.returns[0].type) != "Tensor"
-    random = torch.Tag.nondeterministic_seeded in target.tags
-    return torch.Tag.pointwise in target.tags and not (several or random or schema.is_mutable)
+    return torch.Tag.pointwise in target.tags and not (several or is_random(target) or schema.is_mutable)
+
+
+def is_random(target: OpOverload) -> bool:
+    """Whether an operator draws other numbers at every call."""
+    return torch.Tag.nondeterministic_seeded in target.tags
 
 
 def sources(node: fx.Node) -> list[fx.Node]:
@@ -152,9 +156,9 @@ def sources(node: fx.Node) -> list[fx.Node]:
     rule = find_rule(node.target)
     if rule is None or not rule.ignores:
         return node.all_input_nodes
-    args = schema_arguments(node)
-    lent = [args.get(name) for name in rule.ignores]
-    return [n for n in node.all_input_nodes if n not in lent]
+    read: set[fx.Node] = set()
+    fx.node.map_arg({name: v for name, v in schema_arguments(node).items() if name not in rule.ignores}, read.add)
+    return [n for n in node.all_input_nodes if n in read]
 
 
 def wrap(dim: int, rank: int) -> int:

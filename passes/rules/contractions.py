@@ -37,10 +37,12 @@ def contracted(call: FusedCall) -> Value:
     if not ((x.mass == inner_x and y.mass is None) or (y.mass == inner_y and x.mass is None)):
         x, y = call.intensive(left), call.intensive(right)
         y = call.weighted(y, place_y)
+    tensors = [x.tensor.to(y.tensor.dtype), y.tensor]
     if "self" in (left, right):
-        return call.result(call.target(x.tensor, y.tensor))
+        return call.result(call.target(*tensors).to(call.dtype))
     factors = {name: call.args[name] for name in ("beta", "alpha")}
-    return call.result(call.target(call.intensive("self").tensor, x.tensor, y.tensor, **factors))
+    added = call.intensive("self").tensor.to(y.tensor.dtype)
+    return call.result(call.target(added, *tensors, **factors).to(call.dtype))
 
 
 @rule("_int_mm", reads="self mat2")
@@ -82,13 +84,16 @@ def contracted_einsum(call: FusedCall) -> Value:
     if len(images) > 1:
         raise Declined("an einsum lets the images of a batch meet one another")
     (letter,) = inner
+    if not all(letter in term for term in terms):
+        raise Declined("an einsum sums one of its operands over the tokens before it multiplies")
     mass = [v.mass is not None and term[v.mass] == letter for v, term in zip(values, terms)]
     if any(v.mass is not None and not m for v, m in zip(values, mass)) or all(mass):
         raise Declined("an einsum meets attention weights along another axis than theirs")
     tensors = [value.tensor for value in values]
     if not any(mass):
         tensors[1] = call.weighted(values[1], call.place_in(values[1], terms[1].index(letter))).tensor
-    return call.result(call.target(call.args["equation"], tensors))
+        tensors[0] = tensors[0].to(tensors[1].dtype)
+    return call.result(call.target(call.args["equation"], tensors).to(call.dtype))
 
 
 def letters(equation: str, ranks: Sequence[int] = ()) -> tuple[list[str], str]:

@@ -148,7 +148,18 @@ def drawn(call: Call) -> Flow:
     return Flow(dims, dims)
 
 
-@rule("new_empty", "new_zeros", "new_ones", "new_full", reads=f"self size fill_value {MAKING}", ignores=("self",))
+@rule(
+    "new_empty",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "zeros",
+    "ones",
+    "full",
+    reads=f"self size fill_value {MAKING}",
+    ignores=("self",),
+    fused=lambda call: call.original(),
+)
 def new(call: Call) -> Flow:
-    """A new tensor takes dtype and device from its operand and nothing else."""
-    return Flow(call.table.fresh_dims(call.shape))
+    """A new tensor takes dtype and device from an operand and nothing else; its sizes are those of the program."""
+    return Flow(call.table.fresh_dims(call.shape), call.dims("self") if "self" in call.args else ())
