@@ -120,7 +120,7 @@ class Insertion:
         value: Value
         if site.weights is None:
             stream, generation = self._stream(block), self._entry(block).generation
-            call = FusedCall(self.rewriter, rule_of(node), node, stream, generation, self.rewriter.env)
+            call = FusedCall(self.rewriter, present(rule_of(node)), node, stream, generation, self.rewriter.env)
             seen = self._look_at_operands(call, block)
         if self.plan.site is Site.BEFORE:
             value = self.rewriter.again(node, {entry: self._fuse(block, self._entry(block))})
