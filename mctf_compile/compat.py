@@ -85,20 +85,20 @@ def parameters_gathered(model: object) -> Iterator[None]:
     if sharded is None or not isinstance(model, torch.nn.Module):
         yield
         return
-    replaced: list[tuple[dict, Any, Any]] = []
+    replaced: list[tuple[dict[Any, Any], Any, Any]] = []
 
-    def put(holder: dict, key: Any, value: Any) -> None:
+    def put(holder: dict[Any, Any], key: Any, value: Any) -> None:
         replaced.append((holder, key, holder[key]))
         holder[key] = value
 
-    @torch._dynamo.disable
     def cut(*_: Any) -> None:
         """Stand where a hook of FSDP2 cuts the graph."""
 
+    cutting = torch._dynamo.disable(cut)
     for module in (m for m in model.modules() if isinstance(m, sharded)):
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in [k for k, hook in hooks.items() if hook.__module__.startswith("torch.distributed.fsdp")]:
-                put(hooks, key, cut)
+                put(hooks, key, cutting)
         state = module._get_fsdp_state()
         # Before 2.14 a module has one group at most.
         for group in filter(None, getattr(state, "_fsdp_param_groups", [state._fsdp_param_group])):

@@ -124,7 +124,7 @@ def make_report(state: State) -> Report:
     if not fused:
         reasons = {b.reason for b in planned} - {NOT_CHOSEN} or {NOT_CHOSEN}
         reason = (
-            why_no_attention(state.normal.graph)
+            why_no_attention(normal.graph)
             if not planned
             else (reasons.pop() if len(reasons) == 1 else "no block can fuse")
         )

@@ -7,16 +7,22 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cache
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, track_tensor_tree
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.fx.experimental.proxy_tensor import (
+    PythonKeyTracer,
+    disable_proxy_modes_tracing,
+    get_proxy_mode,
+    track_tensor_tree,
+)
+from torch.utils._python_dispatch import TensorWithFlatten, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mctf_compile.errors import Declined, UnsupportedGraph
+from mctf_compile.narrowing import present
 
 
 def is_wrapper(value: Any) -> bool:
@@ -26,24 +32,24 @@ def is_wrapper(value: Any) -> bool:
 
 def wrappers(node: fx.Node) -> list[Tensor]:
     """Those among the operands of a node, and then among its results."""
-    found = []
+    found: list[Tensor] = []
     for n in (*node.all_input_nodes, node):
         value = n.meta.get("val")
         found.extend(filter(is_wrapper, value if isinstance(value, (tuple, list)) else (value,)))
     return found
 
 
-def described(target: Callable[..., Any], among: Sequence[Tensor]) -> str:
+def described(target: fx.node.Target, among: Sequence[Tensor]) -> str:
     """A call in which wrappers take part, in words: "linear of an Int8Tensor"."""
     kind = type(among[0]).__name__
     return f"{getattr(target, '__name__', str(target))} of {'an' if kind[0] in 'AEIOU' else 'a'} {kind}"
 
 
-def make_up(value: Tensor) -> tuple:
+def make_up(value: Tensor) -> tuple[Any, ...]:
     """What tells a wrapper from others of its shape; nothing of any other tensor."""
     if not is_wrapper(value):
         return ()
-    names, context = value.__tensor_flatten__()
+    names, context = cast(TensorWithFlatten, value).__tensor_flatten__()
     held = [getattr(value, name) for name in names]
     inner = [(n, t.dtype, t.device, tuple(t.shape), t.stride(), make_up(t)) for n, t in zip(names, held)]
     return type(value), _Equal(context), *inner
@@ -80,7 +86,8 @@ def call(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, A
         # Of what some wrappers do below autograd the tracer cannot make anything; the call can stand as a whole then.
         with suppress(RuntimeError):
             return target(*args, **kwargs)
-    tracer = get_proxy_mode().tracer
+    tracer = present(get_proxy_mode()).tracer
+    assert isinstance(tracer, PythonKeyTracer), tracer
     proxies = tree_map(tracer.unwrap_proxy, (tuple(args), dict(kwargs)))
     before = list(map(_version, operands))
     with disable_proxy_modes_tracing():

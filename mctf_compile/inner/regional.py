@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental import _config as config
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from mctf_compile.narrowing import present
 from mctf_compile.passes.lowering.regions import Cut, Region, Symbol
 from mctf_compile.passes.planning.counts import new_symbol
 from mctf_compile.passes.subclasses import is_wrapper, make_up
@@ -144,7 +145,7 @@ def _fake(x: Tensor, shape: list[int | SymInt]) -> Tensor:
     Call it under the fake mode. Subclasses that hold tensors are weights, whose sizes differ at no site.
     """
     if is_wrapper(x):
-        return detect_fake_mode().from_tensor(x, static_shapes=True)
+        return present(detect_fake_mode()).from_tensor(x, static_shapes=True)
     strides: list[int | SymInt] = [0] * x.dim()
     step: int | SymInt = 1
     for d, gap in _layout(x):

@@ -87,7 +87,7 @@ class Opener(fx.Interpreter):
                 return opened
         return call(target, args, kwargs)
 
-    def call_method(self, target: str, args: tuple, kwargs: dict) -> Any:
+    def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not any(map(is_wrapper, args)):
             return super().call_method(target, args, kwargs)
         return call(getattr(type(args[0]), target), args, kwargs)

@@ -27,7 +27,8 @@ def _attention_flops(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
 
 
 def _product_flops(a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
-    return 2 * a[0] * a[1] * b[1]
+    flops: int = 2 * a[0] * a[1] * b[1]
+    return flops
 
 
 # The counter of older releases does not know attention on the CPU, and none knows products of integers.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from mctf_compile.errors import Declined
-from mctf_compile.narrowing import present
+from mctf_compile.narrowing import function_of, present
 from mctf_compile.passes.analysis.reasons import name_of, regrouped
 from mctf_compile.passes.axes import Dims, Place, Tokens, has_batch, mentions, places
 from mctf_compile.passes.rewriting.stream import Stream, Value
@@ -52,7 +52,7 @@ class FusedCall:
         self.rewriter, self.rule, self.node = rewriter, rule, node
         self.stream, self.generation, self.env = stream, generation, env
         self.call: Call = rewriter.axes.call(node)
-        self.args, self.target = self.call.args, node.target
+        self.args, self.target = self.call.args, function_of(node)
         self.packet = getattr(node.target, "overloadpacket", None)
 
     @property

@@ -120,7 +120,7 @@ class Insertion:
         value: Value
         if site.weights is None:
             stream, generation = self._stream(block), self._entry(block).generation
-            call = FusedCall(self.rewriter, rule_of(node), node, stream, generation, self.rewriter.env)
+            call = FusedCall(self.rewriter, present(rule_of(node)), node, stream, generation, self.rewriter.env)
             try:
                 seen = self._look_at_operands(call, block)
             except Declined as declined:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from unittest import mock
 
 import torch
@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import transform_subclass
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from mctf_compile.errors import Declined, UnsupportedGraph
-from mctf_compile.passes.axes import FEATURES, AxisTable, Dims, atoms
+from mctf_compile.narrowing import function_of
+from mctf_compile.passes.axes import FEATURES, AxisTable, Dim, Dims, atoms
 from mctf_compile.passes.rules.base import Call, Flow, Rule, find_rule
 from mctf_compile.passes.subclasses import described, is_wrapper, wrappers
 
@@ -33,16 +34,24 @@ def rule_of(node: fx.Node) -> Rule | None:
 def flow_of(node: fx.Node, table: AxisTable, dims: Mapping[fx.Node, Dims | list[Dims]]) -> Flow | None:
     """Where the axes of a node's operands go; None for one that has no tensors among its results."""
     value = node.meta.get("val")
-    if node.target is operator.getitem and isinstance(dims.get(node.args[0]), list):
-        return Flow(dims[node.args[0]][node.args[1]])
+    if node.target is operator.getitem:
+        source, index = cast(tuple[Any, Any], node.args)
+        results = dims.get(source)
+        if isinstance(results, list):
+            return Flow(results[index])
     if not any(isinstance(v, Tensor) for v in tree_leaves(value)):
         return None
-    operands = [n for n in node.all_input_nodes if isinstance(dims.get(n), tuple)]
+    operands = [of for of in map(dims.get, node.all_input_nodes) if isinstance(of, tuple)]
     rule = rule_of(node)
     # Of values without dimensions, whose first and last may be named all the same, there is nothing to say.
-    if rule is not None and any(dims[n] for n in operands):
-        return rule.axes(Call(node, table, lambda n: table.canonical_dims(dims[n])))
-    return unknown(value, table, tuple(dim for n in operands for dim in dims[n]))
+    if rule is not None and any(operands):
+        return rule.axes(_call(node, table, dims))
+    return unknown(value, table, tuple(dim for of in operands for dim in of))
+
+
+def _call(node: fx.Node, table: AxisTable, dims: Mapping[fx.Node, Dims | list[Dims]]) -> Call:
+    """A node as a rule sees it, whose operands are single tensors."""
+    return Call(node, table, lambda n: table.canonical_dims(cast(Dims, dims[n])))
 
 
 def unknown(value: Any, table: AxisTable, mixed: Dims) -> Flow:
@@ -87,7 +96,7 @@ def body_of(node: fx.Node) -> Body | None:
     def run(*given: Any) -> Any:
         feed = iter(given)
         args, kwargs = tree_unflatten([make(feed) for make in made], spec)
-        return node.target(*args, **kwargs)
+        return function_of(node)(*args, **kwargs)
 
     mode = next((m for m in map(maybe_get_fake_mode, inputs) if m is not None), None)
     if mode is None or any(map(is_wrapper, tree_leaves(node.meta["val"]))):
@@ -115,8 +124,8 @@ def flow_of_body(call: Call) -> Flow:
     placeholders = body.graph.find_nodes(op="placeholder")
     given: dict[fx.Node, fx.Node | None] = dict(zip(placeholders, body.operands, strict=True))
     memory = {v.untyped_storage()._cdata for v in (n.meta.get("val") for n in given) if isinstance(v, Tensor)}
-    own: list = []
-    mixed: list = []
+    own: list[Dim] = []
+    mixed: list[Dim] = []
     for node in body.graph.nodes:
         held = node.meta.get("val")
         if node.op == "output":
@@ -126,8 +135,9 @@ def flow_of_body(call: Call) -> Flow:
             if operand is not None and isinstance(held, Tensor):
                 dims[node] = call.dims_of(operand)
             elif isinstance(held, Tensor):
-                dims[node] = table.fresh_dims(held.shape)
-                own.extend(dims[node])
+                made = table.fresh_dims(held.shape)
+                dims[node] = made
+                own.extend(made)
             elif node.op == "get_attr":
                 return unknown(value, table, everything)
             continue
@@ -137,11 +147,14 @@ def flow_of_body(call: Call) -> Flow:
         dims[node] = flow.out
         mixed.extend(flow.mixed)
         if not any(n in dims for n in node.all_input_nodes):
-            mixed.extend(dim for of in ([flow.out] if isinstance(flow.out, tuple) else flow.out) for dim in of)
+            mixed.extend(_flat(flow.out))
     (results,) = body.graph.find_nodes(op="output")
-    outs = [dims.get(n) if isinstance(n, fx.Node) else () for n in tree_leaves(results.args[0])]
-    if not all(isinstance(out, tuple) for out in outs):
-        return unknown(value, table, everything)
+    outs: list[Dims] = []
+    for n in tree_leaves(results.args[0]):
+        out = dims.get(n) if isinstance(n, fx.Node) else ()
+        if not isinstance(out, tuple):
+            return unknown(value, table, everything)
+        outs.append(out)
     named = [_with_features(out, own, [call.dims_of(n) for n in call.tensors()], table) for out in outs]
     return Flow(named[0] if isinstance(value, Tensor) else named, (*mixed, *own))
 
@@ -159,11 +172,17 @@ def _flow_within(
     pure = getattr(torch.ops.aten, target._schema.name.partition("::")[2].removesuffix("_"), None)
     rule = find_rule(getattr(pure, target._overloadname, None))
     if rule is None:
-        return unknown(node.meta["val"], table, tuple(d for n in node.all_input_nodes if n in dims for d in dims[n]))
-    return rule.axes(Call(node, table, lambda n: table.canonical_dims(dims[n])))
+        operands = [dims[n] for n in node.all_input_nodes if n in dims]
+        return unknown(node.meta["val"], table, tuple(dim for of in operands for dim in _flat(of)))
+    return rule.axes(_call(node, table, dims))
 
 
-def _with_features(out: Dims, own: list, operands: list[Dims], table: AxisTable) -> Dims:
+def _flat(out: Dims | list[Dims]) -> Dims:
+    """The dims of one result, or of several side by side."""
+    return out if isinstance(out, tuple) else tuple(dim for of in out for dim in of)
+
+
+def _with_features(out: Dims, own: list[Dim], operands: list[Dims], table: AxisTable) -> Dims:
     """The dims of a result, where those that a wrapper brings in number the features of a layer."""
     shared = {atom for dims in operands for dim in table.canonical_dims(dims) for atom in atoms(dim)}
     held = {atom for dim in table.canonical_dims(tuple(own)) for atom in atoms(dim)} - shared

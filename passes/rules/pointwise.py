@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mctf_compile.errors import Declined
+from mctf_compile.narrowing import present
 from mctf_compile.passes.axes import Dim
 from mctf_compile.passes.rules.base import Call, Flow, rule
 
@@ -136,7 +137,7 @@ def two_parts(call: Call) -> Flow:
 def drawn_for_each(call: FusedCall) -> Value:
     """In training all tokens stay; copies that were fused would share one number."""
     if not call.rewriter.plan.relaxed:
-        raise Declined(f"{call.packet.__name__} draws a number for each of the original tokens")
+        raise Declined(f"{present(call.packet).__name__} draws a number for each of the original tokens")
     value: Value = call.emit()
     return value
 

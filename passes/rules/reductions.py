@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mctf_compile.errors import Declined, PassError
+from mctf_compile.narrowing import present
 from mctf_compile.passes.axes import Dims
 from mctf_compile.passes.rules.base import Call, Flow, rule, wrap
 
@@ -264,7 +265,7 @@ def logsumexp(call: Call) -> Flow:
 def extreme_alone(call: FusedCall) -> list[Value | None]:
     """The values, where nothing reads their positions: those have no form on fused tokens."""
     if any(user.target is not operator.getitem or user.args[1] != 0 for user in call.node.users):
-        raise Declined(f"the position of the {call.packet.__name__} among the original tokens is read")
+        raise Declined(f"the position of the {present(call.packet).__name__} among the original tokens is read")
     extreme = aten.amax if call.packet is aten.max else aten.amin
     values = extreme(call.intensive("self").tensor, [call.args["dim"]], call.args["keepdim"])
     return [call.result(values), None]
