@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mctf_compile.narrowing import present
+from mctf_compile.narrowing import node_of, present
 from mctf_compile.passes.analysis.normalize import constants
 from mctf_compile.passes.analysis.structure import Attention, Block, Mask
 from mctf_compile.passes.analysis.token_axes import Axes
@@ -64,9 +64,9 @@ def find_masks(
         found.append(replace(block, mask=max(kinds, default=Mask.NONE), padding=padding))
     # Attention of other queries than the tokens has its masks too.
     for node in graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
-        mask, key = (schema_arguments(node).get(name) for name in ("attn_mask", "key"))
-        if mask is not None and mask not in masks and axes.of(key)[-2]:
-            look({mask: node}, axes.of(key)[-2])
+        mask, keys = schema_arguments(node)["attn_mask"], axes.of(node_of(schema_arguments(node)["key"]))[-2]
+        if mask is not None and mask not in masks and keys:
+            look({mask: node}, keys)
     return found, masks
 
 
@@ -178,7 +178,8 @@ class _Finder:
         before = [n for n in mask.all_input_nodes if self.kind(n) is Mask.TOKENS]
         filled, boolean = _masks_where(mask), _is_bool(mask)
         if packet in _FILLING:
-            same, where = filled is not None and len(before) == 1 and _is_bool(before[0]), filled
+            same = filled is not None and len(before) == 1 and _is_bool(before[0])
+            where = filled is True
         elif boolean and packet in _NEGATING:
             same, where = all(map(_is_bool, before)), not where
         elif boolean and packet in _MEETING:

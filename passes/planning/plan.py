@@ -117,7 +117,7 @@ def make_plan(
             own = replace(cast(Merging, method), r=[requests[i] for i in tower.blocks], target=None)
         planner = _TowerPlanner(state, own, number, tower, adjustable)
         planned.update((block.index, block) for block in map(planner.plan, range(len(tower.blocks))))
-    return Plan(method, [planned[i] for i in range(len(blocks))], relaxed, masks=state.masks)
+    return Plan(method, [planned[i] for i in range(len(blocks))], relaxed, masks=present(state.masks))
 
 
 class _TowerPlanner:

@@ -125,7 +125,8 @@ class Insertion:
                 seen = self._look_at_operands(call, block)
             except Declined as declined:
                 self.undone[block.index] = str(declined)
-                return self.rewriter.evaluate(node, self.rewriter.env)
+                value = self.rewriter.evaluate(node, self.rewriter.env)
+                return value
         if self.plan.site is Site.BEFORE:
             value = self.rewriter.again(node, {entry: self._fuse(block, self._entry(block))})
             return value

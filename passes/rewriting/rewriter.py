@@ -17,7 +17,7 @@ from torch.fx.traceback import set_current_meta
 from mctf_compile.errors import Declined
 from mctf_compile.kernels.library import without_autocast
 from mctf_compile.methods import Site
-from mctf_compile.narrowing import function_of, node_of, present
+from mctf_compile.narrowing import function_of, node_of, operator_of, present
 from mctf_compile.passes.analysis.reasons import name_of
 from mctf_compile.passes.analysis.token_axes import Axes
 from mctf_compile.passes.axes import Dims, atoms, has_batch, mentions
@@ -338,7 +338,7 @@ class Rewriter:
                 continue
             seen.add(n)
             read = sources(n)
-            if find_rule(n.target) is None or is_random(n.target):
+            if find_rule(n.target) is None or is_random(operator_of(n)):
                 return False
             if read and mentions(self.axes.mixed_by(n), stream.tokens):
                 return False
