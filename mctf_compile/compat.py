@@ -147,25 +147,45 @@ def _forget(code: CodeType, backend: Callable[..., Any], new: bool) -> None:
 
 
 class WatchedShapeEnv(ShapeEnv):
-    """A shape environment that notes where a program turns its symbolic numbers into plain ones, or branches on them.
+    """A shape environment that notes where code turns its symbolic numbers into plain ones, or branches on them.
 
     Attributes:
-        decisions: the file, line and text of each such place, without those in PyTorch or in this package.
+        decisions: the file, line and text of each such place within ``watched``, without those in PyTorch or in this
+            package.
     """
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.decisions: list[str] = []
+        self._watching = False
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Note what is decided within."""
+        self._watching = True
+        try:
+            yield
+        finally:
+            self._watching = False
 
     def evaluate_sym_node(self, *args: Any, **kwargs: Any) -> Any:
         """As PyTorch has it: every ``int(n)``, ``range(n)`` and ``if n > 1`` comes through here."""
-        frame = sys._getframe(1)
+        if self._watching:
+            self._note(sys._getframe(1))
+        return super().evaluate_sym_node(*args, **kwargs)
+
+    def _note(self, frame: FrameType) -> None:
+        """Note the place where the innermost function that is not part of the answer asks.
+
+        It asks by a method of the number, as ``__bool__``; operators that compare sizes have no such frame.
+        """
+        by_number = False
         while frame.f_back is not None and frame.f_code.co_filename.startswith((__file__, *_SYMBOLIC)):
+            by_number |= frame.f_code.co_filename == _SYMBOLIC[0]
             frame = frame.f_back
         file = frame.f_code.co_filename
-        if not file.startswith((_TORCH + os.sep, os.path.dirname(__file__) + os.sep)):
+        if by_number and not file.startswith((_TORCH + os.sep, os.path.dirname(__file__) + os.sep)):
             text = linecache.getline(file, frame.f_lineno).strip()
             place = f"line {frame.f_lineno} of {file}" + (f": {text}" if text else "")
             if place not in self.decisions:
                 self.decisions.append(place)
-        return super().evaluate_sym_node(*args, **kwargs)

@@ -35,7 +35,8 @@ class GraphCase:
     ``way``: ``graph``, the program as a graph that is made here, in which copies are fused; ``compiled``, the same by
     ``torch.compile`` with the backend ``mctf``; ``rounding``, a program with regions of autocast, which must round when
     it is fused too; ``spelling``, tokens of which none is a copy, whose attention must fuse like
-    ``scaled_dot_product_attention`` however it is written.
+    ``scaled_dot_product_attention`` however it is written; ``tables``, such tokens again, which must fuse alike whether
+    one table serves several readers or each has an equal one.
     """
 
     grown: Program
@@ -48,7 +49,8 @@ class GraphCase:
             "graph": self._check_graph,
             "compiled": self._check_compiled,
             "rounding": self._check_rounding,
-            "spelling": self._check_spelling,
+            "spelling": self._check_alike,
+            "tables": self._check_alike,
         }
         with torch.set_grad_enabled(self.grown.gradients):
             try:
@@ -61,12 +63,11 @@ class GraphCase:
         """A program that fails as this case does."""
         options = "".join(f", {name}={value!r}" for name, value in self.options.items())
         head = f"    with torch.set_grad_enabled({self.grown.gradients}):"
-        if self.way in ("spelling", "rounding"):
-            graph, check = self.grown, "assert_rounded_alike"
-            plain = graph.without_regions()
-            if self.way == "spelling":
-                graph, check = self._apart(), "assert_fused_alike"
-                plain = plainly(graph)
+        if self.way not in ("graph", "compiled"):
+            graph, plain, check = self.grown, self.grown.without_regions(), "assert_rounded_alike"
+            if self.way != "rounding":
+                graph, plain = self._two_forms()
+                check = "assert_fused_alike"
             return "\n".join(
                 [
                     graph.source(),
@@ -135,20 +136,25 @@ class GraphCase:
         torch._dynamo.reset()
         return found
 
-    def _check_spelling(self) -> Soundness:
-        graph = self._apart()
+    def _check_alike(self) -> Soundness:
         runs = []
-        for program in (graph, plainly(graph)):
+        for program in self._two_forms():
             module, inputs = program.make()
             recorder = Recorder(dict(self.options))
             runs.append((recorder, list(recorder(program.graph(module), inputs)(*inputs))))
         (recorder, one), (other, plain) = runs
         problems = recorder.miscounted() + other.miscounted()
+        form = {"spelling": "attention in another spelling", "tables": "one table for several readers"}[self.way]
         if recorder.reports[0].removed != other.reports[0].removed:
-            problems.append("attention in another spelling removes other numbers of tokens")
+            problems.append(f"{form} removes other numbers of tokens")
         elif not max(map(distance, plain, one)) <= ALIKE:
-            problems.append("attention in another spelling fuses other tokens")
+            problems.append(f"{form} fuses other tokens")
         return Soundness(recorder.reports, problems, 0.0, None)
+
+    def _two_forms(self) -> tuple[Program, Program]:
+        """The program on tokens that are no copies, and another that computes the same."""
+        graph = self._apart()
+        return graph, plainly(graph) if self.way == "spelling" else graph.with_copies()
 
     def _apart(self) -> Program:
         """The program on tokens of which none is a copy, in float64: then nothing is decided by rounding."""
@@ -178,12 +184,16 @@ def graph_cases(draw: st.DrawFn, features: Collection[str] = FEATURES) -> GraphC
     program, options = builder.program(), draw(fusion_options(("size", "attention", "mean", "max", "mlerp")))
     options |= {"r": draw(st.sampled_from((2, 1, 3, 4))), "min_tokens": 1}
     way = draw(st.sampled_from(("graph",) * 20 + ("spelling",) * 4 + ("compiled",)))
-    if way == "graph" and any(region.autocast for region in program.regions):
-        way = "rounding"
-    if way == "spelling" and (program.regions or all(s.target not in SPELLINGS for s in program.steps)):
+    if builder.returns and builder.tables:
+        way = draw(st.sampled_from(("tables", "graph")))
+    if way == "spelling" and all(s.target not in SPELLINGS for s in program.steps):
+        way = "graph"
+    if way in ("spelling", "tables") and program.regions:
         # In low precision rounding decides which tokens are the most alike.
         way = "graph"
-    if way != "spelling":
+    if way == "graph" and any(region.autocast for region in program.regions):
+        way = "rounding"
+    if way not in ("spelling", "tables"):
         options |= ONLY_SIMILARITY
     if draw(st.integers(0, 5)) == 5:
         options = {"method": "tome", "r": options["r"]}

@@ -114,7 +114,7 @@ class Builder:
         self.grid = choose(((4, 4), (3, 6), (6, 3)))
         size = self.grid[0] * self.grid[1]
         # Tokens come back in the middle, on the grid, and are fused again.
-        self.returns = "returns" in features and choose((False,) * 4 + (True,))
+        self.returns = "returns" in features and choose((False, False, True))
         self.periodic = periodic = self.returns or ("grid" in features and choose((False, True)))
         lead = tail = 0
         self.layout = "bnc"
@@ -167,10 +167,13 @@ class Builder:
         with torch.set_grad_enabled(self.g.gradients):
             self._begin()
             if self.returns:
-                for _ in range(2):
+                # The first block does not fuse by default, and what the last before the grid fuses comes back at once.
+                for _ in range(self.choose((3, 4))):
                     self.move(alone=True)
                 for stream in self.streams:
-                    self._on_grid(stream)
+                    before = stream.ref
+                    while stream.ref is before and self.g.chance(90):
+                        self._on_grid(stream)
             for _ in range(self.choose((2, 2, 3) if len(self.streams) == 1 else (1, 2))):
                 self.move(alone=self.returns)
 
@@ -196,7 +199,7 @@ class Builder:
                     if self.calls and self.has("calls", 35):
                         self._call(stream)
                     else:
-                        self._block(stream)
+                        self._block(stream, wide=alone)
                 self.calls.append((start, len(self.g.lines), before, stream.ref))
                 self._offer(stream.ref)
             if alone:
@@ -260,15 +263,15 @@ class Builder:
         bias = self.g.hold((wide,), dtype, 0.3, parameter=True) if self.g.chance(30) else None
         return self.g(aten.linear.default, x, weight, bias)
 
-    def _block(self, stream: Stream) -> None:
-        """Attention and its residual connection, and at times an MLP and its own."""
+    def _block(self, stream: Stream, wide: bool) -> None:
+        """Attention and its residual connection, and an MLP and its own: always where it is ``wide``, else at times."""
         g = self.g
         y = self._to_tokens(stream.ref)
         if g.chance(50):
             y = g(aten.layer_norm.default, y, [WIDTH])
         a = self._attend(*self._operands(y))
         x = self._add(stream.ref, self._linear(a, WIDTH))
-        if g.chance(50):
+        if wide or g.chance(50):
             y = self._linear(self._to_tokens(x), HIDDEN)
             y = self._linear(g(g.choose((aten.gelu.default, aten.relu.default, aten.silu.default)), y), WIDTH)
             x = self._add(x, y)

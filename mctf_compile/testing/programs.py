@@ -226,6 +226,25 @@ class Program:
         lines = (replace(line, target=by(line.target)) if isinstance(line, Step) else line for line in self.lines)
         return replace(self, lines=tuple(lines))
 
+    def with_copies(self) -> Program:
+        """The program with an equal tensor of its own for every reader of one that it holds."""
+        by_ref = {held.ref: held for held in self.held}
+        copies: list[Held] = []
+
+        def copy(ref: Ref) -> Ref:
+            if ref not in by_ref:
+                return ref
+            copies.append(replace(by_ref[ref], ref=Ref(f"{ref}_{len(copies)}")))
+            return copies[-1].ref
+
+        lines: list[Line] = []
+        for line in self.lines:
+            if isinstance(line, Step):
+                args, kwargs = fill((line.args, line.kwargs), copy)
+                line = replace(line, args=args, kwargs=kwargs)
+            lines.append(line)
+        return replace(self, lines=tuple(lines), held=tuple(copies))
+
     def without_regions(self) -> Program:
         """The program without its regions of autocast and of ``no_grad``."""
         return replace(self, lines=tuple(self.steps))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import ChainMap
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, fx
 
+from mctf_compile.compat import WatchedShapeEnv
 from mctf_compile.errors import Declined, PassError
 from mctf_compile.kernels.library import working_dtype
 from mctf_compile.kernels.pooling.aten import index_of
@@ -335,7 +337,9 @@ class Insertion:
         left, stream = self.rewriter.left.get(block.index), present(x.stream)
         # Where it is an input of the graph it is a SymInt, which methods take as they take an int.
         r = block.removed if left is None else cast(int, evidence.x.shape[1] - left)
-        choice = self._choose(evidence, r)
+        env = None if left is None else cast(WatchedShapeEnv, left.node.shape_env)
+        with nullcontext() if env is None else env.watched():
+            choice = self._choose(evidence, r)
         stream.fusions.append(replace(self._fusion(choice, evidence, place), padding=block.block.padding))
         fused = stream.raise_to(x, x.generation + 1)
         if choice.gain is None:
