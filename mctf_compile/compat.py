@@ -24,6 +24,10 @@ _TORCH = os.path.dirname(torch.__file__)
 _SYMBOLIC = (os.path.join(_TORCH, "__init__.py"), os.path.join(_TORCH, "fx", "experimental") + os.sep)
 
 
+# What Dynamo calls where a model reads ``x.data``.
+get_data: Callable[..., Any] = getattr(torch._C._autograd, "_get_data_attr", torch.Tensor.detach)
+
+
 def unwrapped(error: MctfError) -> MctfError:
     """The same error for a backend to raise, of a kind that Dynamo raises as it is; it wraps others."""
     return _unwrapped_kind(type(error))(  # type: ignore[arg-type]  # classes are hashable

@@ -150,6 +150,29 @@ def test_a_write_into_a_view_of_a_buffer_arrives(name):
     assert not torch.equal(dense.tokens if name == "tokens" else dense.held, Holding().held)
 
 
+def test_a_tensor_that_is_read_by_its_data_may_change():
+    """``x.data`` is the memory of x, which other calls find changed, and has no gradient."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = tiny()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, images):
+            return self.inner(images * self.scale.data)
+
+    model = Scaled()
+    fused = fast(model, strict=True)
+    with torch.no_grad():
+        before = fused(IMAGES)
+        model.scale.fill_(2)
+        torch.testing.assert_close(fused(IMAGES), fast(model.inner)(2 * IMAGES))
+        assert not torch.allclose(fused(IMAGES), before)
+    fused(IMAGES).sum().backward()
+    assert model.scale.grad is None and model.inner.head.weight.grad is not None
+
+
 def test_an_input_is_written_to_once():
     class Counted(nn.Module):
         def __init__(self) -> None:

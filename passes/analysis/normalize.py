@@ -15,6 +15,7 @@ from mctf_compile.errors import UnsupportedGraph
 from mctf_compile.passes.analysis.casts import make_casts_explicit
 from mctf_compile.passes.analysis.mutations import functionalize
 from mctf_compile.passes.analysis.opening import Opener
+from mctf_compile.passes.analysis.reasons import name_of
 from mctf_compile.passes.pipeline import State, graph_pass
 from mctf_compile.passes.tracing import trace
 
@@ -58,6 +59,10 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     for old, new in zip(_placeholders(gm), _placeholders(normal)):
         new.meta.update({k: v for k, v in old.meta.items() if k in ("stack_trace", "nn_module_stack")})
         new.name = old.name
+    for node in normal.graph.find_nodes(op="get_attr"):
+        if isinstance(operator.attrgetter(str(node.target))(normal), FakeTensor):
+            reader = name_of(next(iter(node.users)))
+            raise UnsupportedGraph(f"{reader} reads a tensor in a way that PyTorch does not trace")
     # Before the writes are gone: autocast leaves those alone.
     make_casts_explicit(normal)
     functionalize(normal)

@@ -14,6 +14,7 @@ from torch.autograd.grad_mode import _enter_inference_mode, _exit_inference_mode
 from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy
 
+from mctf_compile.compat import get_data
 from mctf_compile.errors import UnsupportedGraph
 from mctf_compile.passes.subclasses import call, is_wrapper
 
@@ -151,6 +152,8 @@ class Opener(fx.Interpreter):
         torch._C._set_grad_enabled: _switch_gradients,
         _enter_inference_mode: _begin_inference_mode,
         _exit_inference_mode: _switch_gradients,
+        # The memory of a tensor, which a tracer would take for a constant.
+        get_data: lambda self, x: x.detach(),
     }
 
 
