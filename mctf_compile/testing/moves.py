@@ -133,6 +133,8 @@ class Builder:
         self.dtype = choose((torch.float32, torch.float64))
         self.pool: list[Ref] = []
         self.torn: set[Ref] = set()
+        # Whether all tokens are there again at some place, those that were fused as copies of each other.
+        self.came_back = False
         self.blocks = 0
         self.tables: list[Ref] = []
         self.streams: list[Stream] = []
@@ -525,6 +527,7 @@ class Builder:
             else:
                 x = g(aten.add.Tensor, stream.ref, self._from_tokens(x))
             self._set(stream, x)
+            self.came_back = True
             self._offer(x)
 
 

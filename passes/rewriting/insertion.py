@@ -318,7 +318,9 @@ class Insertion:
         """Choose and combine the block's tokens: a new generation. Returns ``x`` in it."""
         stream = self._stream(block)
         (place,) = stream.places(x.dims)
-        if not self.plan.relaxed and hint_of(stream.body(x.generation)) + place.lead + place.tail != block.tokens_in:
+        found = hint_of(stream.body(x.generation)) + place.lead + place.tail
+        # Where other numbers come of an earlier block's, the plan is made again for that block alone.
+        if not self.plan.relaxed and x.generation == 0 and found != block.tokens_in:
             self.whole.add(block.index)
         x = Value(x.tensor, x.dims, stream, x.generation)
         tokens = stream.canonical(x, place)
