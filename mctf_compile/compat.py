@@ -22,8 +22,6 @@ from mctf_compile.narrowing import present
 _TORCH = os.path.dirname(torch.__file__)
 # What stands between a program that asks for the value of a symbolic number and the answer.
 _SYMBOLIC = (os.path.join(_TORCH, "__init__.py"), os.path.join(_TORCH, "fx", "experimental") + os.sep)
-
-
 # What Dynamo calls where a model reads ``x.data``.
 get_data: Callable[..., Any] = getattr(torch._C._autograd, "_get_data_attr", torch.Tensor.detach)
 

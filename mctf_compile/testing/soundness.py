@@ -245,7 +245,8 @@ def assert_fused_alike(one: nn.Module, other: nn.Module, *inputs: Any, tolerance
     """
     recorders = [Recorder(dict(options)) for _ in range(2)]
     outputs = [tree_leaves(r.run(model, *inputs)) for r, model in zip(recorders, (one, other))]
-    assert not recorders[0].miscounted(), recorders[0].miscounted()
+    miscounted = [problem for r in recorders for problem in r.miscounted()]
+    assert not miscounted, "; ".join(miscounted)
     assert len(outputs[0]) == len(outputs[1]), "they have other numbers of outputs"
     apart = max(map(distance, *outputs), default=0.0)
     assert apart <= tolerance, f"the outputs of the fused models are {apart:.2e} of their largest entry apart"
@@ -266,8 +267,8 @@ def assert_rounded_alike(model: nn.Module, exact: nn.Module, *inputs: Any, **opt
     given = [[x.clone() if isinstance(x, Tensor) else x for x in inputs] for _ in range(3)]
     recorder = Recorder(dict(options))
     fused = tree_leaves(recorder.run(model, *given[0]))
-    assert not recorder.miscounted(), recorder.miscounted()
-    problems = too_exact(tree_leaves(model(*given[1])), fused, tree_leaves(exact(*given[2])))
+    problems = recorder.miscounted()
+    problems += too_exact(tree_leaves(model(*given[1])), fused, tree_leaves(exact(*given[2])))
     assert not problems, "; ".join(problems)
 
 

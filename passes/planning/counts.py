@@ -42,10 +42,9 @@ class Counts:
 
     def refuse_decisions(self, method: str) -> None:
         """Raise ``ConfigError`` where a method chose by the numbers themselves: its graph holds for no others."""
-        fixed = [i for i, size in enumerate(self.left) if self.env.replace(size.node.expr).is_number]
         if self.env.decisions:
             where = f"it decides by their number ({self.env.decisions[0]})"
-        elif fixed:
+        elif any(self.env.replace(size.node.expr).is_number for size in self.left):
             where = "an operator that it calls is compiled for one number of tokens"
         else:
             return

@@ -319,7 +319,7 @@ class Insertion:
         stream = self._stream(block)
         (place,) = stream.places(x.dims)
         found = hint_of(stream.body(x.generation)) + place.lead + place.tail
-        # Where other numbers come of an earlier block's, the plan is made again for that block alone.
+        # A block whose tokens an earlier one has fused gets right numbers when the plan of that one is made again.
         if not self.plan.relaxed and x.generation == 0 and found != block.tokens_in:
             self.whole.add(block.index)
         x = Value(x.tensor, x.dims, stream, x.generation)
