@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -10,14 +10,29 @@ from hypothesis import strategies as st
 
 from mctf_compile import cli
 from mctf_compile.passes.analysis.casts import _Probe
+from mctf_compile.passes.planning.plan import _TowerPlanner
 from mctf_compile.passes.rewriting.fused_call import FusedCall
 from mctf_compile.passes.rewriting.insertion import Insertion
+from mctf_compile.passes.rewriting.rewriter import Rewriter
 from mctf_compile.passes.rewriting.stream import Stream
 from mctf_compile.passes.rules import RULES
+from mctf_compile.report import Report
 from mctf_compile.testing import VitSpec
 from mctf_compile.testing.fuzz import SpecCase, cases, fuzz
+from mctf_compile.testing.graphs import graph_cases
+from mctf_compile.testing.soundness import Soundness
 
 aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A case that is its number."""
+
+    number: int
+
+    def program(self):
+        return str(self.number)
 
 
 def unweighted_mean(monkeypatch):
@@ -68,11 +83,80 @@ def evidence_over_queries(monkeypatch):
     monkeypatch.setattr(Insertion, "_mean_row", wrong)
 
 
-@pytest.mark.parametrize("breakage", [unweighted_whole_numbers, forgotten_region, evidence_over_queries])
-def test_a_fault_that_generated_models_do_not_show_is_found_by_programs(breakage, monkeypatch):
+def stale_table(monkeypatch):
+    """A table that was fused once is the same for ever, whatever stream reads it."""
+
+    class ByNode(dict):
+        def __contains__(self, key):
+            return super().__contains__(key[1:4])
+
+        def __getitem__(self, key):
+            return super().__getitem__(key[1:4])
+
+        def __setitem__(self, key, value):
+            super().__setitem__(key[1:4], value)
+
+    begin = Rewriter.__init__
+
+    def wrong(self, *args):
+        begin(self, *args)
+        self._raised = ByNode()
+
+    monkeypatch.setattr(Rewriter, "__init__", wrong)
+
+
+def counts_by_axis(monkeypatch):
+    """Tokens are counted by the axes that towers share, and nobody looks how many there are."""
+    begin, counts = _TowerPlanner.__init__, {}
+
+    def wrong(self, state, method, number, *more):
+        begin(self, state, method, number, *more)
+        if number == 0:
+            counts.clear()
+        self.counts = counts
+
+    class Unheard(set):
+        def add(self, index):
+            pass
+
+    insert = Insertion.__init__
+
+    def unheard(self, rewriter):
+        insert(self, rewriter)
+        self.whole = Unheard()
+
+    monkeypatch.setattr(_TowerPlanner, "__init__", wrong)
+    monkeypatch.setattr(Insertion, "__init__", unheard)
+
+
+# What a program has to hold for a fault to show; with all of it each is found within 500 examples too, and later.
+FAULTS = (
+    (unweighted_whole_numbers, ("operators", "integers", "feedback")),
+    (forgotten_region, ("regions",)),
+    (evidence_over_queries, ()),
+    (stale_table, ("tables", "returns")),
+    (counts_by_axis, ("tables", "streams")),
+)
+
+
+@pytest.mark.parametrize("breakage, features", FAULTS)
+def test_a_fault_that_generated_models_do_not_show_is_found_by_programs(breakage, features, monkeypatch):
     breakage(monkeypatch)
-    outcome = fuzz(cases("graphs"), 500, seed=0, shrink=False)
+    outcome = fuzz(graph_cases(features), 500, seed=0, shrink=False)
     assert outcome.failure is not None
+
+
+def test_no_two_examples_are_alike():
+    seen = []
+
+    class Remembered(Plain):
+        def check(self):
+            seen.append(self.number)
+            return Soundness([Report([], lambda: (0, 0))], [], 0.0, None)
+
+    outcome = fuzz(st.builds(Remembered, st.integers(0, 99)), 60, seed=0)
+    assert outcome.counts["examples"] == len(seen) == len(set(seen)) == 60
+    assert fuzz(st.builds(Remembered, st.integers(100, 104)), 60, seed=0).counts["examples"] == 5
 
 
 def test_models_pass():

@@ -87,11 +87,13 @@ def test_a_program_is_the_same_as_source_and_as_a_graph():
         with torch.set_grad_enabled(program.gradients):
             module, inputs = program.make()
             expected = module(*[x.clone() for x in inputs])
-            graph = program.graph(module)
-            got = fx.Interpreter(graph).run(*[x.clone() for x in inputs])
-        assert len(expected) == len(program.outputs) == len(got)
-        for name, a, b in zip(program.outputs, expected, got):
-            assert distance(a, b) == 0.0 and a.dtype == b.dtype, name
+            got = fx.Interpreter(program.graph(module)).run(*[x.clone() for x in inputs])
+            graph, held = program.graph(module, lifted=True), program.held_by(module)
+            lifted = fx.Interpreter(graph).run(*[x.clone() for x in inputs], *held)
+        assert len(expected) == len(program.outputs) == len(got) == len(lifted)
+        assert all(node.op != "get_attr" for node in graph.graph.nodes)
+        for name, a, b, c in zip(program.outputs, expected, got, lifted):
+            assert distance(a, b) == 0.0 == distance(a, c) and a.dtype == b.dtype == c.dtype, name
             assert distance(builder.g.value(name), a) <= program.tolerance, name
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +19,10 @@ from mctf_compile.testing.graphs import graph_cases
 from mctf_compile.testing.models import TinyViT, VitSpec
 from mctf_compile.testing.soundness import Soundness, check_rewrite
 from mctf_compile.testing.strategies import method_options, vit_specs
+
+# After so many examples Hypothesis tries each with one part put in the place of another, five times; drawn anew, they
+# differ by more.
+RUN = 10
 
 
 class Case(Protocol):
@@ -131,7 +136,7 @@ def fuzz(
     progress: Callable[[int], None] = lambda done: None,
     shrink: bool = True,
 ) -> Outcome:
-    """Check up to ``examples`` cases; stops at the first unsound one and shrinks it.
+    """Check up to ``examples`` cases, of which no two are alike; stops at the first unsound one and shrinks it.
 
     Args:
         strategy: of cases.
@@ -142,37 +147,52 @@ def fuzz(
 
     Raises what interrupts it; an exception in a model or a rewrite is a failure of its case.
     """
-    outcome = Outcome()
+    outcome, checked, seeds = Outcome(), set[str](), random.Random(seed)
+    counts = outcome.counts
     phases = [Phase.generate, Phase.shrink] if shrink else [Phase.generate]
 
-    @hypothesis.seed(seed)
-    @settings(
-        max_examples=examples,
-        deadline=None,
-        database=None,
-        phases=phases,
-        report_multiple_bugs=False,
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(strategy)
-    def run(case: Case) -> None:
-        outcome.counts["examples"] += 1
-        progress(outcome.counts["examples"])
+    def check(case: Case) -> None:
+        # The plainest case opens every run of Hypothesis, which repeats an unsound one, too.
+        if case.program() in checked or (counts["examples"] == examples and outcome.failure is None):
+            return
+        tried = outcome.failure is not None
+        if not tried:
+            counts["examples"] += 1
+            progress(counts["examples"])
         try:
             found = case.check()
         except Exception as error:
             cause = cause_of(error)
             outcome.failure = case, f"{type(cause).__name__}: {cause}"
             raise
-        outcome.counts["fused"] += any(report.fused for report in found.reports)
-        outcome.counts["duplicates"] += found.duplicates is not None
+        if not tried:
+            counts["fused"] += any(report.fused for report in found.reports)
+            counts["duplicates"] += found.duplicates is not None
         if found.problems:
             outcome.failure = case, "; ".join(found.problems)
             raise AssertionError(outcome.failure[1])
+        checked.add(case.program())
 
-    try:
-        run()
-    except Exception:
-        if outcome.failure is None:
-            raise
+    def run() -> None:
+        """One run of Hypothesis."""
+        drawn = given(strategy)(check)
+        limits = settings(
+            max_examples=RUN,
+            deadline=None,
+            database=None,
+            phases=phases,
+            report_multiple_bugs=False,
+            suppress_health_check=list(HealthCheck),
+        )
+        hypothesis.seed(seeds.getrandbits(64))(limits(drawn))()
+
+    more = True
+    while more and counts["examples"] < examples:
+        before = counts["examples"]
+        try:
+            run()
+        except Exception:
+            if outcome.failure is None:
+                raise
+        more = outcome.failure is None and counts["examples"] > before
     return outcome

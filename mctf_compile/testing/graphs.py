@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from mctf_compile.errors import ConfigError
 from mctf_compile.report import Report
@@ -36,12 +36,14 @@ class GraphCase:
     ``torch.compile`` with the backend ``mctf``; ``rounding``, a program with regions of autocast, which must round when
     it is fused too; ``spelling``, tokens of which none is a copy, whose attention must fuse like
     ``scaled_dot_product_attention`` however it is written; ``tables``, such tokens again, which must fuse alike whether
-    one table serves several readers or each has an equal one.
+    one table serves several readers or each has an equal one. ``lifted``: what the program holds are inputs of its
+    graph, one for all readers, as under Dynamo, and not attributes.
     """
 
     grown: Program
     options: dict[str, Any]
     way: str = "graph"
+    lifted: bool = False
 
     def check(self) -> Soundness:
         """What fusing tokens does to the program. Raises what the program, its capture or the rewrite raises."""
@@ -100,7 +102,7 @@ class GraphCase:
         dense, given = ([x.clone() for x in inputs] for _ in range(2))
         recorder = Recorder(dict(self.options))
         plain = [*module(*dense), *dense]
-        fused = [*recorder(self.grown.graph(module), inputs)(*given), *given]
+        fused = [*self._fused(recorder, self.grown, module, given), *given]
         problems, error = broken(plain, fused, recorder), None
         if not recorder.reports[0].fused:
             problems += _unequal(plain, fused, "nothing was fused, and yet the output is not the dense one")
@@ -109,6 +111,11 @@ class GraphCase:
             if not error <= self.grown.tolerance:
                 problems.append(f"fusing duplicates changed the output by {error:.2e} of its largest entry")
         return Soundness(recorder.reports, problems, 0.0, error), plain, fused
+
+    def _fused(self, recorder: Recorder, program: Program, module: nn.Module, inputs: list[Tensor]) -> list[Tensor]:
+        """The outputs of a program whose tokens are fused."""
+        given = [*inputs, *(program.held_by(module) if self.lifted else ())]
+        return list(recorder(program.graph(module, self.lifted), given)(*given))
 
     def _check_rounding(self) -> Soundness:
         found, plain, fused = self._compare()
@@ -141,7 +148,7 @@ class GraphCase:
         for program in self._two_forms():
             module, inputs = program.make()
             recorder = Recorder(dict(self.options))
-            runs.append((recorder, list(recorder(program.graph(module), inputs)(*inputs))))
+            runs.append((recorder, self._fused(recorder, program, module, inputs)))
         (recorder, one), (other, plain) = runs
         problems = recorder.miscounted() + other.miscounted()
         form = {"spelling": "attention in another spelling", "tables": "one table for several readers"}[self.way]
@@ -200,4 +207,4 @@ def graph_cases(draw: st.DrawFn, features: Collection[str] = FEATURES) -> GraphC
         options = {"method": "tome", "r": options["r"]}
     elif not builder.returns and draw(st.booleans()):
         options["layers"] = [0, 1]
-    return GraphCase(program, options, way)
+    return GraphCase(program, options, way, way == "tables" or draw(st.booleans()))

@@ -257,12 +257,16 @@ class Program:
         exec(compile(source, name, "exec"), space)
         return space["Program"]().eval(), space["inputs"]
 
-    def graph(self, module: nn.Module) -> fx.GraphModule:
-        """The program as a graph like Dynamo's, with what it holds as attributes of ``module``."""
+    def graph(self, module: nn.Module, lifted: bool = False) -> fx.GraphModule:
+        """The program as a graph like Dynamo's.
+
+        What it holds are attributes of ``module``, or, where they are ``lifted``, more inputs (see ``held_by``).
+        """
         graph = fx.Graph()
         values: dict[Ref, fx.Node] = {held.ref: graph.placeholder(str(held.ref)) for held in self.inputs}
         for held in self.held:
-            values[held.ref] = graph.get_attr(held.ref.name.removeprefix("self."))
+            name = held.ref.name.removeprefix("self.")
+            values[held.ref] = graph.placeholder(f"held_{name}") if lifted else graph.get_attr(name)
         leaves: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
         for line in self.lines:
             if isinstance(line, Step):
@@ -280,6 +284,10 @@ class Program:
                 leaves.append((torch.amp.autocast_mode._exit_autocast, (entered,)))
         graph.output(tuple(values[ref] for ref in self.outputs))
         return fx.GraphModule(module, graph)
+
+    def held_by(self, module: nn.Module) -> list[Tensor]:
+        """What a lifted graph takes after the inputs."""
+        return [getattr(module, held.ref.name.removeprefix("self.")) for held in self.held]
 
 
 def _definition(function: Callable[..., Any]) -> str:
