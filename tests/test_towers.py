@@ -205,7 +205,7 @@ def test_the_stages_of_a_pyramid_are_one_tower() -> None:
 class Tables(nn.Module):
     """Blocks whose queries and keys are scaled by a table over the tokens; all come back for a convolution midway."""
 
-    def __init__(self, copies: bool, depth: int = 8, width: int = 32, grid: int = 6) -> None:
+    def __init__(self, copies: bool, depth: int = 8, width: int = 64, grid: int = 6) -> None:
         super().__init__()
         self.grid = grid
         self.blocks = nn.ModuleList(Stage(width) for _ in range(depth))
@@ -226,7 +226,7 @@ class Tables(nn.Module):
 
 @pytest.mark.parametrize("options", [{"r": 4}, {"r": 4, "attention": "exact"}, {"method": "tome", "r": 4}], ids=str)
 def test_a_table_is_fused_anew_after_the_tokens_came_back(options: dict[str, Any]) -> None:
-    x, results = torch.randn(2, 36, 32), []
+    x, results = torch.randn(2, 36, 64), []
     for copies in (False, True):
         torch.manual_seed(0)
         result, report = fused(Tables(copies), x, **options)

@@ -56,17 +56,17 @@ def macs_by_block(
     is in no block (embedding, head, layers between blocks) is the rest of ``count_macs``.
     """
     numbers, owner = segments(before.graph, blocks), owners(before.graph, blocks)
-    dense = _totals(before, lambda node: owner.get(numbers[node]))
-    fused = dense if after is None else _totals(after, lambda node: owner.get(node.meta.get(SEGMENT, -1)))
+    dense = macs_by(before, lambda node: owner.get(numbers[node]))
+    fused = dense if after is None else macs_by(after, lambda node: owner.get(node.meta.get(SEGMENT, -1)))
     known = set(owner.values())
-    return [(dense[i] // 2, fused[i] // 2) if i in known else None for i in range(len(blocks))]
+    return [(dense[i], fused[i]) if i in known else None for i in range(len(blocks))]
 
 
-def _totals(gm: fx.GraphModule, block_of: Callable[[fx.Node], int | None]) -> Counter[int | None]:
-    """Twice the MACs of each block, and under None those of the nodes that are in none."""
+def macs_by(gm: fx.GraphModule, part: Callable[[fx.Node], int | None]) -> Counter[int | None]:
+    """MACs of each part of a graph; ``part`` says in which one a node is."""
     totals: Counter[int | None] = Counter()
     for node, flops in _flops_by_node(gm).items():
-        totals[block_of(node)] += flops
+        totals[part(node)] += flops // 2
     return totals
 
 

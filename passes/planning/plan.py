@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import cast
@@ -19,6 +19,7 @@ from mctf_compile.passes.analysis.structure import Block, Mask, Tower
 from mctf_compile.passes.analysis.token_axes import Axes
 from mctf_compile.passes.axes import Dim, places, product
 from mctf_compile.passes.pipeline import State, graph_pass
+from mctf_compile.passes.planning.segments import owners, segments
 from mctf_compile.passes.rules import schema_arguments
 from mctf_compile.passes.rules.attention import head_layout
 
@@ -191,6 +192,26 @@ class _TowerPlanner:
             return block.tokens.lead + self.counts[block.tokens.body] + block.tokens.tail
         size = product(self.axes.table.canonical(block.attention.key_axis))
         return size if isinstance(size, int) else None
+
+
+def stretches(graph: fx.Graph, blocks: Sequence[PlannedBlock], streams: Mapping[int, int]) -> dict[int, int | None]:
+    """By the number of a part of ``graph`` (see ``segments``) the stream on whose fused tokens it runs, if any.
+
+    ``streams``: by block, the number of the stream whose tokens it fuses. A block that fuses none runs on what its
+    tower has, and what lies between blocks, or behind the last, on what the block before it leaves.
+    """
+    found = [b.block for b in blocks]
+    owner, of_tower = owners(graph, found), dict[int, int]()
+    result: dict[int, int | None] = {}
+    stream: int | None = None
+    for number in range(max(segments(graph, found).values()) + 1):
+        if number in owner:
+            planned = blocks[owner[number]]
+            if planned.index in streams:
+                of_tower[planned.tower] = streams[planned.index]
+            stream = of_tower.get(planned.tower)
+        result[number] = stream
+    return result
 
 
 def tokens_left(state: State, method: Method | None = None, requests: Sequence[int] | None = None) -> list[int]:

@@ -23,9 +23,9 @@ from mctf_compile.passes.analysis.token_axes import Axes
 from mctf_compile.passes.axes import Dims, atoms, has_batch, mentions
 from mctf_compile.passes.pipeline import State, graph_pass
 from mctf_compile.passes.planning.counts import Counts
-from mctf_compile.passes.planning.macs import count_macs
-from mctf_compile.passes.planning.plan import Plan
-from mctf_compile.passes.planning.segments import SEGMENT, ends
+from mctf_compile.passes.planning.macs import macs_by
+from mctf_compile.passes.planning.plan import Plan, stretches
+from mctf_compile.passes.planning.segments import SEGMENT, ends, segments
 from mctf_compile.passes.rewriting.fused_call import FusedCall, flat_values
 from mctf_compile.passes.rewriting.insertion import Insertion
 from mctf_compile.passes.rewriting.projector import Projector
@@ -48,11 +48,26 @@ def run(state: State) -> str | None:
     state.result, state.unmerges = outcome.graph, outcome.unmerges
     known = state.findings
     declined = known.declined | outcome.wasted
-    if outcome.unmerges and not outcome.wasted and count_macs(state.result) >= count_macs(normal):
-        reason = "giving the original tokens back for later operators costs more than the fusion saves"
-        declined = declined | {block.index: reason for block in plan.fusing}
+    if outcome.unmerges and not outcome.wasted:
+        declined = declined | _losing(normal, plan, outcome)
     state.findings = replace(known, declined=declined, whole=known.whole | outcome.whole)
     return None if state.findings == known else "plan"
+
+
+def _losing(normal: fx.GraphModule, plan: Plan, outcome: Outcome) -> dict[int, str]:
+    """The blocks of the stretches, from one place where all tokens are there to the next, that do not pay.
+
+    What a stretch saves is its own affair: thin blocks that do not pay keep no wide ones behind them from fusing.
+    """
+    reason = "giving the original tokens back for later operators costs more than the fusion saves"
+    stretch = stretches(normal.graph, plan.blocks, outcome.streams)
+    numbers = segments(normal.graph, [b.block for b in plan.blocks])
+    before, after = (
+        macs_by(normal, lambda n: stretch[numbers[n]]),
+        macs_by(outcome.graph, lambda n: stretch[n.meta[SEGMENT]]),
+    )
+    losing = {stream for stream in outcome.given_back if after[stream] >= before[stream]}
+    return {block: reason for block, stream in outcome.streams.items() if stream in losing}
 
 
 @dataclass(frozen=True)
@@ -68,13 +83,16 @@ class Outcome:
     """A rewritten graph and what was learned on the way.
 
     ``wasted``: blocks whose fusion was undone before their MLP had run, with the reason; ``whole``:
-    blocks that got the original tokens back although an earlier block had fused them.
+    blocks that got the original tokens back although an earlier block had fused them; ``streams``: by block, the number
+    of the stream whose tokens it fused; ``given_back``: those of which all tokens were given back to an operator.
     """
 
     graph: fx.GraphModule
     unmerges: list[Unmerge]
     wasted: dict[int, str]
     whole: frozenset[int]
+    streams: dict[int, int]
+    given_back: set[int]
 
 
 def rewrite_graph(
@@ -119,7 +137,11 @@ def rewrite_graph(
     # What was computed of the old tokens alone and is read no more.
     result.graph.eliminate_dead_code()
     result.recompile()
-    return Outcome(result, rewriter.unmerges, rewriter.wasted(), frozenset(rewriter.insertion.whole))
+    numbers: dict[Stream, int] = {}
+    streams = {r.block.index: numbers.setdefault(r.stream, len(numbers)) for r in rewriter.insertion.reductions}
+    given_back = {numbers[stream] for stream in rewriter.given_back}
+    whole = frozenset(rewriter.insertion.whole)
+    return Outcome(result, rewriter.unmerges, rewriter.wasted(), whole, streams, given_back)
 
 
 class Rewriter:
@@ -129,6 +151,7 @@ class Rewriter:
         self.gm, self.axes, self.plan = gm, axes, plan
         self.order = {node: i for i, node in enumerate(gm.graph.nodes)}
         self.unmerges: list[Unmerge] = []
+        self.given_back: set[Stream] = set()
         self.env = _Values(self._emit)
         self._segment = 0
         # By block, the number of tokens that it leaves, where that is an input of the graph.
@@ -247,6 +270,8 @@ class Rewriter:
             return self._run_dense(node, env)
 
     def _run_dense(self, node: fx.Node, env: Env) -> Any:
+        fused = (v for v in flat_values([env[n] for n in node.all_input_nodes]) if v.generation)
+        self.given_back.update(present(v.stream) for v in fused)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self._plain(env[n]))
         # Tokens that were given back lie elsewhere in memory than a view was made for.
         target = aten.reshape.default if node.target is aten.view.default else function_of(node)
