@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mctf_compile.config import FusionConfig
     from mctf_compile.dynamic import set_r
     from mctf_compile.errors import ConfigError, MctfError, NothingFusedError, PassError, cause_of
+    from mctf_compile.exporting.program import export
     from mctf_compile.methods import (
         METHODS,
         Attached,
@@ -67,6 +68,7 @@ __all__ = [
     "attach",
     "cause_of",
     "explain",
+    "export",
     "losses",
     "register_method",
     "rewrite",
@@ -82,6 +84,7 @@ _HOMES = {
     "config": ("FusionConfig",),
     "dynamic": ("set_r",),
     "errors": ("ConfigError", "MctfError", "NothingFusedError", "PassError", "cause_of"),
+    "exporting.program": ("export",),
     "pictures.drawing": ("Drawing", "visualize"),
     "provenance": ("BlockTrace", "Trace", "trace"),
     "report": ("BlockReport", "Report"),
