@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,7 +19,9 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
 import mctf_compile
+from mctf_compile import cli
 from mctf_compile.exporting.program import export_with, exporting_config
+from mctf_compile.exporting.targets import TARGETS, Pt2
 from mctf_compile.kernels.ordering import descending
 from mctf_compile.report import Report
 from mctf_compile.testing import TinyViT, VitSpec
@@ -198,3 +205,201 @@ def test_a_batch_can_be_fixed_and_a_dense_model_says_so() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         mctf_compile.export(OneBatch().eval(), (torch.randn(2, 3, 4, 4),), dynamic_batch=False, method="none")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("exported")
+
+
+@cache
+def onnx_file(name: str, method: str, folder: Path) -> Path:
+    pytest.importorskip("onnxruntime", reason="needs the extra mctf-compile[onnx]")
+    pytest.importorskip("onnxscript", reason="needs the extra mctf-compile[onnx]")
+    path = folder / f"{name}-{method}.onnx"
+    TARGETS["onnx"].save(exported(name, method)[0], path)
+    return path
+
+
+@cases
+def test_onnx_has_standard_operators_and_the_same_results(name: str, method: str, folder: Path) -> None:
+    path = onnx_file(name, method, folder)
+    import onnx
+
+    model = onnx.load(path)
+    assert {node.domain for node in model.graph.node} == {""} and not model.functions
+    assert [(o.domain, o.version >= 18) for o in model.opset_import] == [("", True)]
+    run = TARGETS["onnx"].load(path)
+    for batch in BATCHES:
+        found = run(images(name, batch))
+        if method == "random":
+            # It draws other numbers in every runtime.
+            assert [x.shape for x in found] == [x.shape for x in compiled(name, method, batch)]
+        else:
+            close(found, compiled(name, method, batch))
+
+
+class Orders(nn.Module):
+    """Which tokens stay, leave and receive, of tokens of which many are equal."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        score, size = x[..., 0], torch.ones_like(x[..., 0])
+        keep, gone = torch.ops.mctf.select(score, 9, 1, 2)
+        both_ways = torch.ops.mctf.match(x, size, size, 5, 1, 0, 1.0, 20.0, 40.0, True)
+        one_way = torch.ops.mctf.match(x, None, size, 6, 0, 0, 1.0, 0.0, 0.0, False)
+        return keep, gone, torch.ops.mctf.nearest(x, keep, gone, 1, 2), *both_ways, *one_way
+
+
+@cache
+def orders() -> ExportedProgram:
+    return mctf_compile.export(Orders().eval(), (equal_tokens(2),), method="none")
+
+
+def equal_tokens(batch: int) -> Tensor:
+    """[B, 17, 3] of four kinds of tokens, whose cosines are -1, 0 or 1."""
+    alphabet = torch.tensor([[1.0, 0, 0], [-1, 0, 0], [0, 2, 0], [0, 0, -0.5]])
+    return alphabet[torch.randint(0, 4, (batch, 17), generator=torch.Generator().manual_seed(batch))]
+
+
+@pytest.mark.parametrize("target", ["onnx", "openvino"])
+def test_ties_are_broken_as_everywhere(target: str, folder: Path) -> None:
+    for package in TARGETS[target].packages:
+        pytest.importorskip(package, reason=f"needs the extra mctf-compile[{target}]")
+    path = folder / f"orders{TARGETS[target].ending}"
+    TARGETS[target].save(orders(), path)
+    run = TARGETS[target].load(path)
+    for batch in BATCHES:
+        x = equal_tokens(batch)
+        for found, expected in zip(run(x), Orders()(x), strict=True):
+            assert torch.equal(found.long(), expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_openvino_gives_the_same_results(name: str, folder: Path) -> None:
+    pytest.importorskip("openvino", reason="needs the extra mctf-compile[openvino]")
+    # It reads what was written for onnxruntime as well as its own files.
+    run = TARGETS["openvino"].load(onnx_file(name, "mctf", folder))
+    for batch in BATCHES:
+        close(run(images(name, batch)), compiled(name, "mctf", batch))
+
+
+# What runs a file in a process that knows nothing of what wrote it.
+FOREIGN = {
+    "pt2": "import torch; run = torch.export.load({path!r}).module()",
+    "aoti": "import torch; run = torch._inductor.aoti_load_package({path!r})",
+    "onnx": "import onnxruntime; session = onnxruntime.InferenceSession({path!r}); run = None",
+}
+PROGRAM = """
+import sys, numpy
+{load}
+images = numpy.load({images!r})
+if run is None:
+    result = session.run(None, {{session.get_inputs()[0].name: images}})[0]
+else:
+    with torch.no_grad():
+        result = run(torch.from_numpy(images)).numpy()
+assert not {{{absent}}} & set(sys.modules)
+numpy.save({out!r}, result)
+"""
+
+
+@pytest.fixture(scope="module")
+def packaged(folder: Path) -> Path:
+    """A package of AOTInductor's."""
+    path = folder / "packaged.pt2"
+    TARGETS["aoti"].check(path)
+    TARGETS["aoti"].save(exported("cls", "mctf")[0], path)
+    return path
+
+
+@pytest.mark.parametrize("target", FOREIGN)
+def test_a_process_without_this_package_runs_it(target: str, folder: Path, request: pytest.FixtureRequest) -> None:
+    if target == "onnx":
+        path = onnx_file("cls", "mctf", folder)
+    elif target == "aoti":
+        path = request.getfixturevalue("packaged")
+    else:
+        path = folder / "fused.pt2"
+        TARGETS["pt2"].save(exported("cls", "mctf")[0], path)
+    given, out = folder / "images.npy", folder / f"{target}.npy"
+    numpy.save(given, images("cls", 3).numpy())
+    absent = "'mctf_compile', 'torch'" if target == "onnx" else "'mctf_compile'"
+    load = FOREIGN[target].format(path=str(path))
+    text = PROGRAM.format(load=load, images=str(given), absent=absent, out=str(out))
+    subprocess.run([sys.executable, "-c", text], check=True, cwd=folder)
+    close([torch.from_numpy(numpy.load(out))], compiled("cls", "mctf", 3))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+def test_a_program_in_cpp_runs_the_package(packaged: Path, folder: Path) -> None:
+    from torch.utils import cpp_extension
+
+    source = Path(__file__).parents[1] / "examples" / "aoti_runner" / "main.cpp"
+    runner = folder / "runner"
+    include = [f"-I{path}" for path in cpp_extension.include_paths()]
+    link = [flag for path in cpp_extension.library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
+    libraries = ["-ltorch", "-ltorch_cpu", "-lc10"]
+    subprocess.run(["g++", "-O0", "-std=c++20", *include, source, "-o", runner, *link, *libraries], check=True)
+    for batch in BATCHES:
+        x = images("cls", batch)
+        answer = subprocess.run(
+            [runner, packaged, *map(str, x.shape)], input=x.numpy().tobytes(), capture_output=True, check=True
+        )
+        (expected,) = compiled("cls", "mctf", batch)
+        found = torch.frombuffer(bytearray(answer.stdout), dtype=torch.float32).reshape(expected.shape)
+        close([found], [expected])
+
+
+# timm's smallest plain ViT.
+COMMAND = ["export", "test_vit", "--r", "8", "-o", "layers=[4]"]
+
+
+def test_the_command_writes_a_file_and_checks_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = folder / "command"
+    assert cli.main([*COMMAND, "--check", "-o", str(path)]) == 0
+    output = capsys.readouterr().out
+    assert "8 tokens removed" in output and "checked against the compiled model" in output
+    assert f"{path}.pt2: {path.with_suffix('.pt2').stat().st_size / 1e6:.1f} MB" in output
+    run = torch.export.load(path.with_suffix(".pt2")).module()
+    assert run(torch.randn(5, 3, 160, 160)).shape == (5, 1000)
+
+
+def test_the_command_does_not_compare_what_is_random(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*COMMAND, "--method", "random", "--check", "-o", str(folder / "random")]) == 0
+    assert "not checked: the model draws random numbers" in capsys.readouterr().out
+
+
+def test_the_command_sees_a_file_that_is_wrong(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load = Pt2.load
+    monkeypatch.setattr("mctf_compile.cli.export.BATCHES", (1,))
+    monkeypatch.setattr(Pt2, "load", lambda self, path: lambda x: [1.01 * y for y in load(self, path)(x)])
+    assert cli.main([*COMMAND, "--check", "-o", str(folder / "wrong.pt2")]) == 1
+    assert "wrong.pt2 differs from the compiled model by 1.0e-02" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--to", "onnx"], "needs onnxscript: pip install 'mctf-compile[onnx]'"),
+        (["-o", "model.onnx"], "model.onnx does not end in .pt2"),
+        (["-o", "dynamic_r=True"], "an exported graph has one r"),
+        (["--to", "aoti"], "needs a C++ compiler"),
+    ],
+)
+def test_what_the_command_cannot_do_is_said_before_the_model_is_made(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("it went on")
+
+    def find(name: str) -> object:
+        return None if name == "onnxscript" else object()
+
+    monkeypatch.setattr("mctf_compile.measuring.timm_models.make_model", fail)
+    monkeypatch.setattr("mctf_compile.exporting.targets.find_spec", find)
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", fail)
+    assert cli.main([*COMMAND, *arguments]) in (1, 2)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mctf: ")]
+    assert message in line
