@@ -183,8 +183,8 @@ class Branching(nn.Module):
     ("model", "options", "message"),
     [
         (vit("cls"), {}, "call model.eval"),
-        (vit("cls").eval(), {"dynamic_r": True}, "an exported graph has one r"),
-        (vit("cls").eval(), {"inner": "inductor"}, "inner='inductor' has no effect"),
+        (vit("cls").eval(), {"dynamic_r": True}, "there is one r in it"),
+        (vit("cls").eval(), {"inner": "inductor"}, "inner='inductor' is for backend"),
         (vit("cls").eval(), {"kernels": "cpp"}, "ATen operators alone"),
         (vit("cls").eval(), {"r": "auto", "target": "latency_ms=3"}, "milliseconds"),
         (vit("cls").eval(), {"rr": 3}, "did you mean 'r'"),
@@ -384,7 +384,7 @@ def test_the_command_sees_a_file_that_is_wrong(
     [
         (["--to", "onnx"], "needs onnxscript: pip install 'mctf-compile[onnx]'"),
         (["-o", "model.onnx"], "model.onnx does not end in .pt2"),
-        (["-o", "dynamic_r=True"], "an exported graph has one r"),
+        (["-o", "dynamic_r=True"], "there is one r in it"),
         (["--to", "aoti"], "needs a C++ compiler"),
     ],
 )

@@ -63,28 +63,33 @@ def export(
     return program
 
 
-# What only the compiled model has, and what to do without.
+# What only a model has that torch.compile makes by the backend, and why no other has it.
 REFUSED = {
-    "inner": "it says what compiles the graph, which an exported one leaves open",
-    "inductor": "it says how Inductor compiles the graph, which an exported one leaves open",
-    "dynamic_r": "an exported graph has one r; export one for each",
+    "inner": "what compiles the graph is decided elsewhere",
+    "inductor": "what compiles the graph is decided elsewhere",
+    "dynamic_r": "there is one r in it; make one for each",
 }
+
+
+def config_of_graph(options: Mapping[str, Any]) -> FusionConfig:
+    """The config of a graph that goes elsewhere; raises ``ConfigError`` for what only the backend can do."""
+    for name, reason in REFUSED.items():
+        if options.get(name):
+            raise ConfigError(f"{name}={options[name]!r} is for backend='mctf', and not for a graph alone: {reason}.")
+    config = FusionConfig.from_options(options)
+    if config.by_running:
+        raise ConfigError(
+            "a target in milliseconds and profit='measure' are for backend='mctf', which compiles and times the graph; "
+            "give target='gmacs=...' or 'speedup=...', or r itself."
+        )
+    return config
 
 
 def exporting_config(options: Mapping[str, Any]) -> FusionConfig:
     """The config of an exported model; raises ``ConfigError`` for options that only a compiled one has."""
-    for name, reason in REFUSED.items():
-        if options.get(name):
-            raise ConfigError(f"{name}={options[name]!r} has no effect on an exported model: {reason}.")
     if options.get("kernels", "auto") not in ("auto", "aten"):
         raise ConfigError(f"kernels={options['kernels']!r}: an exported graph has ATen operators alone; leave it out.")
-    config = FusionConfig.from_options({**options, "kernels": "aten"})
-    if config.by_running:
-        raise ConfigError(
-            "a target in milliseconds and profit='measure' are about the model that torch.compile makes; "
-            "export with target='gmacs=...' or 'speedup=...', or with r itself."
-        )
-    return config
+    return config_of_graph({**options, "kernels": "aten"})
 
 
 def export_with(
@@ -102,7 +107,7 @@ def export_with(
     with torch.no_grad():
         program = _captured(model, *given, dynamic_shapes)
         module = program.module()
-        fused, report = rewrite(_flat(module), tree_leaves(given), config)
+        fused, report = rewrite(flat(module), tree_leaves(given), config)
         if report.fused:
             program = _captured(_as_called(fused, module), *given, dynamic_shapes)
         return _opened(program), report
@@ -137,8 +142,8 @@ def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], s
         raise MctfError(f"torch.export cannot capture the model: {first}{fixed}") from error
 
 
-def _flat(module: fx.GraphModule) -> fx.GraphModule:
-    """A program that takes and returns lists of tensors, whatever the model's inputs and outputs are."""
+def flat(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a graph that takes and returns lists of tensors, whatever the model's inputs and outputs are."""
     graph = copy.deepcopy(module.graph)
     graph.set_codegen(CodeGen())
     return fx.GraphModule(module, graph)
