@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
 from functools import cache
@@ -68,6 +70,17 @@ def test_the_uuid_is_that_of_the_options_and_of_nothing_else() -> None:
     assert other == MctfPass(**OPTIONS).uuid()
     different = [MctfPass(**{**OPTIONS, **changed}).uuid() for changed in ({"r": 4}, {"tau_sim": 2.0}, {"r": [0, 3]})]
     assert len({other, *different}) == 4
+
+
+def test_copies_of_a_configuration_report_to_the_same_place() -> None:
+    fusion = MctfPass(**OPTIONS)
+    copied = copy.deepcopy(fusion)
+    with torch.no_grad():
+        copied(torch.export.export(vit(), (images(),)).module().graph)
+    assert [report.removed for report in fusion.reports] == [3]
+    assert copy.deepcopy(copied) is fusion
+    again = pickle.loads(pickle.dumps(fusion))
+    assert again.uuid() == fusion.uuid() and not again.reports
 
 
 def test_what_cannot_be_fused_stays_as_it_is() -> None:

@@ -50,6 +50,13 @@ class MctfPass(CustomGraphPass):
         if report.fused:
             _replace(graph, owner, in_one_piece(present(state)))
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> MctfPass:
+        # Inductor copies its configuration; what the pass reports is for whoever made it.
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"config": self.config, "reports": []}
+
     def uuid(self) -> str:
         """The same for the same options and sources, in every process."""
         method = getsourcefile(type(self.config.method))
