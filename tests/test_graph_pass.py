@@ -53,6 +53,27 @@ def test_a_graph_is_fused_in_place() -> None:
     assert [report.removed for report in fusion.reports] == [3]
 
 
+def test_inductor_runs_it_and_a_warm_start_finds_what_it_made() -> None:
+    fusion, artifacts = MctfPass(**OPTIONS), b""
+    with torch.no_grad(), torch._inductor.config.patch(pre_grad_custom_pass=fusion):
+        for warm in (False, True):
+            torch._dynamo.reset()
+            torch._dynamo.utils.counters.clear()
+            # Each time in an empty cache, as on another machine; what the first one made is carried to the second.
+            with torch._inductor.utils.fresh_cache():
+                if warm:
+                    torch.compiler.load_cache_artifacts(artifacts)
+                result = torch.compile(vit())(images())
+                found = torch.compiler.save_cache_artifacts()
+            torch.testing.assert_close(result, expected(), rtol=1e-4, atol=1e-4)
+            assert torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"] == warm
+            if not warm:
+                assert found is not None
+                artifacts, _ = found
+    # What came from the cache was not fused again.
+    assert [report.removed for report in fusion.reports] == [3]
+
+
 def test_mctf_can_be_the_default_backend() -> None:
     torch._dynamo.reset()
     torch.compiler.set_default_backend("mctf")
