@@ -2,7 +2,7 @@
 
 ==================  ==============================================================================
 ``match``           which tokens leave, and into which (MCTF's multi-criteria bipartite matching)
-``assign``          which tokens leave, from the scores of their pairs
+``assign``          which tokens leave, from the scores of their pairs: one call where counts are inputs of a graph
 ``group``           the map, the pooling weights and the sizes that a matching gives
 ``pool``            combine each group of tokens into one
 ``keep``            the tokens that stay, the others dropped

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from mctf_compile.config import FusionConfig
     from mctf_compile.dynamic import set_r
     from mctf_compile.errors import ConfigError, MctfError, NothingFusedError, PassError, cause_of
+    from mctf_compile.exporting.graph_pass import MctfPass
+    from mctf_compile.exporting.program import export
     from mctf_compile.methods import (
         METHODS,
         Attached,
@@ -52,6 +54,7 @@ __all__ = [
     "Evidence",
     "FusionConfig",
     "MctfError",
+    "MctfPass",
     "Merging",
     "Method",
     "Need",
@@ -67,6 +70,7 @@ __all__ = [
     "attach",
     "cause_of",
     "explain",
+    "export",
     "losses",
     "register_method",
     "rewrite",
@@ -82,6 +86,8 @@ _HOMES = {
     "config": ("FusionConfig",),
     "dynamic": ("set_r",),
     "errors": ("ConfigError", "MctfError", "NothingFusedError", "PassError", "cause_of"),
+    "exporting.graph_pass": ("MctfPass",),
+    "exporting.program": ("export",),
     "pictures.drawing": ("Drawing", "visualize"),
     "provenance": ("BlockTrace", "Trace", "trace"),
     "report": ("BlockReport", "Report"),

@@ -55,11 +55,14 @@ def rewrite(
     """
     inputs = [*example_inputs, *_by_name(gm, len(example_inputs), kwargs or {})]
     state, report = run_pipeline(gm, inputs, config or FusionConfig(), whole=True)
-    if not report.fused:
-        return gm, report
+    return (in_one_piece(state) if report.fused else gm), report
+
+
+def in_one_piece(state: State) -> fx.GraphModule:
+    """The graph that was lowered as a whole, to run under any autocast."""
     lowered = present(state.lowered)
     keep_autocast_out(lowered, devices_of(lowered.graph.nodes))
-    return lowered, report
+    return lowered
 
 
 def _by_name(gm: fx.GraphModule, given: int, kwargs: Mapping[str, Any]) -> list[Any]:
@@ -71,14 +74,18 @@ def _by_name(gm: fx.GraphModule, given: int, kwargs: Mapping[str, Any]) -> list[
 
 
 def fuse_or_decline(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], config: FusionConfig, adjustable: bool = False
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    config: FusionConfig,
+    adjustable: bool = False,
+    whole: bool = False,
 ) -> tuple[State | None, Report]:
     """``run_pipeline``, where a pass that fails is a reason to leave the graph dense.
 
     It raises all the same with ``strict``, or where the environment says ``MCTF_FAULTS=raise``.
     """
     try:
-        return run_pipeline(gm, example_inputs, config, adjustable)
+        return run_pipeline(gm, example_inputs, config, adjustable, whole)
     except PassError as error:
         if config.lowering.strict or os.environ.get("MCTF_FAULTS") == "raise":
             raise

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from mctf_compile.kernels.library import without_autocast, working_dtype
+from mctf_compile.kernels.ordering import descending
 
 
 def scores(
@@ -79,7 +80,7 @@ def assign(w: Tensor, n: int, r: int, lead: int, tail: int, bidirectional: bool)
     first, second = _sides(lead)
     r1 = r // 2 if bidirectional else r
     best, column = w.max(-1)
-    order = best.argsort(stable=True, dim=-1, descending=True)
+    order = descending(best)
     row_gone, row_kept = order[:, :r1], order[:, r1:]
     if lead or tail:
         row_kept = row_kept.sort(-1).values
@@ -92,7 +93,7 @@ def assign(w: Tensor, n: int, r: int, lead: int, tail: int, bidirectional: bool)
         start = torch.arange(images, device=w.device)[:, None] * rows
         w = w.reshape(-1, columns).index_select(0, (row_kept + start).flatten()).view(images, -1, columns)
         best, row = w.max(1)
-        order = best.argsort(stable=True, dim=-1, descending=True)
+        order = descending(best)
         column_gone, column_kept = order[:, : r - r1], order[:, r - r1 :]
         kept.append(second + 2 * column_kept)
         gone.append(second + 2 * column_gone)

@@ -89,7 +89,10 @@ def match(
     _check_tokens(x, importance=importance, size=size, kind=kind)
     importance = None if importance is None else importance.detach()
     scores = aten.scores(x.detach(), importance, size.detach(), lead, tail, tau_sim, tau_info, tau_size, kind)
-    keep, gone, into = torch.ops.mctf.assign(scores, x.shape[1], r, lead, tail, bidirectional)
+    # Counts that are inputs of a graph are for every number of tokens: no part of it may ask how many there are.
+    counted = isinstance(r, torch.SymInt) or isinstance(x.shape[1], torch.SymInt)
+    choose = torch.ops.mctf.assign if counted else assign
+    keep, gone, into = choose(scores, x.shape[1], r, lead, tail, bidirectional)
     return keep, gone, into
 
 

@@ -4,13 +4,14 @@ import torch
 from torch import Tensor
 
 from mctf_compile.kernels.library import without_autocast, working_dtype
+from mctf_compile.kernels.ordering import descending
 
 
 def select(score: Tensor, count: int, lead: int, tail: int) -> tuple[Tensor, Tensor]:
     """``torch.ops.mctf.select`` in ATen. A tie goes to the token at the lower position."""
     n = score.shape[1]
     position = torch.arange(n, device=score.device).expand_as(score)
-    order = score[:, lead : n - tail].argsort(dim=1, descending=True, stable=True) + lead
+    order = descending(score[:, lead : n - tail]) + lead
     return torch.cat([position[:, :lead], order[:, :count], position[:, n - tail :]], 1), order[:, count:]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from mctf_compile.compat import WatchedShapeEnv
 from mctf_compile.errors import Declined, PassError
 from mctf_compile.kernels.library import working_dtype
+from mctf_compile.kernels.ordering import descending
 from mctf_compile.kernels.pooling.aten import index_of
 from mctf_compile.methods import Choice, Combine, Evidence, Need, Site
 from mctf_compile.narrowing import node_of, present
@@ -297,13 +298,13 @@ class Insertion:
     def _choose(self, evidence: Evidence, r: int) -> Choice:
         """The method's choice.
 
-        With padding the tokens are first sorted by kind, so that each kind is spread over both sides of a bipartite
-        matching and has partners of its own.
+        With padding the tokens are first sorted by kind, padding last, so that each kind is spread over both sides of a
+        bipartite matching and has partners of its own.
         """
         if evidence.padding is None:
             return self.plan.method.choose(evidence, r)
         n, lead, tail = evidence.padding.shape[1], evidence.lead, evidence.tail
-        body = evidence.padding[:, lead : n - tail].int().argsort(stable=True, dim=1) + lead
+        body = descending((~evidence.padding[:, lead : n - tail]).int()) + lead
         position = torch.arange(n, device=body.device).expand_as(evidence.padding)
         order = torch.cat([position[:, :lead], body, position[:, n - tail :]], 1)
         tensors = {f.name: t for f in fields(evidence) if isinstance(t := getattr(evidence, f.name), Tensor)}

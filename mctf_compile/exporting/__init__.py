@@ -1,0 +1,1 @@
+"""Fused models as files: ``torch.export``, ONNX, OpenVINO and AOTInductor."""

@@ -1,0 +1,158 @@
+"""What an exported program can be written as: how it is written, loaded and run, and what that needs."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.utils._pytree import tree_leaves
+
+from mctf_compile.errors import ConfigError, MctfError
+
+# Takes the program's inputs, and gives the tensors among its outputs, in their order.
+Run = Callable[..., list[Tensor]]
+
+
+class Target:
+    """A kind of file. ``ending``: of its name; ``packages``: what it needs, which the extra ``name`` installs."""
+
+    name: ClassVar[str]
+    ending: ClassVar[str]
+    packages: ClassVar[Sequence[str]] = ()
+
+    def check(self, path: Path) -> None:
+        """Raise ``ConfigError`` for another ending, and ``MctfError`` where something is missing that it needs."""
+        if path.suffix != self.ending:
+            raise ConfigError(f"{path} does not end in {self.ending}, as a file for {self.name!r} does.")
+        missing = [name for name in self.packages if find_spec(name) is None]
+        if missing:
+            raise MctfError(
+                f"a file for {self.name!r} needs {' and '.join(missing)}: pip install 'mctf-compile[{self.name}]'"
+            )
+
+    def save(self, program: ExportedProgram, path: Path) -> None:
+        raise NotImplementedError
+
+    def load(self, path: Path) -> Run:
+        raise NotImplementedError
+
+    def files(self, path: Path) -> list[Path]:
+        """All that ``save`` writes there."""
+        return [path]
+
+
+@dataclass(frozen=True)
+class Pt2(Target):
+    """``torch.export.save``: ATen, for PyTorch's own tools."""
+
+    name: ClassVar[str] = "pt2"
+    ending: ClassVar[str] = ".pt2"
+
+    def save(self, program: ExportedProgram, path: Path) -> None:
+        torch.export.save(program, path)
+
+    def load(self, path: Path) -> Run:
+        return _run(torch.export.load(path).module())
+
+
+@dataclass(frozen=True)
+class Aoti(Target):
+    """AOTInductor: compiled for this kind of machine; run by PyTorch in Python, or by its C++ library alone."""
+
+    name: ClassVar[str] = "aoti"
+    ending: ClassVar[str] = ".pt2"
+
+    def check(self, path: Path) -> None:
+        super().check(path)
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        try:
+            get_cpp_compiler()
+        except Exception as error:
+            raise MctfError("a file for 'aoti' needs a C++ compiler, and none was found.") from error
+
+    def save(self, program: ExportedProgram, path: Path) -> None:
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+
+    def load(self, path: Path) -> Run:
+        return _run(torch._inductor.aoti_load_package(str(path)))
+
+
+@dataclass(frozen=True)
+class Onnx(Target):
+    """ONNX of its standard operators alone; run by onnxruntime."""
+
+    name: ClassVar[str] = "onnx"
+    ending: ClassVar[str] = ".onnx"
+    packages: ClassVar[Sequence[str]] = ("onnx", "onnxscript", "onnxruntime")
+
+    def save(self, program: ExportedProgram, path: Path) -> None:
+        written = torch.onnx.export(program, dynamo=True, verbose=False)
+        assert written is not None  # as it is with dynamo
+        written.save(str(path))
+
+    def load(self, path: Path) -> Run:
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        names = [given.name for given in session.get_inputs()]
+
+        def run(*inputs: Tensor) -> list[Tensor]:
+            given = {name: x.numpy() for name, x in zip(names, inputs)}
+            return [torch.from_numpy(y) for y in session.run(None, given)]
+
+        return run
+
+
+@dataclass(frozen=True)
+class OpenVino(Target):
+    """OpenVINO, which reads the ONNX file; the weights are in a second file, ending in ``.bin``."""
+
+    name: ClassVar[str] = "openvino"
+    ending: ClassVar[str] = ".xml"
+    packages: ClassVar[Sequence[str]] = ("onnx", "onnxscript", "openvino")
+
+    def save(self, program: ExportedProgram, path: Path) -> None:
+        import openvino
+
+        with tempfile.TemporaryDirectory() as folder:
+            onnx = Path(folder, "model.onnx")
+            Onnx().save(program, onnx)
+            openvino.save_model(openvino.convert_model(onnx), path, compress_to_fp16=False)
+
+    def load(self, path: Path) -> Run:
+        import openvino
+
+        # By itself it computes in bfloat16 where the CPU does that.
+        model = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+        def run(*inputs: Tensor) -> list[Tensor]:
+            return [torch.from_numpy(y.copy()) for y in model([x.numpy() for x in inputs]).values()]
+
+        return run
+
+    def files(self, path: Path) -> list[Path]:
+        return [path, path.with_suffix(".bin")]
+
+
+TARGETS: dict[str, Target] = {target.name: target for target in (Pt2(), Onnx(), Aoti(), OpenVino())}
+
+
+def tensors(output: Any) -> list[Tensor]:
+    """The tensors among a model's outputs, in their order."""
+    return [x for x in tree_leaves(output) if isinstance(x, Tensor)]
+
+
+def _run(function: Callable[..., Any]) -> Run:
+    def run(*inputs: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            return tensors(function(*inputs))
+
+    return run
