@@ -155,7 +155,7 @@ class _Finder:
         inside = [n for n in node.all_input_nodes if self._count(n)]
         if (
             rule is None
-            or (packet not in _SPREADING | _FILLING and rule.axes is not RULES[aten.add.Tensor].axes)
+            or (not _repeats(node) and packet not in _FILLING and rule.axes is not RULES[aten.add.Tensor].axes)
             or not inside
         ):
             return Mask.BIAS if self._learned(node) else Mask.PAIRS
@@ -185,7 +185,7 @@ class _Finder:
         elif boolean and packet in _MEETING:
             same = all(map(_is_bool, before)) and where is _MEETING[packet]
         else:
-            same = packet in _SPREADING or packet is aten.cat or (packet is aten.add and not boolean)
+            same = _repeats(mask) or packet is aten.cat or (packet is aten.add and not boolean)
             same = same and all(_is_bool(n) == boolean for n in before)
         told = [self._told_by(n, where) for n in before] if same else []
         return frozenset([(mask, where)]).union(frozenset.intersection(*told) if told else ())
@@ -208,6 +208,12 @@ class _Finder:
             learned |= isinstance(self.values.get(n, value), torch.nn.Parameter)
             stack.extend(n.all_input_nodes)
         return learned
+
+
+def _repeats(node: fx.Node) -> bool:
+    """Whether an operator repeats or rearranges a mask without comparing tokens."""
+    rule = rule_of(node)
+    return rule is not None and rule.elements is not None and rule.elements.kept
 
 
 def _is_bool(node: fx.Node) -> bool:
@@ -235,27 +241,3 @@ _FILLING = {aten.masked_fill, aten.where}
 _NEGATING = {aten.bitwise_not, aten.logical_not}
 # Of two booleans one alone masks: where it is false, or where it is true.
 _MEETING = dict.fromkeys(_AND, False) | dict.fromkeys(_OR, True)
-
-# Operators that repeat or rearrange a mask without comparing tokens.
-_SPREADING = {
-    aten.expand,
-    aten.expand_as,
-    aten.repeat,
-    aten.reshape,
-    aten.view,
-    aten._unsafe_view,
-    aten.permute,
-    aten.transpose,
-    aten.unsqueeze,
-    aten.squeeze,
-    aten.to,
-    aten._to_copy,
-    aten.type_as,
-    aten.contiguous,
-    aten.clone,
-    aten.alias,
-    aten.detach,
-    aten.slice,
-    aten.flatten,
-    aten.unflatten,
-}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,16 +15,14 @@ import torch
 from torch import Tensor, fx
 
 from mctf_compile.methods import Site
-from mctf_compile.narrowing import node_of, present
+from mctf_compile.narrowing import function_of, node_of, present
 from mctf_compile.passes.analysis.token_axes import Axes
 from mctf_compile.passes.axes import Axis, Dims, atoms
 from mctf_compile.passes.pipeline import State, graph_pass
-from mctf_compile.passes.rules import schema_arguments, sources
+from mctf_compile.passes.rules import Elements, rule_of, schema_arguments, sources
 from mctf_compile.passes.rules.base import wrap
 
 aten = torch.ops.aten
-# Not ``detach``, which is more than a layout where gradients are recorded.
-COPIES = (aten.contiguous, aten.clone, aten.alias)
 
 
 @graph_pass("projections", requires=("plan",))
@@ -78,10 +75,9 @@ def _layout_chain(node: fx.Node) -> list[fx.Node] | None:
     """The nodes from a linear to ``node``, linear first, where all others only move positions."""
     chain = [node]
     for _ in range(24):
-        packet = getattr(chain[0].target, "overloadpacket", chain[0].target)
-        if packet is aten.linear:
+        if chain[0].target is aten.linear.default:
             return chain if len(chain) > 1 else None
-        if packet is not operator.getitem and packet not in _STEPS and packet not in COPIES:
+        if chain[0].target is not operator.getitem and not _moves(chain[0]):
             return None
         chain.insert(0, node_of(chain[0].args[0]))
     return None
@@ -92,13 +88,12 @@ def _feature_indices(chain: list[fx.Node], axes: Axes, inside: set[Axis]) -> Ten
     # A tensor, or several where an operator has made parts.
     value: Any = torch.arange(_int(chain[0].meta["val"].shape[-1]))
     for node in chain:
-        packet = getattr(node.target, "overloadpacket", node.target)
         if node is chain[0]:
             value = value.expand(*[1] * (len(axes.of(node)) - 1), -1)
-        elif packet is operator.getitem:
+        elif node.target is operator.getitem:
             value = value[node.args[1]]
-        elif packet not in COPIES:
-            value = _STEPS[packet](value, node, axes, inside)
+        else:
+            value = _moved(value, node, axes, inside)
         # Features that were cut to pieces have names of their own, and are followed no further.
         if value is None or (isinstance(value, Tensor) and list(value.shape) != _shrunk(axes.of(node), inside)):
             return None
@@ -119,47 +114,28 @@ def _is_inside(axis: Axis, inside: set[Axis]) -> bool:
     return axis in inside or any(atom in inside for atom in atoms((axis,)))
 
 
-def _regroup(value: Tensor, node: fx.Node, axes: Axes, inside: set[Axis]) -> Tensor | None:
-    shape = _shrunk(axes.of(node), inside)
-    return value.reshape(shape) if math.prod(shape) == value.numel() else None
+def _moves(node: fx.Node) -> bool:
+    """Whether an operator only moves positions, or takes some of them."""
+    rule = rule_of(node) if node.op == "call_function" else None
+    return rule is not None and rule.elements is not None and rule.elements.moved
 
 
-def _parts(value: Tensor, node: fx.Node, axes: Axes, inside: set[Axis]) -> Sequence[Tensor] | None:
-    d = schema_arguments(node)["dim"]
-    if value.shape[d] == 1:
+def _moved(value: Tensor, node: fx.Node, axes: Axes, inside: set[Axis]) -> Any:
+    """What an operator makes of the numbers of the features, one tensor or several; None where that cannot be told."""
+    elements, args = present(rule_of(node)).elements, schema_arguments(node)
+    if elements is Elements.REGROUPED:
+        shape = _shrunk(axes.of(node), inside)
+        return value.reshape(shape) if math.prod(shape) == value.numel() else None
+    if elements is Elements.TAKEN:
+        source = node_of(node.args[0]).meta["val"].shape
+        d = wrap(args["dim"], len(source))
+        if value.shape[d] != source[d] or source[d] == 1:
+            # Positions of another axis are taken: all of them, or the result is none of the linear's.
+            made = node.meta["val"]
+            return value if isinstance(made, Tensor) and list(made.shape) == list(source) else None
+    if len(node.all_input_nodes) > 1:
         return None
-    sizes = [_int(v.shape[d]) for v in node.meta["val"]]
-    return value.split(sizes, d) if sum(sizes) == value.shape[d] else None
-
-
-def _one(value: Tensor, node: fx.Node, axes: Axes, inside: set[Axis]) -> Tensor | None:
-    args = schema_arguments(node)
-    return value.select(args["dim"], args["index"]) if value.shape[args["dim"]] > 1 else None
-
-
-def _range(value: Tensor, node: fx.Node, axes: Axes, inside: set[Axis]) -> Tensor | None:
-    args = schema_arguments(node)
-    d = wrap(args["dim"], value.dim())
-    source, result = node_of(node.args[0]).meta["val"].shape[d], node.meta["val"].shape[d]
-    if value.shape[d] == 1:
-        return value if source == result else None
-    return value[(slice(None),) * d + (slice(args["start"], args["end"], args["step"]),)]
-
-
-_STEPS: dict[Any, Callable[[Any, fx.Node, Axes, set[Axis]], Any]] = {
-    **dict.fromkeys(
-        (aten.reshape, aten.view, aten._unsafe_view, aten.flatten, aten.unflatten, aten.squeeze, aten.unsqueeze),
-        _regroup,
-    ),
-    aten.permute: lambda value, node, axes, inside: value.permute(node.args[1]),
-    aten.transpose: lambda value, node, axes, inside: value.transpose(*node.args[1:3]),
-    aten.unbind: lambda value, node, axes, inside: (
-        value.unbind(schema_arguments(node)["dim"]) if value.shape[schema_arguments(node)["dim"]] > 1 else None
-    ),
-    aten.select: _one,
-    aten.slice: _range,
-    **dict.fromkeys((aten.split, aten.split_with_sizes, aten.chunk), _parts),
-}
+    return function_of(node)(value, *node.args[1:], **node.kwargs)
 
 
 def _arrange(
@@ -203,7 +179,7 @@ def find_projections(operands: list[fx.Node], entry: fx.Node, axes: Axes) -> dic
         if node in seen or node <= entry or not isinstance(node.meta.get("val"), (Tensor, tuple, list)):
             continue
         seen.add(node)
-        if getattr(node.target, "overloadpacket", None) is aten.linear:
+        if node.target is aten.linear.default:
             linears.append(node)
         else:
             queue.extend(sources(node))

@@ -129,7 +129,7 @@ class Rewriter:
         self.gm, self.axes, self.plan = gm, axes, plan
         self.order = {node: i for i, node in enumerate(gm.graph.nodes)}
         self.unmerges: list[Unmerge] = []
-        self.env = _Values(self._emit)
+        self.env: dict[fx.Node, Any] = _Values(self._emit)
         self._segment = 0
         # By block, the number of tokens that it leaves, where that is an input of the graph.
         self.left: dict[int, SymInt] = {}

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from mctf_compile.errors import Declined
 from mctf_compile.narrowing import present
 from mctf_compile.passes.axes import Dim
-from mctf_compile.passes.rules.base import Call, Flow, rule
-
-if TYPE_CHECKING:
-    from mctf_compile.passes.rewriting.fused_call import FusedCall
-    from mctf_compile.passes.rewriting.stream import Value
+from mctf_compile.passes.rules.base import Elements, rule
+from mctf_compile.passes.rules.call import Call, Flow, Fused, V
 
 # How a new tensor is made: none of it is read by position.
 MAKING = "dtype layout device pin_memory memory_format non_blocking copy"
@@ -94,20 +89,14 @@ def broadcast(call: Call, rank: int) -> Flow:
     reads="self other alpha min_val max_val mask value condition real imag abs angle rounding_mode rtol atol equal_nan",
     broadcasts=True,
 )
+@rule("gelu", "relu", "silu", reads="self approximate", broadcasts=True, passing=True)
 def pointwise(call: Call) -> Flow:
     """Each position of the result is made of the operands' at that position."""
     return broadcast(call, len(call.shape))
 
 
+@rule("contiguous", "clone", "alias", "lift_fresh_copy", reads="self memory_format", elements=Elements.REGROUPED)
 @rule(
-    "dropout",
-    "feature_dropout",
-    "alpha_dropout",
-    "feature_alpha_dropout",
-    "rrelu",
-    "contiguous",
-    "clone",
-    "alias",
     "detach",
     "to.device",
     "to.dtype",
@@ -115,13 +104,21 @@ def pointwise(call: Call) -> Flow:
     "to.dtype_layout",
     "_to_copy",
     "type_as",
+    reads=f"self other {MAKING}",
+    ignores=("other",),
+    elements=Elements.CONVERTED,
+)
+@rule("dropout", reads="input p train", elements=Elements.THINNED, passing=True)
+@rule(
+    "feature_dropout",
+    "alpha_dropout",
+    "feature_alpha_dropout",
+    "rrelu",
     "zeros_like",
     "ones_like",
     "full_like",
     "empty_like",
-    "lift_fresh_copy",
-    reads=f"self input other p train lower upper training generator fill_value {MAKING}",
-    ignores=("other",),
+    reads=f"self input p train lower upper training generator fill_value {MAKING}",
 )
 def same_layout(call: Call) -> Flow:
     """The result has the axes of the first tensor, and nothing else is read by position."""
@@ -134,11 +131,11 @@ def two_parts(call: Call) -> Flow:
     return Flow([dims, dims])
 
 
-def drawn_for_each(call: FusedCall) -> Value:
+def drawn_for_each(call: Fused[V]) -> V:
     """In training all tokens stay; copies that were fused would share one number."""
-    if not call.rewriter.plan.relaxed:
+    if not call.relaxed:
         raise Declined(f"{present(call.packet).__name__} draws a number for each of the original tokens")
-    value: Value = call.emit()
+    value: V = call.emit()
     return value
 
 
