@@ -55,10 +55,11 @@ Dims = tuple[Dim, ...]
 
 
 def hint_of(value: Any) -> Any:
-    """A number as it is, a symbolic one by its value at tracing, without a guard; 2 for one that has none."""
+    """A number as it is, a symbolic one by its value at tracing, without a guard; 2, or true, for one that has none."""
     if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return value
-    return 2 if value.node.hint is None else value.node.hint
+    hint = 2 if value.node.hint is None else value.node.hint
+    return bool(hint) if isinstance(value, torch.SymBool) else hint
 
 
 def size_of(value: int | torch.SymInt) -> Size:

@@ -271,6 +271,11 @@ def _unmet(block: Block, axes: Axes, method: Method) -> str | None:
 def _unsupported(block: Block, axes: Axes) -> str | None:
     """Attention that the fused operators do not compute."""
     site = block.attention
+    if block.mask is Mask.GIVEN:
+        return (
+            "the attention mask is an input of the graph with a number for every pair of tokens, so that whether it "
+            "masks padding or pairs cannot be read; padding='assume' says that it is padding"
+        )
     if block.mask is Mask.PAIRS:
         return "attention is masked by pairs of tokens (causal or block by block), which cannot be fused"
     if site.weights is not None:

@@ -49,7 +49,9 @@ class Rule:
     stands before other operators to serve them, as norms and activations do. ``called``: what its users call it, where
     that is not its name. ``layer``: whether it multiplies tokens by weights or by one another, so that what it gives
     is no longer the residual stream that it reads; ``channels`` is the dimension of its input that weights are
-    multiplied by, and ``factors`` gives the two operands of a product, by its arguments.
+    multiplied by, and ``factors`` gives the two operands of a product, by its arguments. ``uniform`` gives the number
+    that the result holds everywhere, or None where nobody knows it. ``prevails``: whether the result is a sum or a
+    choice of the operands, so that a number which masks still does with others that do not.
     """
 
     axes: Callable[[Call], Flow]
@@ -63,6 +65,8 @@ class Rule:
     layer: bool = False
     channels: int | None = None
     factors: Callable[[Arguments], Sequence[fx.Node]] | None = None
+    uniform: Callable[[Arguments], Any] | None = None
+    prevails: bool = False
 
 
 RULES: dict[OpOverload, Rule] = {}
@@ -99,7 +103,7 @@ def find_rule(target: Any) -> Rule | None:
         return None
     if target in RULES:
         return RULES[target]
-    return RULES[torch.ops.aten.add.Tensor] if _is_pointwise(target) else None
+    return RULES[torch.ops.aten.mul.Tensor] if _is_pointwise(target) else None
 
 
 def _is_pointwise(target: OpOverload) -> bool:
