@@ -1,7 +1,7 @@
 """Pass: find which output features of a fused projection each of q, k and v reads. Pure analysis.
 
 One-step-ahead attention computes q and k of the old tokens and v of the fused ones, so a fused
-``qkv`` projection must be computed in parts.
+``qkv`` projection must be computed in parts. It is a linear, or several that are added, as with LoRA.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from mctf_compile.narrowing import function_of, node_of, present
 from mctf_compile.passes.analysis.token_axes import Axes
 from mctf_compile.passes.axes import Axis, Dims, atoms
 from mctf_compile.passes.pipeline import State, graph_pass
-from mctf_compile.passes.rules import Elements, rule_of, schema_arguments, sources
+from mctf_compile.passes.rules import RULES, Elements, rule_of, schema_arguments, sources
 from mctf_compile.passes.rules.base import wrap
 
 aten = torch.ops.aten
+_BY_POSITION = RULES[aten.mul.Tensor].axes
 
 
 @graph_pass("projections", requires=("plan",))
@@ -39,13 +40,12 @@ def run(state: State) -> None:
 
 @dataclass(frozen=True)
 class Projection:
-    """A value that is a rearranged range of a linear's output features.
+    """A value that is a rearranged range of the features of ``source``: a linear, or what has parts as linears have.
 
-    The value is ``linear(x, weight[start:stop])`` with its last dimension split to ``shape``, then
-    permuted by ``order``.
+    The value is ``source[..., start:stop]`` with its last dimension split to ``shape``, then permuted by ``order``.
     """
 
-    linear: fx.Node
+    source: fx.Node
     start: int
     stop: int
     shape: tuple[int, ...]
@@ -54,7 +54,7 @@ class Projection:
 
 def find_projection(node: fx.Node, axes: Axes) -> Projection | None:
     """The part of a linear that ``node`` is, where nothing but layout lies between and it is a true part."""
-    chain = _layout_chain(node)
+    chain = _layout_chain(node, axes)
     if chain is None:
         return None
     linear = chain[0]
@@ -71,14 +71,50 @@ def find_projection(node: fx.Node, axes: Axes) -> Projection | None:
     return _arrange(linear, node, index, start, stop, axes, inside)
 
 
-def _layout_chain(node: fx.Node) -> list[fx.Node] | None:
-    """The nodes from a linear to ``node``, linear first, where all others only move positions."""
+def is_linear(node: fx.Node) -> bool:
+    """Whether a node is a linear layer whose weights are no tensor subclass."""
+    return node.target is aten.linear.default
+
+
+def with_parts(node: fx.Node, axes: Axes) -> list[fx.Node]:
+    """The operands of a node of which a range of features is all that the same range of its own is made of.
+
+    Where linears are added (LoRA), scaled or cast, they are; anything else there is one number for each feature.
+    """
+    rule = rule_of(node) if node.op == "call_function" else None
+    value = node.meta.get("val")
+    if rule is None or not isinstance(value, Tensor) or not isinstance(axes.dims.get(node), tuple):
+        return []
+    if rule.elements is not Elements.CONVERTED and rule.axes is not _BY_POSITION:
+        return []
+    tensors = [n for n in sources(node) if isinstance(n.meta.get("val"), Tensor)]
+    whole = [n for n in tensors if axes.of(n) == axes.of(node) and (is_linear(n) or with_parts(n, axes))]
+    rest = [n for n in tensors if n not in whole]
+    return whole if not any(dim for n in rest for dim in axes.of(n)[:-1]) else []
+
+
+def linears_of(source: fx.Node, axes: Axes) -> list[fx.Node]:
+    """The linears that a source of projections is made of."""
+    return [source] if is_linear(source) else [n for part in with_parts(source, axes) for n in linears_of(part, axes)]
+
+
+def read_by(source: fx.Node, axes: Axes) -> list[fx.Node]:
+    """The values that computing a range of a source reads."""
+    if is_linear(source):
+        return source.all_input_nodes
+    parts = with_parts(source, axes)
+    return [
+        n for operand in source.all_input_nodes for n in (read_by(operand, axes) if operand in parts else [operand])
+    ]
+
+
+def _layout_chain(node: fx.Node, axes: Axes) -> list[fx.Node] | None:
+    """The nodes from a source of projections to ``node``, that first, where all others only move positions."""
     chain = [node]
     for _ in range(24):
-        if chain[0].target is aten.linear.default:
-            return chain if len(chain) > 1 else None
         if chain[0].target is not operator.getitem and not _moves(chain[0]):
-            return None
+            source = is_linear(chain[0]) or with_parts(chain[0], axes)
+            return chain if source and len(chain) > 1 else None
         chain.insert(0, node_of(chain[0].args[0]))
     return None
 
@@ -179,15 +215,20 @@ def find_projections(operands: list[fx.Node], entry: fx.Node, axes: Axes) -> dic
         if node in seen or node <= entry or not isinstance(node.meta.get("val"), (Tensor, tuple, list)):
             continue
         seen.add(node)
-        if node.target is aten.linear.default:
+        if is_linear(node):
             linears.append(node)
         else:
             queue.extend(sources(node))
     found: dict[fx.Node, Projection] = {}
-    queue = [user for linear in linears for user in linear.users]
+    queue, seen = [user for linear in linears for user in linear.users], set()
     while queue:
         node = queue.pop()
-        if _layout_chain(node) is None:
+        if node in seen:
+            continue
+        seen.add(node)
+        if with_parts(node, axes):
+            queue.extend(node.users)
+        if _layout_chain(node, axes) is None:
             continue
         queue.extend(node.users)
         projection = find_projection(node, axes) if isinstance(node.meta.get("val"), Tensor) else None

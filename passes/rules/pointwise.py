@@ -129,7 +129,7 @@ def pointwise(call: Call) -> Flow:
 @rule("zeros_like", reads=f"self {MAKING}", uniform=lambda arguments: 0)
 @rule("ones_like", reads=f"self {MAKING}", uniform=lambda arguments: 1)
 @rule("full_like", reads=f"self fill_value {MAKING}", uniform=itemgetter("fill_value"))
-@rule("fill.Scalar", "fill.Tensor", reads="self value", uniform=itemgetter("value"))
+@rule("fill.Scalar", reads="self value", uniform=itemgetter("value"))
 @rule("empty_like", reads=f"self {MAKING}", uniform=lambda arguments: None)
 @rule(
     "feature_dropout",
