@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from mctf_compile.narrowing import function_of, node_of, present
+from mctf_compile.passes.analysis.mutations import still_written
 from mctf_compile.passes.analysis.normalize import constants
 from mctf_compile.passes.analysis.structure import Attention, Block, Mask, Masks
 from mctf_compile.passes.analysis.token_axes import Axes
@@ -61,10 +62,11 @@ def find_masks(
     """
     masks: dict[fx.Node, Telling] = {}
     taken: set[fx.Node] = set()
-    equal = _equal(graph)
+    written = still_written(graph)
+    equal = _equal(graph, written)
 
     def look(readers: Mapping[fx.Node, fx.Node], keys: Dim, batch: Dim | None) -> tuple[list[Mask], list[Telling]]:
-        finder = _Finder(axes, keys, batch, values, assumed)
+        finder = _Finder(axes, keys, batch, values, written, assumed)
         found = {node: finder.look(node, reader) for node, reader in readers.items()}
         told = {n: told for n, (kind, told) in found.items() if kind is Mask.TOKENS}
         own = {n: frozenset().union(*map(equal.__getitem__, nodes)) for n, nodes in told.items()}
@@ -86,13 +88,13 @@ def find_masks(
     return found, Masks(masks, frozenset(taken))
 
 
-def _equal(graph: fx.Graph) -> dict[fx.Node, Telling]:
+def _equal(graph: fx.Graph, written: set[fx.Node]) -> dict[fx.Node, Telling]:
     """By node, those that compute the same, itself among them: a mask may be made anew in every block."""
     first: dict[Any, fx.Node] = {}
     same: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         key: Any = node
-        if find_rule(node.target) is not None and not is_random(node.target):
+        if find_rule(node.target) is not None and not is_random(node.target) and node not in written:
             key = (node.target, str(fx.node.map_arg((node.args, node.kwargs), lambda n: same.get(n, n))))
         same[node] = first.setdefault(key, node)
     groups: dict[fx.Node, set[fx.Node]] = {}
@@ -197,11 +199,17 @@ class Told:
 
 class _Finder:
     def __init__(
-        self, axes: Axes, keys: Dim, batch: Dim | None, values: Mapping[fx.Node, Tensor], assumed: bool
+        self,
+        axes: Axes,
+        keys: Dim,
+        batch: Dim | None,
+        values: Mapping[fx.Node, Tensor],
+        written: set[fx.Node],
+        assumed: bool,
     ) -> None:
         self.inside: set[Atom] = set(atoms(axes.table.canonical(keys)))
         self.batch = None if batch is None else set(atoms(axes.table.canonical(batch)))
-        self.axes, self.values, self.assumed = axes, values, assumed
+        self.axes, self.values, self.assumed, self.written = axes, values, assumed, written
         # The inputs that were taken for padding.
         self.taken: set[fx.Node] = set()
         self.known: dict[fx.Node, Told | None] = {}
@@ -292,7 +300,7 @@ class _Finder:
         return self.known[node]
 
     def _is_followed(self, node: fx.Node) -> bool:
-        rule = rule_of(node) if node.op == "call_function" else None
+        rule = rule_of(node) if node.op == "call_function" and node not in self.written else None
         if rule is None or not isinstance(node.meta.get("val"), Tensor):
             return False
         kept = rule.elements is not None and rule.elements.kept
@@ -395,7 +403,7 @@ class _Finder:
             fixed = known is not None and known.numel() == 1 and not isinstance(known, torch.nn.Parameter)
             return present(known).detach().cpu() if fixed else None
         value, target = node.meta.get("val"), node.target
-        if not isinstance(target, OpOverload) or is_random(target) or target._schema.is_mutable:
+        if not isinstance(target, OpOverload) or is_random(target) or node in self.written:
             return None
         if not isinstance(value, Tensor) or not all(isinstance(n, int) for n in value.shape) or value.numel() > LARGEST:
             return None

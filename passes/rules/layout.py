@@ -164,10 +164,15 @@ def pad(call: Call) -> Flow:
 
 def select_prefix(call: Fused[V]) -> V:
     """Reading one protected token: its position is the same in every generation."""
+    return at_prefix(call, "read")
+
+
+def at_prefix(call: Fused[V], done: str) -> V:
+    """An operator at one position of the token axis, as it is, where that is a protected token."""
     dim, index = call.wrapped("dim"), call.args["index"]
     place = call.place("self", dim)
     if place.before or place.after or not 0 <= index < max(place.lead, call.tokens.positional):
-        raise Declined(f"position {index} of the token axis is read")
+        raise Declined(f"position {index} of the token axis is {done}")
     value: V = call.emit()
     return value
 
@@ -201,6 +206,14 @@ def split_parts(call: Fused[V]) -> list[V]:
 
 def part(call: Fused[V], start: int, stop: int) -> Tensor:
     """Positions start:stop of the original token axis, where they hold all of the body or nothing of it."""
+    piece: Tensor = torch.ops.aten.slice.Tensor(
+        call.intensive("self").tensor, call.wrapped("dim"), *span(call, start, stop)
+    )
+    return piece
+
+
+def span(call: Fused[V], start: int, stop: int) -> tuple[int, int]:
+    """Where positions start:stop of the original token axis are, which hold all of the body or nothing of it."""
     dim = call.wrapped("dim")
     place = call.place("self", dim)
     x = call.intensive("self").tensor
@@ -214,8 +227,7 @@ def part(call: Fused[V], start: int, stop: int) -> Tensor:
         stop = stop - removed
     elif stop > place.lead:
         raise Declined(f"tokens {start}:{stop} are sliced out of {body_end + place.tail}")
-    piece: Tensor = torch.ops.aten.slice.Tensor(x, dim, start, stop)
-    return piece
+    return start, stop
 
 
 def bounds(call: Call) -> tuple[int, int]:
@@ -250,6 +262,52 @@ def slice_(call: Call) -> Flow:
     # The length that narrow is given is not cut to that of fused tokens.
     untouched = whole and "length" not in call.args
     return Flow((*dims[:d], held, *dims[d + 1 :]), () if untouched else (dims[d],))
+
+
+def write_prefix(call: Fused[V]) -> V:
+    """Writing one protected token: its position is the same in every generation."""
+    return at_prefix(call, "written to")
+
+
+@rule("select_scatter", reads="self src dim index", fused=write_prefix)
+def select_scatter(call: Call) -> Flow:
+    """The first operand with the second at one position."""
+    dims, source = call.dims("self"), call.dims("src")
+    d = wrap(call.args["dim"], len(dims))
+    if call.args["index"] == 0:
+        call.table.cut(dims[d], (0, 1))
+    others = dims[:d] + dims[d + 1 :]
+    mixed = tuple(dim for a, b in zip(others, source) for dim in call.table.align(a, b))
+    return Flow(dims, (*mixed, dims[d]))
+
+
+def write_parts(call: Fused[V]) -> V:
+    """Writing what is all of the tokens, or none of them but protected ones."""
+    if call.args.get("step", 1) != 1:
+        raise Declined("the token axis is written to with a stride")
+    dim, (start, stop) = call.wrapped("dim"), bounds(call.call)
+    place, held = call.place("self", dim), [p for p in call.places_of(call.args["src"]) if p.dim == dim]
+    whole = start <= place.lead and stop >= place.lead + call.tokens.size
+    if whole != bool(held) or any(p.before or p.after or p.rest or p.lead != place.lead - start for p in held):
+        raise Declined("what is written to the tokens numbers them otherwise than they do")
+    x, source = call.intensive("self").tensor, call.intensive("src").tensor
+    return call.result(torch.ops.aten.slice_scatter(x, source, dim, *span(call, start, stop)))
+
+
+@rule("slice_scatter", reads="self src dim start end step", fused=write_parts)
+def slice_scatter(call: Call) -> Flow:
+    """The first operand with the second at some positions."""
+    dims, source = call.dims("self"), call.dims("src")
+    d = wrap(call.args["dim"], len(dims))
+    start, stop = bounds(call)
+    mixed = tuple(dim for i, (a, b) in enumerate(zip(dims, source)) if i != d for dim in call.table.align(a, b))
+    if call.args.get("step", 1) == 1 and isinstance(start, int) and isinstance(stop, int):
+        call.table.cut(dims[d], (start, stop))
+        held = call.table.slice(dims[d], start, stop)
+        mixed += (source[d],) if held is None else call.table.align(held, source[d])
+    else:
+        mixed += (source[d],)
+    return Flow(dims, (*mixed, dims[d]))
 
 
 @rule(
