@@ -283,8 +283,6 @@ def _unsupported(block: Block, axes: Axes) -> str | None:
     args = schema_arguments(site.node)
     if args.get("is_causal"):
         return "causal attention needs the order of the original tokens"
-    if args.get("enable_gqa"):
-        return "grouped-query attention is not fused"
     if head_layout(axes.of(site.query), present(block.tokens)) is None:
         return "attention numbers its images otherwise than the residual stream does (windows or frames)"
     return None
