@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -60,6 +61,9 @@ def _write_shifted(powers: fx.Node) -> None:
 
 
 def _replace(weights: fx.Node, logits: fx.Node, dim: int) -> None:
+    """Let readers of weights read a softmax."""
+    if not weights.meta["val"].is_floating_point():
+        return
     with weights.graph.inserting_before(weights):
         made = weights.graph.call_function(aten.softmax.int, (logits, dim, weights.meta["val"].dtype))
     made.meta = dict(weights.meta)
@@ -77,8 +81,8 @@ def _uncast(node: fx.Node) -> fx.Node:
 def _reduced(node: fx.Node, by: tuple[Any, ...], operand: fx.Node) -> int | None:
     """The one dimension over which ``node`` reduces ``operand``, and keeps it with one position; None for others."""
     unsqueezed: int | None = None
-    if node.target is aten.unsqueeze.default:
-        unsqueezed, node = wrap(int(str(node.args[1])), node.meta["val"].dim()), node_of(node.args[0])
+    if node.target is aten.unsqueeze.default and isinstance(node.args[1], int):
+        unsqueezed, node = wrap(node.args[1], node.meta["val"].dim()), node_of(node.args[0])
     if node.target not in by or _uncast(node_of(node.args[0])) is not operand:
         return None
     args, rank = schema_arguments(node), operand.meta["val"].dim()
@@ -106,12 +110,10 @@ def _without_maximum(shifted: fx.Node, dim: int) -> fx.Node:
 
 def _is_of(shift: fx.Node, logits: fx.Node, dim: int) -> bool:
     """Whether a number is the maximum of logits."""
-    for _ in range(3):
-        if shift.target is aten.detach.default:
-            shift = node_of(shift.args[0])
-        shift = _uncast(shift)
-        if getattr(shift.target, "__name__", "") == "getitem" and shift.args[1] == 0:
-            shift = node_of(shift.args[0])
+    while shift.target in (aten.detach.default, aten.to.dtype) or (
+        shift.target is operator.getitem and shift.args[1] == 0
+    ):
+        shift = node_of(shift.args[0])
     return _reduced(shift, (aten.amax.default, aten.max.dim), _uncast(logits)) == dim
 
 
