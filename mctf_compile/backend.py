@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx
 
+from mctf_compile.assumed import Checked
 from mctf_compile.compat import unwrapped
 from mctf_compile.compiler import fuse_or_decline
 from mctf_compile.config import FusionConfig
@@ -63,7 +64,9 @@ def _compiled(
         return inner_compiler(config)(gm, example_inputs)
     found = present(state)
     run = compile_lowered(found)
-    return run if found.counts is None else Adjustable(present(options), found, run)
+    if found.counts is not None:
+        run = Adjustable(present(options), found, run)
+    return Checked(run, found.assumed) if found.assumed else run
 
 
 SPLIT_BY_DDP = (

@@ -33,6 +33,8 @@ class Lowering(Options):
         dynamic_r: let ``mctf_compile.set_r`` change ``r`` between calls without compiling again.
         profit: what becomes of a block where fusing takes longer than it saves: ``model`` and ``measure`` leave it
             dense, by an estimate or by running the model when it is compiled; ``off`` fuses it all the same.
+        padding: what becomes of a mask [B, 1, N, N] that the model is given, which does not show how it was made:
+            ``read`` fuses no tokens under it; ``assume`` takes it for padding, which the first call checks.
     """
 
     inner: str = option("inductor", one_of("inductor", "aot_eager", "eager"))
@@ -41,6 +43,7 @@ class Lowering(Options):
     strict: bool = option(False, flag)
     dynamic_r: bool = option(False, flag)
     profit: str = option("off", one_of("off", "model", "measure"))
+    padding: str = option("read", one_of("read", "assume"))
 
     def __post_init__(self) -> None:
         super().__post_init__()

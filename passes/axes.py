@@ -55,10 +55,11 @@ Dims = tuple[Dim, ...]
 
 
 def hint_of(value: Any) -> Any:
-    """A number as it is, a symbolic one by its value at tracing, without a guard; 2 for one that has none."""
+    """A number as it is, a symbolic one by its value at tracing, without a guard; 2, or true, for one that has none."""
     if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return value
-    return 2 if value.node.hint is None else value.node.hint
+    hint = 2 if value.node.hint is None else value.node.hint
+    return bool(hint) if isinstance(value, torch.SymBool) else hint
 
 
 def size_of(value: int | torch.SymInt) -> Size:
@@ -223,8 +224,17 @@ class AxisTable:
         return self.cat(parts) if parts and covered == stop - start else None
 
     def cut(self, dim: Dim, bounds: Sequence[int]) -> None:
-        """Refine a leaf dimension into parts at ``bounds`` (0 < b < size), so that slices have names."""
+        """Refine a leaf dimension into parts at ``bounds`` (0 < b < size), so that slices have names.
+
+        Features are cut as often as they are read in parts. Of tokens, all parts but the largest count as protected:
+        a concatenation of them is cut no further.
+        """
         dim = self.canonical(dim)
+        if len(dim) == 1 and isinstance(dim[0], Cat) and all(atom.name == FEATURES for atom in atoms(dim)):
+            offset = 0
+            for size, part in dim[0].parts:
+                self.cut(part, [b - offset for b in bounds])
+                offset += int(size)
         if len(dim) == 1 and isinstance(dim[0], Atom) and isinstance(dim[0].size, int):
             edges = [0, *sorted({b for b in bounds if 0 < b < dim[0].size}), dim[0].size]
             if len(edges) > 2:

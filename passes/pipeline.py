@@ -67,6 +67,8 @@ class State:
     axes: Axes | None = None
     blocks: list[Block] | None = None
     masks: dict[fx.Node, frozenset[fx.Node]] | None = None
+    # The positions of the inputs that are masks over pairs, and taken for padding.
+    assumed: tuple[int, ...] = ()
     towers: list[Tower] | None = None
     findings: Findings = Findings()
     plan: Plan | None = None

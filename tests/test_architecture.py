@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import networkx as nx
+import pytest
 
 ROOT = Path(__file__).parents[1]
 # Folders whose files are rooms of their own: the front door, and what the passes share.
@@ -29,29 +30,37 @@ def room_of(module: tuple[str, ...]) -> str:
     return ".".join(module)
 
 
-def imports(tree: ast.AST) -> Iterator[tuple[str, ...]]:
-    """What a file imports when it runs, wherever in it; not what it imports for its annotations alone."""
+def imports(tree: ast.AST, annotations: bool = False) -> Iterator[tuple[str, ...]]:
+    """What a file imports when it runs, wherever in it; and what it imports for its ``annotations`` alone."""
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+        if not annotations and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
             continue
         if isinstance(node, ast.Import):
             yield from (tuple(alias.name.split(".")) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
             yield from (tuple(f"{node.module}.{alias.name}".split(".")) for alias in node.names)
         else:
-            yield from imports(node)
+            yield from imports(node, annotations)
+
+
+def files() -> dict[tuple[str, ...], Path]:
+    tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return {module_of(Path(name)): ROOT / name for name in tracked.split() if not name.startswith("tests/")}
+
+
+def arrows(annotations: bool = False) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Which module imports which."""
+    modules = files()
+    for module, path in modules.items():
+        for name in imports(ast.parse(path.read_text()), annotations):
+            found = next((name[:end] for end in range(len(name), 0, -1) if name[:end] in modules), None)
+            if found is not None:
+                yield module, found
 
 
 def rooms() -> nx.DiGraph:
-    tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    files = {module_of(Path(name)): ROOT / name for name in tracked.split() if not name.startswith("tests/")}
-    graph = nx.DiGraph()
-    for module, path in files.items():
-        for name in imports(ast.parse(path.read_text())):
-            found = next((name[:end] for end in range(len(name), 0, -1) if name[:end] in files), None)
-            if found is not None and room_of(found) != room_of(module):
-                graph.add_edge(room_of(module), room_of(found))
-    return graph
+    pairs = ((room_of(module), room_of(found)) for module, found in arrows())
+    return nx.DiGraph((a, b) for a, b in pairs if a != b)
 
 
 def test_imports_between_folders_run_one_way() -> None:
@@ -59,6 +68,20 @@ def test_imports_between_folders_run_one_way() -> None:
     assert graph.number_of_nodes() > 20
     circles = [sorted(circle) for circle in nx.strongly_connected_components(graph) if len(circle) > 1]
     assert not circles
+
+
+@pytest.mark.parametrize("folder", ["rules", "analysis", "rewriting"])
+def test_files_of_a_folder_import_one_way_for_their_annotations_too(folder: str) -> None:
+    """What a rule or a call must know of the program around it is an interface beside it."""
+    inside = ("mctf_compile", "passes", folder)
+    graph = nx.DiGraph((a, b) for a, b in arrows(annotations=True) if a[:3] == b[:3] == inside and a != b)
+    assert [sorted(c) for c in nx.strongly_connected_components(graph) if len(c) > 1] == []
+
+
+def test_rules_name_nothing_of_those_that_run_them() -> None:
+    rules = ("mctf_compile", "passes", "rules")
+    above = {found for module, found in arrows(annotations=True) if module[:3] == rules and found[:2] == rules[:2]}
+    assert {found[2] for found in above} <= {"rules", "axes", "subclasses"}
 
 
 def test_what_is_below_knows_nothing_of_what_is_above() -> None:

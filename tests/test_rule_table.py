@@ -81,7 +81,7 @@ def row(target: OpOverload) -> Row:
     one; calls are drawn until they do.
     """
     found, rule = Row(), find_rule(target)
-    number = 1 if rule is RULES[aten.add.Tensor] else 3
+    number = 1 if rule is RULES[aten.mul.Tensor] else 3
     for position in POSITIONS:
         for i, (layout, form) in enumerate(islice(draw_forms(target, [position], 12), number)):
             found.add(layout, form, i % 2 == 0)

@@ -45,6 +45,10 @@ def image(x: Tensor) -> Tensor:
     return x.transpose(1, 2).reshape(B, C, 4, 4)
 
 
+def with_class_token(x: Tensor) -> Tensor:
+    return torch.cat([torch.ones(B, 1, C), x], 1)
+
+
 def complex_turn(x: Tensor) -> Tensor:
     z = torch.view_as_complex(x.reshape(B, N, C // 2, 2).contiguous())
     return torch.view_as_real(z * torch.polar(torch.ones(C // 2), torch.arange(C // 2).float())).flatten(2)
@@ -56,6 +60,10 @@ FUSED = {
     "arithmetic": lambda x: x * 2 + x.abs().clamp(max=1) - x / 3,
     "where": lambda x: torch.where(x > 0, x, -x).masked_fill(x > 1, 0.5),
     "casts": lambda x: x.double().float().contiguous().clone().type_as(x),
+    "a written class token": lambda x: torch.select_scatter(with_class_token(x), torch.zeros(B, C), 1, 0),
+    "all written but it": lambda x: torch.slice_scatter(with_class_token(x), 2 * x, 1, 1),
+    "it as a slice": lambda x: torch.slice_scatter(with_class_token(x), torch.zeros(B, 1, C), 1, 0, 1),
+    "written channels": lambda x: torch.slice_scatter(x, x[..., :3] * 2, -1, 2, 5).select_scatter(x[..., 0], -1, 1),
     "new tensors": lambda x: x + torch.zeros_like(x) + x.new_ones(1),
     "linear": lambda x: F.linear(x, W),
     "layer norm": lambda x: F.layer_norm(x, (C,)),
@@ -144,6 +152,9 @@ UNMERGED = {
     "token mixing": (lambda x: F.linear(x.mT, torch.ones(N, N)), "a linear layer over the tokens mixes"),
     "convolution": (lambda x: F.conv2d(image(x), torch.ones(4, C, 3, 3)), "a 3×3 convolution mixes"),
     "windows": (lambda x: x.reshape(B, 4, 4, C).mean(2), "a part of the token axis"),
+    "a written token": (lambda x: x.select_scatter(x[:, 0], 1, 5), "position 5 of the token axis is written to"),
+    "written by others": (lambda x: x.slice_scatter(x.flip(1), 1), "flip mixes the original tokens"),
+    "every other written": (lambda x: x.slice_scatter(x[:, :1].expand(-1, N // 2, -1), 1, 0, N, 2), "with a stride"),
     "a token by number": (lambda x: x[:, 5], "position 5 of the token axis is read"),
     "stride": (lambda x: x[:, ::2], "mixes the original tokens|stride"),
     "group norm": (lambda x: F.group_norm(x.mT, 2), "group_norm mixes the original tokens"),

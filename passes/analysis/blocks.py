@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -20,24 +20,10 @@ from mctf_compile.passes.analysis.structure import Attention, Block
 from mctf_compile.passes.analysis.token_axes import Axes
 from mctf_compile.passes.axes import FEATURES, Cat, Dim, Dims, Size, Tokens, atoms, mentions, places, product
 from mctf_compile.passes.pipeline import State, graph_pass
-from mctf_compile.passes.rules import schema_arguments
-from mctf_compile.passes.rules.contractions import letters, operands
+from mctf_compile.passes.rules import Elements, rule_of, schema_arguments
+from mctf_compile.passes.rules.contractions import letters
 
 aten = torch.ops.aten
-CONTRACTIONS = (aten.matmul, aten.bmm, aten.einsum, aten.baddbmm)
-# Operators that put dimensions in another order.
-REORDERING = (
-    aten.transpose,
-    aten.swapaxes,
-    aten.swapdims,
-    aten.permute,
-    aten.movedim,
-    aten.moveaxis,
-    aten.t,
-    aten.mT,
-    aten.numpy_T,
-    aten.adjoint,
-)
 
 
 @graph_pass("blocks", requires=("axes", "observations"), ensures=("blocks",))
@@ -119,7 +105,8 @@ def _spelled_out(softmax: fx.Node, axes: Axes) -> Attention | None:
         return isinstance(held, tuple) and sum(bool(set(atoms(d)) & keys) for d in axes.of(node)) > 1
 
     def is_product(node: fx.Node) -> bool:
-        return getattr(node.target, "overloadpacket", None) in CONTRACTIONS
+        rule = rule_of(node) if node.op == "call_function" else None
+        return rule is not None and rule.factors is not None
 
     def makes_map(node: fx.Node) -> bool:
         return is_product(node) and not any(map(is_map, _factors(node)))
@@ -158,7 +145,8 @@ def _keys_come_last(
 
     last = over_tokens(softmax).index(dim) > 0
     for node in way(node_of(softmax.args[0])) or ():
-        if getattr(node.target, "overloadpacket", None) in REORDERING:
+        rule = rule_of(node)
+        if rule is not None and rule.elements is Elements.REORDERED:
             # What the operator makes of dimensions that are told apart by their sizes.
             given = node.all_input_nodes[0].meta["val"].dim()
             x = torch.empty(tuple(range(2, given + 2)), device="meta")
@@ -191,11 +179,8 @@ def _walk(
     return None
 
 
-def _factors(product: fx.Node) -> list[fx.Node]:
-    args = schema_arguments(product)
-    if "tensors" in args:
-        return list(args["tensors"]) if len(args["tensors"]) == 2 else []
-    return [args[name] for name in operands(args)]
+def _factors(product: fx.Node) -> Sequence[fx.Node]:
+    return present(present(rule_of(product)).factors)(schema_arguments(product))
 
 
 def _block(site: Attention, following: fx.Node | None, flow: Dataflow, axes: Axes, protected: int | None) -> Block:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload
 
-from mctf_compile.narrowing import node_of, present
+from mctf_compile.narrowing import function_of, node_of, present
+from mctf_compile.passes.analysis.mutations import still_written
 from mctf_compile.passes.analysis.normalize import constants
-from mctf_compile.passes.analysis.structure import Attention, Block, Mask
+from mctf_compile.passes.analysis.structure import Attention, Block, Mask, Masks
 from mctf_compile.passes.analysis.token_axes import Axes
 from mctf_compile.passes.axes import Atom, Dim, atoms
 from mctf_compile.passes.pipeline import State, graph_pass
-from mctf_compile.passes.rules import RULES, find_rule, is_random, rule_of, schema_arguments, sources
+from mctf_compile.passes.rules import RULES, Elements, find_rule, is_random, rule_of, schema_arguments
 
 aten = torch.ops.aten
 
@@ -23,12 +25,14 @@ aten = torch.ops.aten
 # finfo.min, -1e9 or -1e4.
 MASKED = -5e3
 
-# Products of two conditions on single tokens; any other meeting of two token axes compares tokens.
-_AND = {aten.bitwise_and, aten.logical_and, aten.__and__}
-_OR = {aten.bitwise_or, aten.logical_or, aten.__or__}
-SEPARABLE = {aten.mul, aten.add} | _AND | _OR
+# As many marks are followed through one value: a table of them has 2 ** MARKS entries.
+MARKS = 4
 
-# Of a mask: the values each of which alone tells which tokens it masks out, itself among them.
+# A constant with more numbers is not looked at: it is no list of positions.
+LARGEST = 1 << 16
+CPU = torch.device("cpu")
+
+# Of a mask: the values each of which alone tells which tokens it masks out.
 Telling = frozenset[fx.Node]
 
 
@@ -36,47 +40,61 @@ Telling = frozenset[fx.Node]
 def run(state: State) -> None:
     normal = present(state.normal)
     values = constants(state.gm, normal, state.examples)
-    state.blocks, state.masks = find_masks(normal.graph, present(state.blocks), present(state.axes), values)
+    assumed = state.config.lowering.padding == "assume"
+    blocks, masks = find_masks(normal.graph, present(state.blocks), present(state.axes), values, assumed=assumed)
+    state.blocks, state.masks = blocks, masks.padding
+    inputs = normal.graph.find_nodes(op="placeholder")
+    state.assumed = tuple(i for i, node in enumerate(inputs) if node in masks.assumed)
 
 
 def find_masks(
-    graph: fx.Graph, blocks: Iterable[Block], axes: Axes, values: Mapping[fx.Node, Tensor]
-) -> tuple[list[Block], dict[fx.Node, Telling]]:
+    graph: fx.Graph,
+    blocks: Iterable[Block],
+    axes: Axes,
+    values: Mapping[fx.Node, Tensor],
+    *,
+    assumed: bool = False,
+) -> tuple[list[Block], Masks]:
     """The blocks with the most restricting mask on the logits of each, and every mask over single tokens.
 
     ``values`` holds the tensors of the graph's constants (parameters and buffers), as far as they are known.
+    ``assumed``: whether masks over pairs that are inputs of the graph are taken for padding.
     """
     masks: dict[fx.Node, Telling] = {}
-    equal = _equal(graph)
+    taken: set[fx.Node] = set()
+    written = still_written(graph)
+    equal = _equal(graph, written)
 
-    def look(readers: Mapping[fx.Node, fx.Node], key_axis: Dim) -> tuple[list[Mask], list[Telling]]:
-        finder = _Finder(set(atoms(axes.table.canonical(key_axis))), axes, values)
-        kinds = {node: finder.kind(node) for node in readers}
-        told = {n: finder.told_by(n, _masks_where(readers[n])) for n, kind in kinds.items() if kind is Mask.TOKENS}
+    def look(readers: Mapping[fx.Node, fx.Node], keys: Dim, batch: Dim | None) -> tuple[list[Mask], list[Telling]]:
+        finder = _Finder(axes, keys, batch, values, written, assumed)
+        found = {node: finder.look(node, reader) for node, reader in readers.items()}
+        told = {n: told for n, (kind, told) in found.items() if kind is Mask.TOKENS}
         own = {n: frozenset().union(*map(equal.__getitem__, nodes)) for n, nodes in told.items()}
         masks.update((n, masks.get(n, told) & told) for n, told in own.items())
-        return list(kinds.values()), list(own.values())
+        taken.update(finder.taken)
+        return [kind for kind, _ in found.values()], list(own.values())
 
     found = []
     for block in blocks:
-        kinds, told = look(_operands(block.attention), block.attention.key_axis)
+        batch = None if block.tokens is None else block.tokens.batch
+        kinds, told = look(_operands(block.attention), block.attention.key_axis, batch)
         padding = frozenset.intersection(*told) if told else frozenset()
         found.append(replace(block, mask=max(kinds, default=Mask.NONE), padding=padding))
     # Attention of other queries than the tokens has its masks too.
     for node in graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
         mask, keys = schema_arguments(node)["attn_mask"], axes.of(node_of(schema_arguments(node)["key"]))[-2]
         if mask is not None and mask not in masks and keys:
-            look({mask: node}, keys)
-    return found, masks
+            look({mask: node}, keys, None)
+    return found, Masks(masks, frozenset(taken))
 
 
-def _equal(graph: fx.Graph) -> dict[fx.Node, Telling]:
+def _equal(graph: fx.Graph, written: set[fx.Node]) -> dict[fx.Node, Telling]:
     """By node, those that compute the same, itself among them: a mask may be made anew in every block."""
     first: dict[Any, fx.Node] = {}
     same: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         key: Any = node
-        if find_rule(node.target) is not None and not is_random(node.target):
+        if find_rule(node.target) is not None and not is_random(node.target) and node not in written:
             key = (node.target, str(fx.node.map_arg((node.args, node.kwargs), lambda n: same.get(n, n))))
         same[node] = first.setdefault(key, node)
     groups: dict[fx.Node, set[fx.Node]] = {}
@@ -124,75 +142,283 @@ def _operands(site: Attention) -> dict[fx.Node, fx.Node]:
     return found
 
 
-class _Finder:
-    def __init__(self, inside: set[Atom], axes: Axes, values: Mapping[fx.Node, Tensor]) -> None:
-        self.inside, self.axes, self.values = inside, axes, values
-        self.known: dict[fx.Node, Mask] = {}
+@dataclass(frozen=True)
+class Mark:
+    """What tells single tokens apart: a boolean, or whether a number is low enough to mask.
 
-    def kind(self, node: fx.Node) -> Mask:
-        if node not in self.known:
-            self.known[node] = Mask.NONE
-            self.known[node] = self._kind(node)
+    ``dim``: the dimension, counted from the right, at which the tokens of it stand in a value.
+    """
+
+    node: fx.Node
+    dim: int
+
+
+@dataclass(frozen=True)
+class Told:
+    """A value as far as marks of single tokens tell it: the same wherever those are the same.
+
+    ``table``: its number for every combination of the ``marks``, with a dimension of two entries for each: that where
+    the mark is false and that where it is true. ``soft``: where the number is not known, and masks nothing.
+    """
+
+    marks: tuple[Mark, ...]
+    table: Tensor
+    soft: Tensor
+
+    @classmethod
+    def number(cls, value: Any, dtype: torch.dtype) -> Told:
+        """One number everywhere."""
+        table = torch.as_tensor(value).to("cpu", dtype).reshape(())
+        return cls((), table, torch.zeros((), dtype=torch.bool))
+
+    @classmethod
+    def bias(cls, dtype: torch.dtype) -> Told:
+        """Numbers that mask nothing."""
+        return cls((), torch.zeros((), dtype=dtype), torch.ones((), dtype=torch.bool))
+
+    @classmethod
+    def single(cls, node: fx.Node, dim: int) -> Told:
+        """What nothing is known of but its tokens: its own mark."""
+        if node.meta["val"].dtype is torch.bool:
+            table, soft = torch.tensor([False, True]), torch.tensor([False, False])
+        else:
+            table, soft = torch.tensor([0.0, float("-inf")]), torch.tensor([True, False])
+        return cls((Mark(node, dim),), table, soft)
+
+    def over(self, marks: tuple[Mark, ...]) -> tuple[Tensor, Tensor]:
+        """The table, and what is soft in it, over more marks."""
+        order = sorted(range(len(self.marks)), key=lambda i: marks.index(self.marks[i]))
+        shape = [2 if mark in self.marks else 1 for mark in marks]
+        return self.table.permute(order).reshape(shape), self.soft.permute(order).reshape(shape)
+
+    def masks(self) -> Tensor:
+        """Where it masks, as what is added to logits, or, a boolean, lets them through."""
+        low: Tensor = ~self.table if self.table.dtype is torch.bool else self.table <= MASKED
+        return low & ~self.soft
+
+
+class _Finder:
+    def __init__(
+        self,
+        axes: Axes,
+        keys: Dim,
+        batch: Dim | None,
+        values: Mapping[fx.Node, Tensor],
+        written: set[fx.Node],
+        assumed: bool,
+    ) -> None:
+        self.inside: set[Atom] = set(atoms(axes.table.canonical(keys)))
+        self.batch = None if batch is None else set(atoms(axes.table.canonical(batch)))
+        self.axes, self.values, self.assumed, self.written = axes, values, assumed, written
+        # The inputs that were taken for padding.
+        self.taken: set[fx.Node] = set()
+        self.known: dict[fx.Node, Told | None] = {}
+        self.constants: dict[fx.Node, Tensor | None] = {}
+
+    def look(self, mask: fx.Node, reader: fx.Node) -> tuple[Mask, Telling]:
+        """What an operand of the logits allows, and the values each of which alone tells it."""
+        told = self.read(mask, reader)
+        if not self.at(mask) or (told is not None and not told.marks):
+            return (Mask.BIAS if self.at(mask) and told is not None and told.soft.any() else Mask.NONE), frozenset()
+        if told is None:
+            return (self._unread(mask) if len(self.at(mask)) > 1 else Mask.TOKENS), frozenset()
+        return self._allowed(told, mask)
+
+    def read(self, mask: fx.Node, reader: fx.Node) -> Told | None:
+        """What the logits are, told by the marks, after an operator has combined them with ``mask``."""
+        told = self.told(mask)
+        if reader.target is aten.scaled_dot_product_attention.default or told is None:
+            return told
+        others = {n: Told.bias(n.meta["val"].dtype) for n in reader.all_input_nodes if n is not mask}
+        return self._by_position(reader, {mask: told, **others})
+
+    def _allowed(self, told: Told, mask: fx.Node) -> tuple[Mask, Telling]:
+        """What a mask allows of which all is known: padding, where one mark of a token masks its whole column."""
+        masked = told.masks()
+        telling = [i for i in range(masked.dim()) if not masked.select(i, 0).equal(masked.select(i, 1))]
+        marks = [told.marks[i] for i in telling]
+        for i in reversed(range(masked.dim())):
+            if i not in telling:
+                masked = masked.select(i, 0)
+        if not marks:
+            return Mask.BIAS, frozenset()
+        nodes = {mark.node for mark in marks}
+        if not all(map(self._of_tokens_alone, nodes)):
+            return Mask.PAIRS, frozenset()
+        if len({mark.dim for mark in marks}) == 1:
+            return Mask.TOKENS, frozenset(nodes if len(nodes) == 1 else [mask])
+        # Queries and keys are told apart by one mark, and each that has it is masked, whatever the other has.
+        symmetric = len(nodes) == 1 and any(
+            masked[at, :].all() and masked[:, at].all() and not masked[1 - at, 1 - at] for at in (0, 1)
+        )
+        return (Mask.TOKENS, frozenset(nodes)) if symmetric else (Mask.PAIRS, frozenset())
+
+    def _of_tokens_alone(self, node: fx.Node) -> bool:
+        """Whether a mark is one of each token of each image, and not of each head as well."""
+        dims = self.axes.of(node)
+        if node in self.taken and len(dims) == 4:
+            # That heads are alike is looked at when the mask is there.
+            dims = dims[:1] + dims[2:]
+        others = {atom for dim in dims for atom in atoms(dim)} - self.inside
+        return self.batch is None or others <= self.batch
+
+    def _is_given(self, node: fx.Node) -> bool:
+        """Whether a value comes from outside the graph."""
+        return node.op == "placeholder" and node not in self.values
+
+    def _unread(self, mask: fx.Node) -> Mask:
+        """Why nothing is known of a mask over pairs: something outside the graph has made it, or what it is."""
+        stack, seen = [mask], set()
+        while stack:
+            node = stack.pop()
+            if node in seen or not self.at(node) or self.told(node) is not None:
+                continue
+            seen.add(node)
+            if self._is_given(node):
+                return Mask.GIVEN
+            if self._is_followed(node):
+                stack.extend(node.all_input_nodes)
+        return Mask.PAIRS
+
+    def at(self, node: fx.Node) -> list[int]:
+        """The dimensions, counted from the right, in which a value has tokens."""
+        if not isinstance(self.axes.dims.get(node), tuple):
+            return []
+        dims = self.axes.of(node)
+        return [d - len(dims) for d, dim in enumerate(dims) if any(axis in self.inside for axis in atoms(dim))]
+
+    def told(self, node: fx.Node) -> Told | None:
+        """A value by the marks of single tokens; None where it compares tokens, or nothing is known."""
+        stack, asked = [node], set()
+        while stack:
+            n = stack.pop()
+            if n not in asked and n not in self.known:
+                asked.add(n)
+                stack.extend(n.all_input_nodes if self._is_followed(n) else ())
+        for n in sorted(asked):
+            self.known[n] = self._told(n)
         return self.known[node]
 
-    def _count(self, node: fx.Node) -> int:
-        dims = self.axes.dims.get(node)
-        if not isinstance(dims, tuple):
-            return 0
-        return sum(any(axis in self.inside for axis in atoms(dim)) for dim in self.axes.of(node))
+    def _is_followed(self, node: fx.Node) -> bool:
+        rule = rule_of(node) if node.op == "call_function" and node not in self.written else None
+        if rule is None or not isinstance(node.meta.get("val"), Tensor):
+            return False
+        kept = rule.elements is not None and rule.elements.kept
+        return kept or rule.uniform is not None or rule.axes in (_BY_POSITION, _JOINED)
 
-    def _kind(self, node: fx.Node) -> Mask:
-        count = self._count(node)
-        packet = getattr(node.target, "overloadpacket", None)
-        rule = rule_of(node) if node.op == "call_function" else None
-        # A new tensor, the same everywhere, tells no tokens apart.
-        if count == 0 or (rule is not None and not sources(node)):
-            return Mask.NONE
-        if count == 1:
-            return Mask.BIAS if self._learned(node) else Mask.TOKENS
-        if node in self.values:
-            return Mask.BIAS if self._soft(self.values[node]) else Mask.PAIRS
-        inside = [n for n in node.all_input_nodes if self._count(n)]
-        if (
-            rule is None
-            or (packet not in _SPREADING | _FILLING and rule.axes is not RULES[aten.add.Tensor].axes)
-            or not inside
-        ):
-            return Mask.BIAS if self._learned(node) else Mask.PAIRS
-        kinds = [self.kind(n) for n in inside]
-        singles = [n for n in inside if self._count(n) == 1]
-        if len(singles) > 1 and packet not in SEPARABLE and Mask.TOKENS in kinds:
-            return Mask.PAIRS
-        return max(kinds)
+    def _told(self, node: fx.Node) -> Told | None:
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor) or value.is_complex():
+            return None
+        at = self.at(node)
+        found = self._followed(node) if self._is_followed(node) else None
+        if found is not None and (len(at) != 1 or len({mark.node for mark in found.marks}) < 2):
+            return found
+        if self.assumed and self._is_given(node) and at == [-2, -1]:
+            self.taken.add(node)
+            return Told.single(node, -1)
+        constant = self._constant(node)
+        if constant is not None and constant.numel() and bool((constant == constant.flatten()[0]).all()):
+            return Told.number(constant.flatten()[0], value.dtype)
+        if value.is_floating_point() and (not at or self._learned(node) or self._soft(self.values.get(node))):
+            return Told.bias(value.dtype)
+        return Told.single(node, at[0]) if len(at) == 1 else None
 
-    def told_by(self, mask: fx.Node, where: bool | None) -> Telling:
-        """The values each of which alone tells which tokens ``mask`` masks out.
+    def _followed(self, node: fx.Node) -> Told | None:
+        """What an operator makes of operands, where those are told by marks and it by them."""
+        rule, value, args = present(rule_of(node)), node.meta["val"], schema_arguments(node)
+        if rule.uniform is not None:
+            number = rule.uniform(args)
+            if isinstance(number, fx.Node):
+                given = self.known.get(number)
+                number = given.table if given is not None and not given.marks and not given.soft else None
+            return None if number is None else Told.number(number, value.dtype)
+        if rule.axes is _JOINED:
+            return self._joined(node)
+        if rule.axes is _BY_POSITION:
+            told = {n: self.known.get(n) for n in node.all_input_nodes}
+            return self._by_position(node, {n: t for n, t in told.items() if t is not None})
+        source = node.all_input_nodes[0]
+        given = self.known.get(source)
+        return None if given is None else self._kept(node, source, given, present(rule.elements))
 
-        They are those that it repeats, rearranges or negates, that it adds a soft bias to, or that say where it is
-        filled with a number that masks. ``where``: whether a boolean masks where it is true or where it is false.
-        """
-        return frozenset() if where is None else frozenset(node for node, _ in self._told_by(mask, where))
+    def _kept(self, node: fx.Node, source: fx.Node, told: Told, elements: Elements) -> Told | None:
+        """The same numbers in another layout, or another dtype."""
+        before, after = self.at(source), self.at(node)
+        where: dict[int, int] | None = None
+        if elements in (Elements.CONVERTED, Elements.REPEATED):
+            mixed = {axis for dim in self.axes.mixed_by(node) for axis in atoms(dim)}
+            where = None if mixed & self.inside else {d: d for d in before}
+        elif elements is Elements.REORDERED:
+            rank = source.meta["val"].dim()
+            sizes = torch.empty(tuple(range(2, rank + 2)), device="meta")
+            made = function_of(node)(sizes, *node.args[1:], **node.kwargs).shape
+            where = {d: made.index(sizes.shape[d]) - rank for d in before}
+        elif len(before) == len(after):
+            where = dict(zip(before, after))
+        if where is None or not {mark.dim for mark in told.marks} <= where.keys():
+            return None
+        if told.soft.any() and not node.meta["val"].is_floating_point():
+            return None
+        marks = tuple(Mark(mark.node, where[mark.dim]) for mark in told.marks)
+        return Told(marks, told.table.to(node.meta["val"].dtype), told.soft)
 
-    def _told_by(self, mask: fx.Node, where: bool) -> frozenset[tuple[fx.Node, bool]]:
-        packet = getattr(mask.target, "overloadpacket", None)
-        before = [n for n in mask.all_input_nodes if self.kind(n) is Mask.TOKENS]
-        filled, boolean = _masks_where(mask), _is_bool(mask)
-        if packet in _FILLING:
-            same = filled is not None and len(before) == 1 and _is_bool(before[0])
-            where = filled is True
-        elif boolean and packet in _NEGATING:
-            same, where = all(map(_is_bool, before)), not where
-        elif boolean and packet in _MEETING:
-            same = all(map(_is_bool, before)) and where is _MEETING[packet]
-        else:
-            same = packet in _SPREADING or packet is aten.cat or (packet is aten.add and not boolean)
-            same = same and all(_is_bool(n) == boolean for n in before)
-        told = [self._told_by(n, where) for n in before] if same else []
-        return frozenset([(mask, where)]).union(frozenset.intersection(*told) if told else ())
+    def _joined(self, node: fx.Node) -> Told | None:
+        """A concatenation of numbers for protected tokens and of one value that has the others."""
+        holding = [n for n in node.all_input_nodes if (told := self.known.get(n)) is None or told.marks or told.soft]
+        if len(holding) != 1 or len(self.at(node)) != 1 or self.at(holding[0]) != self.at(node):
+            return None
+        return self.known[holding[0]]
 
-    def _soft(self, value: Tensor) -> bool:
+    def _by_position(self, node: fx.Node, told: Mapping[fx.Node, Told]) -> Told | None:
+        """What an operator makes of the numbers of its operands, for each combination of their marks."""
+        rule = rule_of(node)
+        if rule is None or rule.axes is not _BY_POSITION or set(node.all_input_nodes) - told.keys():
+            return None
+        soft = any(bool(t.soft.any()) for t in told.values())
+        if soft and not rule.prevails:
+            return None
+        marks = tuple(dict.fromkeys(mark for t in told.values() for mark in t.marks))
+        if len(marks) > MARKS:
+            return None
+        over = {n: t.over(marks) for n, t in told.items()}
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: over[n][0])
+        shape = [2] * len(marks)
+        table: Tensor = function_of(node)(*args, **kwargs).to(node.meta["val"].dtype).expand(shape)
+        unknown = torch.zeros((), dtype=torch.bool)
+        for _, part in over.values():
+            unknown = unknown | part
+        return Told(marks, table, unknown.expand(shape) & ~(table <= MASKED))
+
+    def _constant(self, node: fx.Node) -> Tensor | None:
+        """What a value always is, where it is computed from constants, and of as few numbers as positions have."""
+        if node not in self.constants:
+            self.constants[node] = self._evaluated(node)
+        return self.constants[node]
+
+    def _evaluated(self, node: fx.Node) -> Tensor | None:
+        if node.op in ("placeholder", "get_attr"):
+            # Of those that the model holds a single number alone is taken for what it will be.
+            known = self.values.get(node)
+            fixed = known is not None and known.numel() == 1 and not isinstance(known, torch.nn.Parameter)
+            return present(known).detach().cpu() if fixed else None
+        value, target = node.meta.get("val"), node.target
+        if not isinstance(target, OpOverload) or is_random(target) or node in self.written:
+            return None
+        if not isinstance(value, Tensor) or not all(isinstance(n, int) for n in value.shape) or value.numel() > LARGEST:
+            return None
+        if any(self._constant(n) is None for n in node.all_input_nodes):
+            return None
+        args, kwargs = fx.node.map_aggregate(
+            (node.args, node.kwargs),
+            lambda a: self.constants[a] if isinstance(a, fx.Node) else CPU if isinstance(a, torch.device) else a,
+        )
+        result: Tensor = target(*args, **kwargs)
+        return result
+
+    def _soft(self, value: Tensor | None) -> bool:
         """Whether a constant bias masks nothing."""
-        return value.is_floating_point() and bool((value > MASKED).all())
+        return value is not None and value.is_floating_point() and bool((value > MASKED).all())
 
     def _learned(self, node: fx.Node) -> bool:
         """Whether a value is computed from parameters, and nothing boolean takes part."""
@@ -210,52 +436,5 @@ class _Finder:
         return learned
 
 
-def _is_bool(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.dtype is torch.bool
-
-
-def _masks_where(node: fx.Node) -> bool | None:
-    """Whether an operator masks where its boolean operand is true, or where it is false; None where it does neither.
-
-    An operand of another dtype masks where it is low.
-    """
-    packet = getattr(node.target, "overloadpacket", None)
-    if packet in (aten.scaled_dot_product_attention, aten.add):
-        return False
-    if packet not in _FILLING:
-        return None
-    args = schema_arguments(node)
-    true, false = ("value", "self") if packet is aten.masked_fill else ("self", "other")
-    low = [not isinstance(args[name], fx.Node) and args[name] <= MASKED for name in (true, false)]
-    return low[0] if sum(low) == 1 else None
-
-
-_FILLING = {aten.masked_fill, aten.where}
-_NEGATING = {aten.bitwise_not, aten.logical_not}
-# Of two booleans one alone masks: where it is false, or where it is true.
-_MEETING = dict.fromkeys(_AND, False) | dict.fromkeys(_OR, True)
-
-# Operators that repeat or rearrange a mask without comparing tokens.
-_SPREADING = {
-    aten.expand,
-    aten.expand_as,
-    aten.repeat,
-    aten.reshape,
-    aten.view,
-    aten._unsafe_view,
-    aten.permute,
-    aten.transpose,
-    aten.unsqueeze,
-    aten.squeeze,
-    aten.to,
-    aten._to_copy,
-    aten.type_as,
-    aten.contiguous,
-    aten.clone,
-    aten.alias,
-    aten.detach,
-    aten.slice,
-    aten.flatten,
-    aten.unflatten,
-}
+_BY_POSITION = RULES[aten.mul.Tensor].axes
+_JOINED = RULES[aten.cat.default].axes

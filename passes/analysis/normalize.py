@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from mctf_compile.errors import UnsupportedGraph
+from mctf_compile.passes.analysis.canonical import canonicalize
 from mctf_compile.passes.analysis.casts import make_casts_explicit
 from mctf_compile.passes.analysis.mutations import functionalize
 from mctf_compile.passes.analysis.opening import Opener
@@ -45,7 +46,8 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
 
     linear, layer_norm, scaled_dot_product_attention, reshape, gelu and dropout stay single nodes. The
     inference fast path of ``nn.TransformerEncoderLayer``, one opaque node, is opened, and so are activation
-    checkpoints, whose nodes then say that they are to be recomputed. In-place operators are replaced.
+    checkpoints, whose nodes then say that they are to be recomputed. In-place operators are replaced, and attention
+    in other words is put into those that the analyses know (see ``canonicalize``).
 
     The result means the same whatever surrounds its operators: what autocast casts is cast, and what enters a region
     of ``no_grad`` or ``inference_mode`` is detached.
@@ -66,6 +68,7 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     # Before the writes are gone: autocast leaves those alone.
     make_casts_explicit(normal)
     functionalize(normal)
+    canonicalize(normal)
     return normal
 
 

@@ -1,14 +1,13 @@
 """Pass: find which output features of a fused projection each of q, k and v reads. Pure analysis.
 
 One-step-ahead attention computes q and k of the old tokens and v of the fused ones, so a fused
-``qkv`` projection must be computed in parts.
+``qkv`` projection must be computed in parts. It is a linear, or several that are added, as with LoRA.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,16 +15,15 @@ import torch
 from torch import Tensor, fx
 
 from mctf_compile.methods import Site
-from mctf_compile.narrowing import node_of, present
+from mctf_compile.narrowing import function_of, node_of, present
 from mctf_compile.passes.analysis.token_axes import Axes
 from mctf_compile.passes.axes import Axis, Dims, atoms
 from mctf_compile.passes.pipeline import State, graph_pass
-from mctf_compile.passes.rules import schema_arguments, sources
+from mctf_compile.passes.rules import RULES, Elements, rule_of, schema_arguments, sources
 from mctf_compile.passes.rules.base import wrap
 
 aten = torch.ops.aten
-# Not ``detach``, which is more than a layout where gradients are recorded.
-COPIES = (aten.contiguous, aten.clone, aten.alias)
+_BY_POSITION = RULES[aten.mul.Tensor].axes
 
 
 @graph_pass("projections", requires=("plan",))
@@ -42,13 +40,12 @@ def run(state: State) -> None:
 
 @dataclass(frozen=True)
 class Projection:
-    """A value that is a rearranged range of a linear's output features.
+    """A value that is a rearranged range of the features of ``source``: a linear, or what has parts as linears have.
 
-    The value is ``linear(x, weight[start:stop])`` with its last dimension split to ``shape``, then
-    permuted by ``order``.
+    The value is ``source[..., start:stop]`` with its last dimension split to ``shape``, then permuted by ``order``.
     """
 
-    linear: fx.Node
+    source: fx.Node
     start: int
     stop: int
     shape: tuple[int, ...]
@@ -57,7 +54,7 @@ class Projection:
 
 def find_projection(node: fx.Node, axes: Axes) -> Projection | None:
     """The part of a linear that ``node`` is, where nothing but layout lies between and it is a true part."""
-    chain = _layout_chain(node)
+    chain = _layout_chain(node, axes)
     if chain is None:
         return None
     linear = chain[0]
@@ -74,15 +71,50 @@ def find_projection(node: fx.Node, axes: Axes) -> Projection | None:
     return _arrange(linear, node, index, start, stop, axes, inside)
 
 
-def _layout_chain(node: fx.Node) -> list[fx.Node] | None:
-    """The nodes from a linear to ``node``, linear first, where all others only move positions."""
+def is_linear(node: fx.Node) -> bool:
+    """Whether a node is a linear layer whose weights are no tensor subclass."""
+    return node.target is aten.linear.default
+
+
+def with_parts(node: fx.Node, axes: Axes) -> list[fx.Node]:
+    """The operands of a node of which a range of features is all that the same range of its own is made of.
+
+    Where linears are added (LoRA), scaled or cast, they are; anything else there is one number for each feature.
+    """
+    rule = rule_of(node) if node.op == "call_function" else None
+    value = node.meta.get("val")
+    if rule is None or not isinstance(value, Tensor) or not isinstance(axes.dims.get(node), tuple):
+        return []
+    if rule.elements is not Elements.CONVERTED and rule.axes is not _BY_POSITION:
+        return []
+    tensors = [n for n in sources(node) if isinstance(n.meta.get("val"), Tensor)]
+    whole = [n for n in tensors if axes.of(n) == axes.of(node) and (is_linear(n) or with_parts(n, axes))]
+    rest = [n for n in tensors if n not in whole]
+    return whole if not any(dim for n in rest for dim in axes.of(n)[:-1]) else []
+
+
+def linears_of(source: fx.Node, axes: Axes) -> list[fx.Node]:
+    """The linears that a source of projections is made of."""
+    return [source] if is_linear(source) else [n for part in with_parts(source, axes) for n in linears_of(part, axes)]
+
+
+def read_by(source: fx.Node, axes: Axes) -> list[fx.Node]:
+    """The values that computing a range of a source reads."""
+    if is_linear(source):
+        return source.all_input_nodes
+    parts = with_parts(source, axes)
+    return [
+        n for operand in source.all_input_nodes for n in (read_by(operand, axes) if operand in parts else [operand])
+    ]
+
+
+def _layout_chain(node: fx.Node, axes: Axes) -> list[fx.Node] | None:
+    """The nodes from a source of projections to ``node``, that first, where all others only move positions."""
     chain = [node]
     for _ in range(24):
-        packet = getattr(chain[0].target, "overloadpacket", chain[0].target)
-        if packet is aten.linear:
-            return chain if len(chain) > 1 else None
-        if packet is not operator.getitem and packet not in _STEPS and packet not in COPIES:
-            return None
+        if chain[0].target is not operator.getitem and not _moves(chain[0]):
+            source = is_linear(chain[0]) or with_parts(chain[0], axes)
+            return chain if source and len(chain) > 1 else None
         chain.insert(0, node_of(chain[0].args[0]))
     return None
 
@@ -92,13 +124,12 @@ def _feature_indices(chain: list[fx.Node], axes: Axes, inside: set[Axis]) -> Ten
     # A tensor, or several where an operator has made parts.
     value: Any = torch.arange(_int(chain[0].meta["val"].shape[-1]))
     for node in chain:
-        packet = getattr(node.target, "overloadpacket", node.target)
         if node is chain[0]:
             value = value.expand(*[1] * (len(axes.of(node)) - 1), -1)
-        elif packet is operator.getitem:
+        elif node.target is operator.getitem:
             value = value[node.args[1]]
-        elif packet not in COPIES:
-            value = _STEPS[packet](value, node, axes, inside)
+        else:
+            value = _moved(value, node, axes, inside)
         # Features that were cut to pieces have names of their own, and are followed no further.
         if value is None or (isinstance(value, Tensor) and list(value.shape) != _shrunk(axes.of(node), inside)):
             return None
@@ -119,47 +150,28 @@ def _is_inside(axis: Axis, inside: set[Axis]) -> bool:
     return axis in inside or any(atom in inside for atom in atoms((axis,)))
 
 
-def _regroup(value: Tensor, node: fx.Node, axes: Axes, inside: set[Axis]) -> Tensor | None:
-    shape = _shrunk(axes.of(node), inside)
-    return value.reshape(shape) if math.prod(shape) == value.numel() else None
+def _moves(node: fx.Node) -> bool:
+    """Whether an operator only moves positions, or takes some of them."""
+    rule = rule_of(node) if node.op == "call_function" else None
+    return rule is not None and rule.elements is not None and rule.elements.moved
 
 
-def _parts(value: Tensor, node: fx.Node, axes: Axes, inside: set[Axis]) -> Sequence[Tensor] | None:
-    d = schema_arguments(node)["dim"]
-    if value.shape[d] == 1:
+def _moved(value: Tensor, node: fx.Node, axes: Axes, inside: set[Axis]) -> Any:
+    """What an operator makes of the numbers of the features, one tensor or several; None where that cannot be told."""
+    elements, args = present(rule_of(node)).elements, schema_arguments(node)
+    if elements is Elements.REGROUPED:
+        shape = _shrunk(axes.of(node), inside)
+        return value.reshape(shape) if math.prod(shape) == value.numel() else None
+    if elements is Elements.TAKEN:
+        source = node_of(node.args[0]).meta["val"].shape
+        d = wrap(args["dim"], len(source))
+        if value.shape[d] != source[d] or source[d] == 1:
+            # Positions of another axis are taken: all of them, or the result is none of the linear's.
+            made = node.meta["val"]
+            return value if isinstance(made, Tensor) and list(made.shape) == list(source) else None
+    if len(node.all_input_nodes) > 1:
         return None
-    sizes = [_int(v.shape[d]) for v in node.meta["val"]]
-    return value.split(sizes, d) if sum(sizes) == value.shape[d] else None
-
-
-def _one(value: Tensor, node: fx.Node, axes: Axes, inside: set[Axis]) -> Tensor | None:
-    args = schema_arguments(node)
-    return value.select(args["dim"], args["index"]) if value.shape[args["dim"]] > 1 else None
-
-
-def _range(value: Tensor, node: fx.Node, axes: Axes, inside: set[Axis]) -> Tensor | None:
-    args = schema_arguments(node)
-    d = wrap(args["dim"], value.dim())
-    source, result = node_of(node.args[0]).meta["val"].shape[d], node.meta["val"].shape[d]
-    if value.shape[d] == 1:
-        return value if source == result else None
-    return value[(slice(None),) * d + (slice(args["start"], args["end"], args["step"]),)]
-
-
-_STEPS: dict[Any, Callable[[Any, fx.Node, Axes, set[Axis]], Any]] = {
-    **dict.fromkeys(
-        (aten.reshape, aten.view, aten._unsafe_view, aten.flatten, aten.unflatten, aten.squeeze, aten.unsqueeze),
-        _regroup,
-    ),
-    aten.permute: lambda value, node, axes, inside: value.permute(node.args[1]),
-    aten.transpose: lambda value, node, axes, inside: value.transpose(*node.args[1:3]),
-    aten.unbind: lambda value, node, axes, inside: (
-        value.unbind(schema_arguments(node)["dim"]) if value.shape[schema_arguments(node)["dim"]] > 1 else None
-    ),
-    aten.select: _one,
-    aten.slice: _range,
-    **dict.fromkeys((aten.split, aten.split_with_sizes, aten.chunk), _parts),
-}
+    return function_of(node)(value, *node.args[1:], **node.kwargs)
 
 
 def _arrange(
@@ -203,15 +215,20 @@ def find_projections(operands: list[fx.Node], entry: fx.Node, axes: Axes) -> dic
         if node in seen or node <= entry or not isinstance(node.meta.get("val"), (Tensor, tuple, list)):
             continue
         seen.add(node)
-        if getattr(node.target, "overloadpacket", None) is aten.linear:
+        if is_linear(node):
             linears.append(node)
         else:
             queue.extend(sources(node))
     found: dict[fx.Node, Projection] = {}
-    queue = [user for linear in linears for user in linear.users]
+    queue, seen = [user for linear in linears for user in linear.users], set()
     while queue:
         node = queue.pop()
-        if _layout_chain(node) is None:
+        if node in seen:
+            continue
+        seen.add(node)
+        if with_parts(node, axes):
+            queue.extend(node.users)
+        if _layout_chain(node, axes) is None:
             continue
         queue.extend(node.users)
         projection = find_projection(node, axes) if isinstance(node.meta.get("val"), Tensor) else None

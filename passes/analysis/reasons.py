@@ -7,44 +7,22 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
-from mctf_compile.passes.rules import schema_arguments
+from mctf_compile.passes.rules import find_rule, schema_arguments
 from mctf_compile.passes.subclasses import described, wrappers
 
 aten = torch.ops.aten
-CONVOLUTIONS = (aten.conv1d, aten.conv2d, aten.conv3d)
-LAYOUT = (
-    aten.reshape,
-    aten.view,
-    aten._unsafe_view,
-    aten.flatten,
-    aten.unflatten,
-    aten.permute,
-    aten.transpose,
-    aten.contiguous,
-    aten.clone,
-    aten.unsqueeze,
-    aten.squeeze,
-    aten.roll,
-    aten.pad,
-    aten.constant_pad_nd,
-)
-ALIKE = (aten.batch_norm, aten.layer_norm, aten.group_norm, aten.gelu, aten.relu, aten.silu, aten.dropout, aten.to)
 
 
 def name_of(node: fx.Node) -> str:
     """An operator by the name that its users know: "a 3×3 convolution", "a linear layer", "cumsum"."""
     if wrappers(node):
         return described(node.target, wrappers(node))
-    packet = getattr(node.target, "overloadpacket", None)
-    if packet in CONVOLUTIONS:
-        kernel = schema_arguments(node)["weight"].meta["val"].shape[2:]
-        return f"a {'×'.join(str(k) for k in kernel)} convolution"
-    if packet is aten.linear:
-        return "a linear layer over the tokens"
-    if packet in (aten.scaled_dot_product_attention, aten.softmax):
-        return "attention within windows"
-    return getattr(packet, "__name__", None) or str(node.target)
+    called = getattr(find_rule(node.target), "called", None)
+    if callable(called):
+        return str(called(schema_arguments(node)))
+    return called or getattr(getattr(node.target, "overloadpacket", None), "__name__", None) or str(node.target)
 
 
 ATTENTION = ("scaled_dot_product_attention", "multi_head_attention_forward", "softmax", "_softmax")
@@ -66,11 +44,11 @@ def purpose(node: fx.Node) -> str:
         following = [user for n in front for user in n.users if user not in seen]
         seen.update(following)
         for user in following:
-            packet = getattr(user.target, "overloadpacket", None)
+            rule = find_rule(user.target)
             if user.op == "output":
                 return "an output"
-            if packet not in LAYOUT + ALIKE and packet is not None:
-                return "windows" if packet is aten.linear else name_of(user)
+            if isinstance(user.target, OpOverload) and not (rule and (rule.passing or rule.elements)):
+                return "windows" if user.target is aten.linear.default else name_of(user)
         front = following
     return "another layout"
 

@@ -16,7 +16,20 @@ class Mask(enum.IntEnum):
     NONE = 0
     BIAS = 1  # a soft bias: fused tokens have the mean of their members'
     TOKENS = 2  # says of single tokens whether they take part (padding): others never fuse with them
-    PAIRS = 3  # says which token may see which: no two tokens can stand for one another
+    GIVEN = 3  # has a number for every pair of tokens, and comes from outside the graph, where nobody can read it
+    PAIRS = 4  # says which token may see which: no two tokens can stand for one another
+
+
+@dataclass(frozen=True)
+class Masks:
+    """The masks over single tokens of a graph.
+
+    ``padding``: by mask the values each of which alone tells which tokens it masks out. ``assumed``: the inputs with a
+    number for every pair of tokens that were taken for padding.
+    """
+
+    padding: dict[fx.Node, frozenset[fx.Node]]
+    assumed: frozenset[fx.Node] = frozenset()
 
 
 @dataclass(frozen=True)

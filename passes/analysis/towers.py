@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from itertools import takewhile
 
 import networkx as nx
-import torch
 from torch import fx
 
 from mctf_compile.narrowing import present
@@ -15,22 +14,8 @@ from mctf_compile.passes.analysis.structure import Block, Tower
 from mctf_compile.passes.analysis.token_axes import Axes
 from mctf_compile.passes.axes import FEATURES, Atom, atoms, hint_of
 from mctf_compile.passes.pipeline import State, graph_pass
-from mctf_compile.passes.rules import schema_arguments
+from mctf_compile.passes.rules import find_rule, schema_arguments
 from mctf_compile.passes.subclasses import wrappers
-
-aten = torch.ops.aten
-CONVOLUTIONS = {aten.conv1d, aten.conv2d, aten.conv3d}
-# Layers: what they give is no longer the residual stream that they read.
-LAYERS = CONVOLUTIONS | {
-    aten.linear,
-    aten.matmul,
-    aten.bmm,
-    aten.mm,
-    aten.addmm,
-    aten.baddbmm,
-    aten.einsum,
-    aten.scaled_dot_product_attention,
-}
 
 
 @graph_pass("towers", requires=("blocks",), ensures=("towers",))
@@ -94,17 +79,18 @@ def _leads_around_layers(source: fx.Node, node: fx.Node, flow: Dataflow) -> bool
 
 
 def _is_layer(node: fx.Node) -> bool:
-    return getattr(node.target, "overloadpacket", None) in LAYERS or bool(wrappers(node))
+    """Whether what a node gives is no longer the residual stream that it reads."""
+    rule = find_rule(node.target)
+    return (rule is not None and rule.layer) or bool(wrappers(node))
 
 
 def _channels(graph: fx.Graph, axes: Axes) -> set[Atom]:
     """The axes that layers read or write as channels."""
     found: set[Atom] = set()
     for node in graph.nodes:
-        packet = getattr(node.target, "overloadpacket", None)
-        if packet is aten.linear or packet in CONVOLUTIONS:
-            read = axes.of(schema_arguments(node)["input"])
-            found.update(atoms(read[-1] if packet is aten.linear else read[1]))
+        rule = find_rule(node.target)
+        if rule is not None and rule.channels is not None:
+            found.update(atoms(axes.of(schema_arguments(node)["input"])[rule.channels]))
     return found
 
 

@@ -292,6 +292,11 @@ def _unmet(block: Block, axes: Axes, method: Method) -> str | None:
 def _unsupported(block: Block, axes: Axes) -> str | None:
     """Attention that the fused operators do not compute."""
     site = block.attention
+    if block.mask is Mask.GIVEN:
+        return (
+            "the attention mask is an input of the graph with a number for every pair of tokens, so that whether it "
+            "masks padding or pairs cannot be read; padding='assume' says that it is padding"
+        )
     if block.mask is Mask.PAIRS:
         return "attention is masked by pairs of tokens (causal or block by block), which cannot be fused"
     if site.weights is not None:
@@ -299,8 +304,6 @@ def _unsupported(block: Block, axes: Axes) -> str | None:
     args = schema_arguments(site.node)
     if args.get("is_causal"):
         return "causal attention needs the order of the original tokens"
-    if args.get("enable_gqa"):
-        return "grouped-query attention is not fused"
     if head_layout(axes.of(site.query), present(block.tokens)) is None:
         return "attention numbers its images otherwise than the residual stream does (windows or frames)"
     return None

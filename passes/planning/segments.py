@@ -9,14 +9,12 @@ from torch import fx
 
 from mctf_compile.narrowing import present
 from mctf_compile.passes.analysis.structure import Block
+from mctf_compile.passes.rules import Elements, find_rule
 
 aten = torch.ops.aten
 
 # Where a node of a rewritten graph keeps the number of its part.
 SEGMENT = "mctf_segment"
-
-# Operators that lay a residual stream out anew.
-LAYOUT = {aten.view, aten.reshape, aten._unsafe_view, aten.permute, aten.transpose, aten.flatten, aten.unflatten}
 
 
 def ends(blocks: Sequence[Block]) -> set[fx.Node]:
@@ -51,7 +49,8 @@ def _adds(node: fx.Node) -> bool:
 
 
 def _lays_out(node: fx.Node) -> bool:
-    return getattr(node.target, "overloadpacket", None) in LAYOUT
+    rule = find_rule(node.target)
+    return rule is not None and rule.elements in (Elements.REGROUPED, Elements.REORDERED)
 
 
 def segments(graph: fx.Graph, blocks: Sequence[Block]) -> dict[fx.Node, int]:

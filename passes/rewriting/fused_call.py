@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -12,46 +12,38 @@ from torch import Tensor, fx
 from mctf_compile.errors import Declined
 from mctf_compile.narrowing import function_of, present
 from mctf_compile.passes.analysis.reasons import name_of, regrouped
+from mctf_compile.passes.analysis.token_axes import Axes
 from mctf_compile.passes.axes import Dims, Place, Tokens, has_batch, mentions, places
+from mctf_compile.passes.planning.plan import Plan
 from mctf_compile.passes.rewriting.stream import Stream, Value
-from mctf_compile.passes.rules import Call, Rule, sources
+from mctf_compile.passes.rules import Call, Elements, Rule, sources
 from mctf_compile.passes.rules.base import wrap
 from mctf_compile.passes.subclasses import call
 
-if TYPE_CHECKING:
-    from mctf_compile.passes.rewriting.rewriter import Rewriter
+# What attention weights stay under, up to scaling or layout.
+MASS_KEEPING = (Elements.REGROUPED, Elements.CONVERTED, Elements.THINNED, Elements.REPEATED)
 
-aten = torch.ops.aten
 
-# Operators that leave attention weights what they are, up to scaling or layout.
-MASS_KEEPING: set[Callable[..., Any]] = {
-    aten.dropout,
-    aten.to,
-    aten._to_copy,
-    aten.type_as,
-    aten.contiguous,
-    aten.clone,
-    aten.alias,
-    aten.detach,
-    aten.view,
-    aten.reshape,
-    aten._unsafe_view,
-    aten.expand,
-    aten.flatten,
-    aten.unflatten,
-    aten.unsqueeze,
-}
+class Program(Protocol):
+    """The rewritten program that a call is a part of."""
+
+    axes: Axes
+    plan: Plan
+
+    def lift(
+        self, node: fx.Node, value: Value, stream: Stream, generation: int, like: Callable[[], Value]
+    ) -> Value: ...
 
 
 class FusedCall:
     """One node to be run on fused tokens, as a rule sees it."""
 
     def __init__(
-        self, rewriter: Rewriter, rule: Rule, node: fx.Node, stream: Stream, generation: int, env: Mapping[fx.Node, Any]
+        self, program: Program, rule: Rule, node: fx.Node, stream: Stream, generation: int, env: Mapping[fx.Node, Any]
     ) -> None:
-        self.rewriter, self.rule, self.node = rewriter, rule, node
+        self.program, self.rule, self.node = program, rule, node
         self.stream, self.generation, self.env = stream, generation, env
-        self.call: Call = rewriter.axes.call(node)
+        self.call: Call = program.axes.call(node)
         self.args, self.target = self.call.args, function_of(node)
         self.packet = getattr(node.target, "overloadpacket", None)
 
@@ -66,6 +58,11 @@ class FusedCall:
     def tokens(self) -> Tokens:
         return self.stream.tokens
 
+    @property
+    def relaxed(self) -> bool:
+        """Whether all tokens stay, and count by fractions, as in training."""
+        return self.program.plan.relaxed
+
     def _like(self) -> Value:
         """The fused operand of the highest rank: it shows where the images are."""
         values = [v for v in flat_values(self.env[n] for n in self.node.all_input_nodes) if v.generation]
@@ -79,7 +76,7 @@ class FusedCall:
 
     def lifted(self, node: fx.Node) -> Value:
         """The value of a node in the generation of this call."""
-        value = self.rewriter.lift(node, self.env[node], self.stream, self.generation, self._like)
+        value = self.program.lift(node, self.env[node], self.stream, self.generation, self._like)
         if len(value.dims) != len(self.env[node].dims) and not self.rule.broadcasts:
             raise Declined("a value without the batch axis meets fused tokens in another layout")
         return value
@@ -94,14 +91,14 @@ class FusedCall:
         return self.stream.intensive(value) if value.generation else value
 
     def dims(self, name: str) -> Dims:
-        return self.rewriter.axes.of(self.args[name])
+        return self.program.axes.of(self.args[name])
 
     def wrapped(self, name: str) -> int:
         """A dimension argument as a non-negative number."""
         return wrap(self.args[name], len(self.call.dims_of(self.call.tensors()[0])))
 
     def places_of(self, node: fx.Node) -> list[Place]:
-        return self.stream.places(self.rewriter.axes.of(node))
+        return self.stream.places(self.program.axes.of(node))
 
     def place(self, name: str, dim: int) -> Place:
         """The place of the token axis at one dimension of an argument, where it is whole."""
@@ -116,6 +113,13 @@ class FusedCall:
             raise Declined("rows and columns of the token grid are told apart")
         return found[0]
 
+    def places_in(self, value: Value) -> list[Place]:
+        return self.stream.places(value.dims)
+
+    def image_dims(self, value: Value) -> list[int]:
+        """The dimensions of a value that hold the images, alone or with other axes."""
+        return self.stream.batch_dims(value.dims)
+
     def only_place(self, value: Value) -> Place:
         found = self.stream.places(value.dims)
         if len(found) != 1:
@@ -124,17 +128,29 @@ class FusedCall:
 
     def log_sizes(self, place: Place, dtype: torch.dtype = torch.float32) -> Tensor | None:
         """[B, M] log sizes of the tokens at a place, in ``dtype`` or wider; None where sizes count for nothing."""
-        if not self.rewriter.plan.method.counts_sizes:
+        if not self.program.plan.method.counts_sizes:
             return None
         log_size = self.stream.log_size(self.generation, place.lead, place.tail)
         wide = torch.promote_types(dtype, log_size.dtype)
         if wide == log_size.dtype:
             return log_size
-        return self.stream.fusion(self.generation, place.lead, place.tail).size.to(wide).log()
+        return self.size(place).to(wide).log()
+
+    def size(self, place: Place) -> Tensor:
+        """[B, M] sizes of the tokens at a place."""
+        return self.stream.fusion(self.generation, place.lead, place.tail).size
+
+    def to_itself(self, place: Place) -> bool:
+        """Whether a token at a place counts for itself alone."""
+        return self.stream.fusion(self.generation, place.lead, place.tail).whole_to_itself
+
+    def spread(self, per_token: Tensor, value: Value, place: Place) -> Tensor:
+        """[B, M] numbers of the tokens at a place of a value, as a factor for it."""
+        return self.stream.spread(per_token, value, place)
 
     def sizes(self, value: Value, place: Place) -> Tensor:
         """The sizes of the tokens at a place of a value, as a factor for it."""
-        return self.stream.spread(self.stream.fusion(self.generation, place.lead, place.tail).size, value, place)
+        return self.spread(self.size(place), value, place)
 
     def weighted(self, value: Value, place: Place) -> Value:
         """A value times the sizes of its tokens, rounded once, and exact for whole numbers.
@@ -147,7 +163,7 @@ class FusedCall:
 
     def whole(self, size: Tensor) -> Tensor:
         """Sizes as whole numbers."""
-        if self.rewriter.plan.relaxed:
+        if self.relaxed:
             raise Declined("in training tokens count by fractions, and whole numbers have none")
         return size.to(torch.int64)
 
@@ -180,8 +196,8 @@ class FusedCall:
         return shape
 
     def out_dims(self) -> list[Dims]:
-        out = self.rewriter.axes.dims[self.node]
-        table = self.rewriter.axes.table
+        out = self.program.axes.dims[self.node]
+        table = self.program.axes.table
         return [table.canonical_dims(d) for d in (out if isinstance(out, list) else [out])]
 
     def emit(self) -> Any:
@@ -220,7 +236,7 @@ class FusedCall:
         """The dimension of attention weights in the result, where the operator leaves them what they are."""
         values = [v for v in (self.env[n] for n in self.node.all_input_nodes) if isinstance(v, Value)]
         held = [v for v in values if v.mass is not None]
-        if len(held) != 1 or values[0] is not held[0] or len(out) != 1 or self.packet not in MASS_KEEPING:
+        if len(held) != 1 or values[0] is not held[0] or len(out) != 1 or self.rule.elements not in MASS_KEEPING:
             return None
         if not self.node.meta["val"].is_floating_point():
             return None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import ChainMap
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, fx
@@ -18,8 +19,10 @@ from mctf_compile.kernels.pooling.aten import index_of
 from mctf_compile.methods import Choice, Combine, Evidence, Need, Site
 from mctf_compile.narrowing import node_of, present
 from mctf_compile.passes.analysis.masks import MASKED
+from mctf_compile.passes.analysis.structure import Attention
 from mctf_compile.passes.axes import Place, atoms, hint_of
 from mctf_compile.passes.planning.plan import PlannedBlock
+from mctf_compile.passes.rewriting import fused_call
 from mctf_compile.passes.rewriting.following import Reduction
 from mctf_compile.passes.rewriting.fused_call import FusedCall
 from mctf_compile.passes.rewriting.stream import Fusion, Stream, Value
@@ -27,9 +30,21 @@ from mctf_compile.passes.rules import rule_of
 from mctf_compile.passes.rules.attention import HeadLayout, additive, operands, scale_of
 from mctf_compile.passes.rules.base import wrap
 
-if TYPE_CHECKING:
-    from mctf_compile.passes.analysis.structure import Attention
-    from mctf_compile.passes.rewriting.rewriter import Rewriter
+
+class Program(fused_call.Program, Protocol):
+    """The rewritten program, as far as attention in it is planned.
+
+    ``env``: the values of its nodes. ``left``: by block the number of tokens that it leaves, where that is an input.
+    """
+
+    env: dict[fx.Node, Any]
+    left: dict[int, torch.SymInt]
+
+    def evaluate(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
+        """Run one node on the values of ``env``."""
+
+    def again(self, node: fx.Node, replacements: dict[fx.Node, Value]) -> Any:
+        """The value of ``node`` had others been the ``replacements``."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +65,8 @@ class Insertion:
     reason.
     """
 
-    def __init__(self, rewriter: Rewriter) -> None:
-        self.rewriter, self.plan = rewriter, rewriter.plan
+    def __init__(self, program: Program) -> None:
+        self.program, self.plan = program, program.plan
         self.streams: dict[fx.Node, Stream] = {}
         self.sources: dict[tuple[Stream, int], fx.Node] = {}
         self.fused: dict[fx.Node, Value] = {}
@@ -71,7 +86,7 @@ class Insertion:
         """The value of ``node`` in the rewritten program, with whatever the plan has there."""
         planned = self._at_node.get(node)
         if planned is None or planned.index in self.undone:
-            result = self.rewriter.evaluate(node, self.rewriter.env)
+            result = self.program.evaluate(node, self.program.env)
         else:
             result = self._attend(node, planned)
         if node in self._at_weights:
@@ -110,7 +125,7 @@ class Insertion:
         return self.streams[entry]
 
     def _entry(self, block: PlannedBlock) -> Value:
-        value: Value = self.rewriter.env[present(block.block.entry)]
+        value: Value = self.program.env[present(block.block.entry)]
         return value
 
     # Attention, and the reduction that belongs to it.
@@ -123,22 +138,22 @@ class Insertion:
         value: Value
         if site.weights is None:
             stream, generation = self._stream(block), self._entry(block).generation
-            call = FusedCall(self.rewriter, present(rule_of(node)), node, stream, generation, self.rewriter.env)
+            call = FusedCall(self.program, present(rule_of(node)), node, stream, generation, self.program.env)
             try:
                 seen = self._look_at_operands(call, block)
             except Declined as declined:
                 self.undone[block.index] = str(declined)
-                value = self.rewriter.evaluate(node, self.rewriter.env)
+                value = self.program.evaluate(node, self.program.env)
                 return value
         if self.plan.site is Site.BEFORE:
-            value = self.rewriter.again(node, {entry: self._fuse(block, self._entry(block))})
+            value = self.program.again(node, {entry: self._fuse(block, self._entry(block))})
             return value
         if self.plan.site is Site.AROUND:
             return self._attend_chosen(node, block)
         if self.plan.site is Site.AHEAD:
             return self._attend_ahead(node, block, call, seen)
         if seen is None or call is None:
-            value = self.rewriter.evaluate(node, self.rewriter.env)
+            value = self.program.evaluate(node, self.program.env)
             return value
         # The map is there: its product with the values is all that is left of attention.
         v = call.intensive("value").tensor
@@ -151,7 +166,7 @@ class Insertion:
         x = self._fuse(block, self._entry(block))
         stream = present(x.stream)
         fusion = stream.fusions[-1]
-        v = stream.raise_to(self.rewriter.again(site.value, {entry: x}), x.generation)
+        v = stream.raise_to(self.program.again(site.value, {entry: x}), x.generation)
         if seen is not None and call is not None:
             keys = self._keys(call)
             fusion = stream.fusion(x.generation, keys.lead, keys.tail)
@@ -166,32 +181,32 @@ class Insertion:
                 fusion.into,
                 call.args["dropout_p"],
             )
-            return Value(seen.layout.join(out, v.tensor), self.rewriter.axes.of(node), x.stream, x.generation)
+            return Value(seen.layout.join(out, v.tensor), self.program.axes.of(node), x.stream, x.generation)
         if fusion.combine is Combine.MAX:
             return self._attend_by_maxima(node, block, v)
         repeated = stream.lower_to(v, x.generation - 1)
-        out = self.rewriter.evaluate(node, ChainMap({site.value: repeated}, self.rewriter.env))
+        out = self.program.evaluate(node, ChainMap({site.value: repeated}, self.program.env))
         return stream.raise_to(out, x.generation)
 
     def _attend_by_maxima(self, node: fx.Node, block: PlannedBlock, v: Value) -> Value:
         """The pooled map itself times the values: maxima over rows are no linear map."""
         site = block.block.attention
         factor = next(n for n in node.all_input_nodes if n is not site.value)
-        weights, stream = self.rewriter.env[factor], present(v.stream)
+        weights, stream = self.program.env[factor], present(v.stream)
         if weights.mass is None:
             # The keys of what multiplies the values run along its last dimension.
             weights = stream.extensive(weights, len(weights.dims) - 1)
         pooled = {site.value: v, factor: stream.pooled_map(weights)}
-        value: Value = self.rewriter.evaluate(node, ChainMap(pooled, self.rewriter.env))
+        value: Value = self.program.evaluate(node, ChainMap(pooled, self.program.env))
         return value
 
     def _attend_chosen(self, node: fx.Node, block: PlannedBlock) -> Value:
         """Attention among the chosen tokens: their own query, key and value, which are computed already."""
         site = block.block.attention
         x = self._fuse(block, self._entry(block))
-        operands = {n: self.rewriter.env[n] for n in (site.query, site.key, site.value)}
+        operands = {n: self.program.env[n] for n in (site.query, site.key, site.value)}
         stream = present(x.stream)
-        value: Value = self.rewriter.again(
+        value: Value = self.program.again(
             node, {n: stream.raise_to(replace(v, stream=stream), x.generation) for n, v in operands.items()}
         )
         return value
@@ -238,7 +253,7 @@ class Insertion:
         softmax = present(site.weights)
         dim = wrap(cast(int, softmax.args[1]), len(weights.dims))
         keys = next(p for p in stream.places(weights.dims) if p.dim == dim)
-        logits = self.rewriter.env[node_of(softmax.args[0])]
+        logits = self.program.env[node_of(softmax.args[0])]
         if block.padded:
             seen["padding"] = self._masked(logits, keys, stream)
         if Need.KEYS in needs:
@@ -263,9 +278,9 @@ class Insertion:
 
     def _mean_key(self, site: Attention, stream: Stream) -> Tensor:
         """[B, N, D] mean over heads of the keys, in any layout."""
-        value = self.rewriter.env[site.key]
+        value = self.program.env[site.key]
         (place,) = stream.places(value.dims)
-        shared = {atom for dim in self.rewriter.axes.of(present(site.product)) for atom in atoms(dim)}
+        shared = {atom for dim in self.program.axes.of(present(site.product)) for atom in atoms(dim)}
         tokens = value.dims[place.dim][len(place.before) : len(value.dims[place.dim]) - len(place.after)]
         # An axis that was cut into single positions has no atoms.
         own = {*stream.tokens.batch, *atoms(stream.tokens.batch), *tokens, *atoms(tokens)}
@@ -286,7 +301,7 @@ class Insertion:
         """What the method sees of the tokens [B, N, C] of a residual stream; of the keys, those that are among them."""
         seen = {name: block.own(t) for name, t in self._seen.get(block.index, {}).items()}
         if Need.LEARNED in self.plan.method.needs:
-            stream, learned = self._stream(block), self.rewriter.env[present(block.block.learned)]
+            stream, learned = self._stream(block), self.program.env[present(block.block.learned)]
             learned = stream.raise_to(learned, self._entry(block).generation)
             (place,) = stream.places(learned.dims)
             seen["learned"] = stream.canonical(learned, place)
@@ -337,7 +352,7 @@ class Insertion:
 
     def _reduce(self, block: PlannedBlock, x: Value, evidence: Evidence, place: Place) -> Value:
         """``x`` with fewer tokens."""
-        left, stream = self.rewriter.left.get(block.index), present(x.stream)
+        left, stream = self.program.left.get(block.index), present(x.stream)
         # Where it is an input of the graph it is a SymInt, which methods take as they take an int.
         r = block.removed if left is None else cast(int, evidence.x.shape[1] - left)
         env = None if left is None else cast(WatchedShapeEnv, left.node.shape_env)

@@ -18,6 +18,7 @@ from mctf_compile.errors import Declined
 from mctf_compile.kernels.library import without_autocast
 from mctf_compile.methods import Site
 from mctf_compile.narrowing import function_of, node_of, operator_of, present
+from mctf_compile.passes.analysis.projections import read_by
 from mctf_compile.passes.analysis.reasons import name_of
 from mctf_compile.passes.analysis.token_axes import Axes
 from mctf_compile.passes.axes import Dims, atoms, has_batch, mentions
@@ -152,7 +153,7 @@ class Rewriter:
         self.order = {node: i for i, node in enumerate(gm.graph.nodes)}
         self.unmerges: list[Unmerge] = []
         self.given_back: set[Stream] = set()
-        self.env = _Values(self._emit)
+        self.env: dict[fx.Node, Any] = _Values(self._emit)
         self._segment = 0
         # By block, the number of tokens that it leaves, where that is an input of the graph.
         self.left: dict[int, SymInt] = {}
@@ -205,7 +206,7 @@ class Rewriter:
     def _sources(self, node: fx.Node) -> list[fx.Node]:
         """The nodes whose values ``evaluate`` reads: for a part of a projection, the operands of the whole."""
         projection = self.plan.projections.get(node)
-        return (node if projection is None else projection.linear).all_input_nodes
+        return node.all_input_nodes if projection is None else read_by(projection.source, self.axes)
 
     def _nodes_read(self) -> set[fx.Node]:
         """The nodes whose values are read, as far as that is known before.
@@ -253,8 +254,11 @@ class Rewriter:
         if node.op == "get_attr":
             return self._dense(node, operator.attrgetter(cast(str, node.target))(self.gm))
         if node in self.plan.projections:
-            first = self.env[node_of(self.plan.projections[node].linear.args[0])]
-            return self._projector.evaluate(node, env, first)
+            try:
+                return self._projector.evaluate(node, env, self.env)
+            except Declined as declined:
+                self.unmerges.append(Unmerge(node, str(declined)))
+                return self._run_dense(node, env)
         if node.target is operator.getitem and isinstance(env.get(cast(fx.Node, node.args[0])), list):
             return env[node_of(node.args[0])][node.args[1]]
         operands = [env[n] for n in node.all_input_nodes]

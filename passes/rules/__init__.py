@@ -1,4 +1,4 @@
-"""One rule per operator family: how it moves axes, and how it runs on fused tokens.
+"""One rule per operator family: how it moves axes, how it runs on fused tokens, and what else the passes ask of it.
 
 A new operator is a new entry here and nowhere else; an operator without one never gets fused tokens.
 
@@ -14,23 +14,16 @@ A new operator is a new entry here and nowhere else; an operator without one nev
 """
 
 from mctf_compile.passes.rules import attention, contractions, features, layout, pointwise, reductions
-from mctf_compile.passes.rules.base import (
-    RULES,
-    Call,
-    Flow,
-    Rule,
-    find_rule,
-    is_random,
-    rule,
-    schema_arguments,
-    sources,
-)
+from mctf_compile.passes.rules.base import RULES, Elements, Rule, find_rule, is_random, rule, sources
 from mctf_compile.passes.rules.bodies import flow_of, rule_of
+from mctf_compile.passes.rules.call import Call, Flow, Fused, schema_arguments
 
 __all__ = [
     "RULES",
     "Call",
+    "Elements",
     "Flow",
+    "Fused",
     "Rule",
     "attention",
     "contractions",

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mctf_compile.errors import Declined
 from mctf_compile.passes.axes import Dims, Tokens, product
-from mctf_compile.passes.rules.base import Call, Flow, rule
-
-if TYPE_CHECKING:
-    from mctf_compile.passes.rewriting.fused_call import FusedCall
-    from mctf_compile.passes.rewriting.stream import Value
+from mctf_compile.passes.rules.base import rule
+from mctf_compile.passes.rules.call import Call, Flow, Fused, V
 
 
 def scale_of(call: Call) -> float:
@@ -71,7 +67,7 @@ class Operands:
     bias: Tensor | None
 
 
-def operands(call: FusedCall, *names: str) -> Operands:
+def operands(call: Fused[V], *names: str) -> Operands:
     """The operands named, in the generation of ``call``, with the bias."""
     if call.args.get("is_causal"):
         raise Declined("causal attention needs the order of the original tokens")
@@ -103,7 +99,7 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, float("-inf"))
 
 
-def sized_attention(call: FusedCall) -> Value:
+def sized_attention(call: Fused[V]) -> V:
     """Attention in which key j occurs s_j times: ``mctf.attention``."""
     given = operands(call, "query", "key", "value")
     last = len(call.dims("key")) - 2
@@ -112,11 +108,12 @@ def sized_attention(call: FusedCall) -> Value:
     if keys is not None:
         if keys.before or keys.after or keys.rest:
             raise Declined("attention meets the token axis inside a product of axes")
-        fusion = call.stream.fusion(call.generation, keys.lead, keys.tail)
-        if fusion.whole_to_itself:
+        if call.to_itself(keys):
             if given.bias is not None or given.query.shape[2] != given.key.shape[2]:
                 raise Declined("tokens that count for themselves alone meet a bias, or queries of another kind")
-            out = torch.ops.mctf.policy_attention(given.query, given.key, given.value, fusion.size, scale_of(call.call))
+            out = torch.ops.mctf.policy_attention(
+                given.query, given.key, given.value, call.size(keys), scale_of(call.call)
+            )
             return call.result(given.layout.join(out, call.value("query").tensor))
         log_size = call.log_sizes(keys)
     out = torch.ops.mctf.attention(
@@ -130,6 +127,8 @@ def sized_attention(call: FusedCall) -> Value:
     reads="query key value attn_mask dropout_p is_causal scale enable_gqa",
     fused=sized_attention,
     broadcasts=True,
+    called="attention within windows",
+    layer=True,
 )
 def attention(call: Call) -> Flow:
     q, k, v = (call.dims(name) for name in ("query", "key", "value"))

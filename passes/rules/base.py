@@ -1,121 +1,91 @@
-"""What a rule is: how an operator moves axes, and how it runs on fused tokens."""
+"""What a rule is: all that is known of an operator."""
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from mctf_compile.narrowing import operator_of
-from mctf_compile.passes.axes import AxisTable, Dim, Dims
-
-if TYPE_CHECKING:
-    from mctf_compile.passes.rewriting.fused_call import FusedCall
+from mctf_compile.passes.rules.call import Arguments, Call, Flow, Fused, schema_arguments
 
 
-@dataclass(frozen=True)
-class Flow:
-    """Where the axes of an operator's operands go.
+class Elements(enum.Enum):
+    """What the elements of an operator's results are, where they are those of its first operand."""
 
-    ``out``: the dims of the result, or a list of them for several results. ``mixed``: the dims whose
-    positions meet in the operator, so that it is not position by position along them.
-    """
-
-    out: Dims | list[Dims]
-    mixed: tuple[Dim, ...] = ()
-
-
-@dataclass
-class Call:
-    """One node of a graph, with its arguments by the names of the operator's schema."""
-
-    node: fx.Node
-    table: AxisTable
-    dims_of: Callable[[fx.Node], Dims]
-    args: dict[str, Any] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.args = schema_arguments(self.node)
-
-    def dims(self, name: str) -> Dims:
-        """The dims of a tensor argument."""
-        return self.dims_of(self.args[name])
+    REGROUPED = enum.auto()  # all of them in their order, in dimensions that are joined, split or as they were
+    REORDERED = enum.auto()  # all of them, the dimensions in another order
+    TAKEN = enum.auto()  # some of them, by their positions
+    REPEATED = enum.auto()  # all of them, each as often as any other
+    CONVERTED = enum.auto()  # each in its place, maybe in another dtype, or without a gradient
+    THINNED = enum.auto()  # each in its place, some of them 0, and the others larger for it
+    SHIFTED = enum.auto()  # in other places of their dimension, maybe with others between
 
     @property
-    def shape(self) -> Sequence[int | torch.SymInt]:
-        """The shape of the (first) result."""
-        value = self.node.meta["val"]
-        shape: Sequence[int | torch.SymInt] = (value[0] if isinstance(value, (tuple, list)) else value).shape
-        return shape
+    def moved(self) -> bool:
+        """Whether that is a change of layout alone: each is one of the operand's, at most once."""
+        return self in (Elements.REGROUPED, Elements.REORDERED, Elements.TAKEN)
 
     @property
-    def results(self) -> int:
-        """How many tensors the operator returns."""
-        return len(operator_of(self.node)._schema.returns)
-
-    def tensors(self) -> list[fx.Node]:
-        return [n for n in self.node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
-
-
-def schema_arguments(node: fx.Node) -> dict[str, Any]:
-    """The arguments of a call by name, with the schema's defaults filled in; none of a function without one."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        return {}
-    arguments = schema.arguments
-    named = {a.name: a.default_value for a in arguments if a.has_default_value()}
-    named.update(zip((a.name for a in arguments), node.args))
-    return named | dict(node.kwargs)
+    def kept(self) -> bool:
+        """Whether each is one of the operand's, whatever its dtype."""
+        return self not in (Elements.THINNED, Elements.SHIFTED)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How one operator treats token axes.
+    """All that is known of one operator.
 
     ``axes`` says where axes go. ``fused`` runs the operator where it mixes fused tokens (weighted by
     their sizes); without it the tokens are unmerged first. ``resized`` names the arguments that hold
     sizes of the result, which shrink with the tokens. ``ignores`` names those that lend only their dtype or
     shape, never their tokens. ``broadcasts``: operands of fewer dimensions are aligned from the right.
+
+    ``elements``: what the elements of its results are, where they are its first operand's. ``passing``: whether it
+    stands before other operators to serve them, as norms and activations do. ``called``: what its users call it, where
+    that is not its name. ``layer``: whether it multiplies tokens by weights or by one another, so that what it gives
+    is no longer the residual stream that it reads; ``channels`` is the dimension of its input that weights are
+    multiplied by, and ``factors`` gives the two operands of a product, by its arguments. ``uniform`` gives the number
+    that the result holds everywhere, or None where nobody knows it. ``prevails``: whether the result is a sum or a
+    choice of the operands, so that a number which masks still does with others that do not.
     """
 
     axes: Callable[[Call], Flow]
-    fused: Callable[[FusedCall], Any] | None = None
+    fused: Callable[[Fused[Any]], Any] | None = None
     resized: str | None = None
     ignores: tuple[str, ...] = ()
     broadcasts: bool = False
+    elements: Elements | None = None
+    passing: bool = False
+    called: str | Callable[[Arguments], str] | None = None
+    layer: bool = False
+    channels: int | None = None
+    factors: Callable[[Arguments], Sequence[fx.Node]] | None = None
+    uniform: Callable[[Arguments], Any] | None = None
+    prevails: bool = False
 
 
 RULES: dict[OpOverload, Rule] = {}
 
 
-def rule(
-    *names: str,
-    reads: str,
-    fused: Callable[[FusedCall], Any] | None = None,
-    resized: str | None = None,
-    ignores: tuple[str, ...] = (),
-    broadcasts: bool = False,
-) -> Callable[[Callable[[Call], Flow]], Callable[[Call], Flow]]:
+def rule(*names: str, reads: str, **properties: Any) -> Callable[[Callable[[Call], Flow]], Callable[[Call], Flow]]:
     """Enter the decorated axes function in ``RULES`` for overloads of ATen operators.
 
     Args:
         names: the overloads, as in ``"sum"`` (the default one) and ``"sum.dim_IntList"``.
         reads: the arguments that the rule knows, separated by spaces. An overload that has another one, in a later
             release of PyTorch, gets no rule; nor does one that is not there.
-        fused: see ``Rule``; so are the next three.
-        resized: see there.
-        ignores: see there.
-        broadcasts: see there.
+        properties: the other fields of ``Rule``.
     """
 
     def register(axes: Callable[[Call], Flow]) -> Callable[[Call], Flow]:
         for overload in filter(None, map(overload_of, names)):
             if {argument.name for argument in overload._schema.arguments} <= set(reads.split()):
-                RULES[overload] = Rule(axes, fused, resized, ignores, broadcasts)
+                RULES[overload] = Rule(axes, **properties)
         return axes
 
     return register
@@ -133,7 +103,7 @@ def find_rule(target: Any) -> Rule | None:
         return None
     if target in RULES:
         return RULES[target]
-    return RULES[torch.ops.aten.add.Tensor] if _is_pointwise(target) else None
+    return RULES[torch.ops.aten.mul.Tensor] if _is_pointwise(target) else None
 
 
 def _is_pointwise(target: OpOverload) -> bool:

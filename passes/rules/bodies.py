@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -19,11 +19,9 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from mctf_compile.errors import Declined, UnsupportedGraph
 from mctf_compile.narrowing import function_of
 from mctf_compile.passes.axes import FEATURES, AxisTable, Dim, Dims, atoms
-from mctf_compile.passes.rules.base import Call, Flow, Rule, find_rule
+from mctf_compile.passes.rules.base import Rule, find_rule
+from mctf_compile.passes.rules.call import Call, Flow, Fused, V
 from mctf_compile.passes.subclasses import described, is_wrapper, wrappers
-
-if TYPE_CHECKING:
-    from mctf_compile.passes.rewriting.fused_call import FusedCall
 
 
 def rule_of(node: fx.Node) -> Rule | None:
@@ -193,7 +191,7 @@ def _with_features(out: Dims, own: list[Dim], operands: list[Dims], table: AxisT
     return tuple(named)
 
 
-def not_by_itself(call: FusedCall) -> Any:
+def not_by_itself(call: Fused[V]) -> Any:
     """Decline a call within which tokens meet, or may meet for all that is known."""
     raise Declined(f"{described(call.target, wrappers(call.node))} is not known to treat each token by itself")
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import string
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+
+from torch import fx
 
 from mctf_compile.errors import Declined
 from mctf_compile.passes.axes import Dim, Dims
-from mctf_compile.passes.rules.base import Call, Flow, rule
-
-if TYPE_CHECKING:
-    from mctf_compile.passes.rewriting.fused_call import FusedCall
-    from mctf_compile.passes.rewriting.stream import Value
+from mctf_compile.passes.rules.base import rule
+from mctf_compile.passes.rules.call import Arguments, Call, Flow, Fused, V
 
 
 def operands(names: Iterable[str]) -> tuple[str, str]:
@@ -24,7 +22,7 @@ def operands(names: Iterable[str]) -> tuple[str, str]:
     return "self", next(name for name in ("mat2", "other", "vec") if name in names)
 
 
-def contracted(call: FusedCall) -> Value:
+def contracted(call: Fused[V]) -> V:
     """Σ_t s_t x_t y_t. Attention weights hold the sizes already: they are the mass of all copies."""
     left, right = operands(call.args)
     x, y = call.value(left), call.value(right)
@@ -45,9 +43,15 @@ def contracted(call: FusedCall) -> Value:
     return call.result(call.target(added, *tensors, **factors).to(call.dtype))
 
 
+def factors(arguments: Arguments) -> list[fx.Node]:
+    """The two operands of a product."""
+    return [arguments[name] for name in operands(arguments)]
+
+
 @rule("_int_mm", reads="self mat2")
-@rule("matmul", reads="self other", fused=contracted, broadcasts=True)
-@rule("bmm", "mm", "mv", "baddbmm", "addmm", reads="self mat1 mat2 vec batch1 batch2 beta alpha", fused=contracted)
+@rule("matmul", reads="self other", fused=contracted, broadcasts=True, layer=True, factors=factors)
+@rule("bmm", "baddbmm", reads="self mat2 batch1 batch2 beta alpha", fused=contracted, layer=True, factors=factors)
+@rule("mm", "mv", "addmm", reads="self mat1 mat2 vec beta alpha", fused=contracted, layer=True)
 def matmul(call: Call) -> Flow:
     left, right = (call.dims(name) for name in operands(call.args))
     x = left if len(left) > 1 else ((), *left)
@@ -66,21 +70,21 @@ def matmul(call: Call) -> Flow:
     return Flow(out, mixed)
 
 
-def contracted_einsum(call: FusedCall) -> Value:
+def contracted_einsum(call: Fused[V]) -> V:
     """An einsum that contracts the token axis of two operands, by the same rule as a matrix product."""
     nodes = list(call.args["tensors"])
     values = [call.lifted(node) for node in nodes]
     terms, out = letters(call.args["equation"], [len(value.dims) for value in values])
     inner = set()
     for term, value in zip(terms, values):
-        for place in call.stream.places(value.dims):
+        for place in call.places_in(value):
             if place.before or place.after or place.rest:
                 raise Declined("an einsum meets the token axis inside a product of axes")
             if term[place.dim] not in out:
                 inner.add(term[place.dim])
     if len(values) != 2 or len(inner) != 1:
         raise Declined("an einsum contracts token axes in a way that is not a matrix product")
-    images = {term[d] for term, value in zip(terms, values) for d in call.stream.batch_dims(value.dims)}
+    images = {term[d] for term, value in zip(terms, values) for d in call.image_dims(value)}
     if len(images) > 1:
         raise Declined("an einsum lets the images of a batch meet one another")
     (letter,) = inner
@@ -112,7 +116,13 @@ def letters(equation: str, ranks: Sequence[int] = ()) -> tuple[list[str], str]:
     return terms, right
 
 
-@rule("einsum", reads="equation tensors path", fused=contracted_einsum)
+def factors_of_einsum(arguments: Arguments) -> list[fx.Node]:
+    """The two operands of an einsum; none where it has more."""
+    tensors = list(arguments["tensors"])
+    return tensors if len(tensors) == 2 else []
+
+
+@rule("einsum", reads="equation tensors path", fused=contracted_einsum, layer=True, factors=factors_of_einsum)
 def einsum(call: Call) -> Flow:
     nodes = list(call.args["tensors"])
     terms, out = letters(call.args["equation"], [len(call.dims_of(node)) for node in nodes])

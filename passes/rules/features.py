@@ -5,13 +5,14 @@ from typing import cast
 import torch
 
 from mctf_compile.passes.axes import FEATURES, Dims
-from mctf_compile.passes.rules.base import Call, Flow, rule, wrap
+from mctf_compile.passes.rules.base import rule, wrap
+from mctf_compile.passes.rules.call import Arguments, Call, Flow
 from mctf_compile.passes.rules.pointwise import broadcast
 
 aten = torch.ops.aten
 
 
-@rule("linear", reads="input weight bias")
+@rule("linear", reads="input weight bias", called="a linear layer over the tokens", layer=True, channels=-1)
 def linear(call: Call) -> Flow:
     dims, weight = call.dims("input"), call.dims("weight")
     call.table.unify(dims[-1], weight[-1])
@@ -20,7 +21,7 @@ def linear(call: Call) -> Flow:
     return Flow((*dims[:-1], *features), (dims[-1],))
 
 
-@rule("layer_norm", "rms_norm", reads="input normalized_shape weight bias eps cudnn_enable")
+@rule("layer_norm", "rms_norm", reads="input normalized_shape weight bias eps cudnn_enable", passing=True)
 def channel_norm(call: Call) -> Flow:
     dims = call.dims("input")
     return Flow(dims, dims[len(dims) - len(call.args["normalized_shape"]) :])
@@ -38,6 +39,7 @@ def channel_norm_and_statistics(call: Call) -> Flow:
 @rule(
     "batch_norm",
     reads="input weight bias running_mean running_var training momentum eps cudnn_enabled",
+    passing=True,
 )
 def batch_norm(call: Call) -> Flow:
     """A scale and shift per channel; in training the statistics are those of all other positions."""
@@ -49,6 +51,7 @@ def batch_norm(call: Call) -> Flow:
     "group_norm",
     "instance_norm",
     reads="input num_groups weight bias running_mean running_var use_input_stats momentum eps cudnn_enabled",
+    passing=True,
 )
 def image_norm(call: Call) -> Flow:
     dims = call.dims("input")
@@ -69,6 +72,12 @@ def glu(call: Call) -> Flow:
     return Flow((*dims[:d], call.table.fresh(call.shape[d], FEATURES), *dims[d + 1 :]), (dims[d],))
 
 
+def with_its_kernel(arguments: Arguments) -> str:
+    """A convolution by the shape of its kernel."""
+    kernel = arguments["weight"].meta["val"].shape[2:]
+    return f"a {'×'.join(str(k) for k in kernel)} convolution"
+
+
 @rule(
     "conv1d",
     "conv1d.padding",
@@ -78,6 +87,9 @@ def glu(call: Call) -> Flow:
     "conv3d.padding",
     "convolution",
     reads="input weight bias stride padding dilation groups transposed output_padding",
+    called=with_its_kernel,
+    layer=True,
+    channels=1,
 )
 def convolution(call: Call) -> Flow:
     """A kernel of one position with stride 1 is a linear layer; any other mixes positions too."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,11 +11,8 @@ from torch import Tensor
 from mctf_compile.errors import Declined
 from mctf_compile.narrowing import node_of
 from mctf_compile.passes.axes import Dims, product, size_of
-from mctf_compile.passes.rules.base import Call, Flow, rule, wrap
-
-if TYPE_CHECKING:
-    from mctf_compile.passes.rewriting.fused_call import FusedCall
-    from mctf_compile.passes.rewriting.stream import Value
+from mctf_compile.passes.rules.base import Elements, rule, wrap
+from mctf_compile.passes.rules.call import Call, Flow, Fused, V
 
 aten = torch.ops.aten
 
@@ -29,6 +26,7 @@ aten = torch.ops.aten
     reads="self shape size other",
     resized="shape",
     ignores=("other",),
+    elements=Elements.REGROUPED,
 )
 def reshape(call: Call) -> Flow:
     source = call.dims_of(call.tensors()[0])
@@ -36,12 +34,18 @@ def reshape(call: Call) -> Flow:
     return Flow(out, cut)
 
 
-@rule("flatten.using_ints", "unflatten.int", reads="self start_dim end_dim dim sizes", resized="shape")
+@rule(
+    "flatten.using_ints",
+    "unflatten.int",
+    reads="self start_dim end_dim dim sizes",
+    resized="shape",
+    elements=Elements.REGROUPED,
+)
 def regroup(call: Call) -> Flow:
     return reshape(call)
 
 
-@rule("transpose.int", "swapaxes", "swapdims", reads="self dim0 dim1 axis0 axis1")
+@rule("transpose.int", "swapaxes", "swapdims", reads="self dim0 dim1 axis0 axis1", elements=Elements.REORDERED)
 def transpose(call: Call) -> Flow:
     dims = list(call.dims("self"))
     names = ("dim0", "dim1") if "dim0" in call.args else ("axis0", "axis1")
@@ -50,7 +54,7 @@ def transpose(call: Call) -> Flow:
     return Flow(tuple(dims))
 
 
-@rule("t", "mT", "numpy_T", "adjoint", reads="self")
+@rule("t", "mT", "numpy_T", "adjoint", reads="self", elements=Elements.REORDERED)
 def transpose_last(call: Call) -> Flow:
     dims = call.dims("self")
     if call.node.target is aten.numpy_T.default:
@@ -58,7 +62,7 @@ def transpose_last(call: Call) -> Flow:
     return Flow(dims[:-2] + dims[:-3:-1])
 
 
-@rule("permute", reads="self dims")
+@rule("permute", reads="self dims", elements=Elements.REORDERED)
 def permute(call: Call) -> Flow:
     dims = call.dims("self")
     return Flow(tuple(dims[d] for d in call.args["dims"]))
@@ -70,6 +74,7 @@ def permute(call: Call) -> Flow:
     "moveaxis.int",
     "moveaxis.intlist",
     reads="self source destination",
+    elements=Elements.REORDERED,
 )
 def movedim(call: Call) -> Flow:
     dims = call.dims("self")
@@ -84,7 +89,7 @@ def movedim(call: Call) -> Flow:
     return Flow(tuple(dims[d] for d in order))
 
 
-@rule("squeeze", "squeeze.dim", "squeeze.dims", reads="self dim")
+@rule("squeeze", "squeeze.dim", "squeeze.dims", reads="self dim", elements=Elements.REGROUPED)
 def squeeze(call: Call) -> Flow:
     value = node_of(call.node.args[0]).meta["val"]
     dims = call.dims("self")
@@ -94,14 +99,21 @@ def squeeze(call: Call) -> Flow:
     return Flow(tuple(dim for d, dim in enumerate(dims) if d not in gone or value.shape[d] != 1))
 
 
-@rule("unsqueeze", reads="self dim")
+@rule("unsqueeze", reads="self dim", elements=Elements.REGROUPED)
 def unsqueeze(call: Call) -> Flow:
     dims = call.dims("self")
     d = wrap(call.args["dim"], len(dims) + 1)
     return Flow((*dims[:d], (), *dims[d:]))
 
 
-@rule("expand", "expand_as", reads="self size implicit other", resized="size", ignores=("other",))
+@rule(
+    "expand",
+    "expand_as",
+    reads="self size implicit other",
+    resized="size",
+    ignores=("other",),
+    elements=Elements.REPEATED,
+)
 def expand(call: Call) -> Flow:
     """An expanded dimension repeats one position: a new axis, identified with what it later meets."""
     source = call.dims_of(call.tensors()[0])
@@ -109,7 +121,7 @@ def expand(call: Call) -> Flow:
     return Flow(tuple(dim or call.table.fresh(size) for dim, size in zip(source, call.shape)))
 
 
-@rule("repeat", "tile", reads="self repeats dims")
+@rule("repeat", "tile", reads="self repeats dims", elements=Elements.REPEATED)
 def repeat(call: Call) -> Flow:
     """Tiling puts an axis of its own outside what it repeats."""
     source = call.dims("self")
@@ -120,7 +132,7 @@ def repeat(call: Call) -> Flow:
     return Flow(tuple(tiled), tuple(dim for dim, time in zip(source, times) if time != 1))
 
 
-@rule("repeat_interleave.self_int", reads="self repeats dim output_size")
+@rule("repeat_interleave.self_int", reads="self repeats dim output_size", elements=Elements.REPEATED)
 def repeat_interleave(call: Call) -> Flow:
     dims, times, d = call.dims("self"), call.args["repeats"], call.args["dim"]
     if d is None:
@@ -140,7 +152,7 @@ def as_real(call: Call) -> Flow:
     return Flow((*call.dims("self"), call.table.fresh(2)))
 
 
-@rule("constant_pad_nd", "pad", reads="self pad mode value")
+@rule("constant_pad_nd", "pad", reads="self pad mode value", elements=Elements.SHIFTED)
 def pad(call: Call) -> Flow:
     """Padded dimensions are new axes; the others stay."""
     dims = call.dims("self")
@@ -150,17 +162,22 @@ def pad(call: Call) -> Flow:
     return Flow(out, tuple(dims[d] for d in padded))
 
 
-def select_prefix(call: FusedCall) -> Value:
+def select_prefix(call: Fused[V]) -> V:
     """Reading one protected token: its position is the same in every generation."""
+    return at_prefix(call, "read")
+
+
+def at_prefix(call: Fused[V], done: str) -> V:
+    """An operator at one position of the token axis, as it is, where that is a protected token."""
     dim, index = call.wrapped("dim"), call.args["index"]
     place = call.place("self", dim)
     if place.before or place.after or not 0 <= index < max(place.lead, call.tokens.positional):
-        raise Declined(f"position {index} of the token axis is read")
-    value: Value = call.emit()
+        raise Declined(f"position {index} of the token axis is {done}")
+    value: V = call.emit()
     return value
 
 
-@rule("select.int", reads="self dim index", fused=select_prefix)
+@rule("select.int", reads="self dim index", fused=select_prefix, elements=Elements.TAKEN)
 def select(call: Call) -> Flow:
     dims = call.dims("self")
     d = wrap(call.args["dim"], len(dims))
@@ -171,14 +188,14 @@ def select(call: Call) -> Flow:
     return Flow(dims[:d] + dims[d + 1 :], (dims[d],))
 
 
-def slice_parts(call: FusedCall) -> Value:
+def slice_parts(call: Fused[V]) -> V:
     """A slice that is the protected prefix, or all that follows it."""
     if call.args.get("step", 1) != 1:
         raise Declined("the token axis is sliced with a stride")
     return call.result(part(call, *bounds(call.call)))
 
 
-def split_parts(call: FusedCall) -> list[Value]:
+def split_parts(call: Fused[V]) -> list[V]:
     """A split into protected prefix, body and suffix."""
     d = call.wrapped("dim")
     sizes = [value.shape[d] for value in call.node.meta["val"]]
@@ -187,8 +204,16 @@ def split_parts(call: FusedCall) -> list[Value]:
     return [call.result(piece, index=i) for i, piece in enumerate(pieces)]
 
 
-def part(call: FusedCall, start: int, stop: int) -> Tensor:
+def part(call: Fused[V], start: int, stop: int) -> Tensor:
     """Positions start:stop of the original token axis, where they hold all of the body or nothing of it."""
+    piece: Tensor = torch.ops.aten.slice.Tensor(
+        call.intensive("self").tensor, call.wrapped("dim"), *span(call, start, stop)
+    )
+    return piece
+
+
+def span(call: Fused[V], start: int, stop: int) -> tuple[int, int]:
+    """Where positions start:stop of the original token axis are, which hold all of the body or nothing of it."""
     dim = call.wrapped("dim")
     place = call.place("self", dim)
     x = call.intensive("self").tensor
@@ -202,8 +227,7 @@ def part(call: FusedCall, start: int, stop: int) -> Tensor:
         stop = stop - removed
     elif stop > place.lead:
         raise Declined(f"tokens {start}:{stop} are sliced out of {body_end + place.tail}")
-    piece: Tensor = torch.ops.aten.slice.Tensor(x, dim, start, stop)
-    return piece
+    return start, stop
 
 
 def bounds(call: Call) -> tuple[int, int]:
@@ -222,7 +246,7 @@ def bounds(call: Call) -> tuple[int, int]:
     return tuple(min(max(v + size if v < 0 else v, 0), size) for v in (start, stop))
 
 
-@rule("slice.Tensor", "narrow", reads="self dim start end step length", fused=slice_parts)
+@rule("slice.Tensor", "narrow", reads="self dim start end step length", fused=slice_parts, elements=Elements.TAKEN)
 def slice_(call: Call) -> Flow:
     dims = call.dims("self")
     d = wrap(call.args["dim"], len(dims))
@@ -240,6 +264,52 @@ def slice_(call: Call) -> Flow:
     return Flow((*dims[:d], held, *dims[d + 1 :]), () if untouched else (dims[d],))
 
 
+def write_prefix(call: Fused[V]) -> V:
+    """Writing one protected token: its position is the same in every generation."""
+    return at_prefix(call, "written to")
+
+
+@rule("select_scatter", reads="self src dim index", fused=write_prefix)
+def select_scatter(call: Call) -> Flow:
+    """The first operand with the second at one position."""
+    dims, source = call.dims("self"), call.dims("src")
+    d = wrap(call.args["dim"], len(dims))
+    if call.args["index"] == 0:
+        call.table.cut(dims[d], (0, 1))
+    others = dims[:d] + dims[d + 1 :]
+    mixed = tuple(dim for a, b in zip(others, source) for dim in call.table.align(a, b))
+    return Flow(dims, (*mixed, dims[d]))
+
+
+def write_parts(call: Fused[V]) -> V:
+    """Writing what is all of the tokens, or none of them but protected ones."""
+    if call.args.get("step", 1) != 1:
+        raise Declined("the token axis is written to with a stride")
+    dim, (start, stop) = call.wrapped("dim"), bounds(call.call)
+    place, held = call.place("self", dim), [p for p in call.places_of(call.args["src"]) if p.dim == dim]
+    whole = start <= place.lead and stop >= place.lead + call.tokens.size
+    if whole != bool(held) or any(p.before or p.after or p.rest or p.lead != place.lead - start for p in held):
+        raise Declined("what is written to the tokens numbers them otherwise than they do")
+    x, source = call.intensive("self").tensor, call.intensive("src").tensor
+    return call.result(torch.ops.aten.slice_scatter(x, source, dim, *span(call, start, stop)))
+
+
+@rule("slice_scatter", reads="self src dim start end step", fused=write_parts)
+def slice_scatter(call: Call) -> Flow:
+    """The first operand with the second at some positions."""
+    dims, source = call.dims("self"), call.dims("src")
+    d = wrap(call.args["dim"], len(dims))
+    start, stop = bounds(call)
+    mixed = tuple(dim for i, (a, b) in enumerate(zip(dims, source)) if i != d for dim in call.table.align(a, b))
+    if call.args.get("step", 1) == 1 and isinstance(start, int) and isinstance(stop, int):
+        call.table.cut(dims[d], (start, stop))
+        held = call.table.slice(dims[d], start, stop)
+        mixed += (source[d],) if held is None else call.table.align(held, source[d])
+    else:
+        mixed += (source[d],)
+    return Flow(dims, (*mixed, dims[d]))
+
+
 @rule(
     "split.Tensor",
     "split.sizes",
@@ -253,6 +323,7 @@ def slice_(call: Call) -> Flow:
     "unsafe_chunk",
     reads="self split_size split_sizes chunks sections indices dim",
     fused=split_parts,
+    elements=Elements.TAKEN,
 )
 def split(call: Call) -> Flow:
     dims = call.dims("self")
@@ -270,16 +341,16 @@ def split(call: Call) -> Flow:
     return Flow(out, (dims[d],))
 
 
-@rule("unbind.int", reads="self dim")
+@rule("unbind.int", reads="self dim", elements=Elements.TAKEN)
 def unbind(call: Call) -> Flow:
     dims = call.dims("self")
     d = wrap(call.args["dim"], len(dims))
     return Flow([dims[:d] + dims[d + 1 :]] * len(call.node.meta["val"]), (dims[d],))
 
 
-def cat_parts(call: FusedCall) -> Value:
+def cat_parts(call: Fused[V]) -> V:
     """Concatenating along the token axis: prefix and body, each whole, make the fused axis again."""
-    value: Value = call.emit()
+    value: V = call.emit()
     return value
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from operator import itemgetter
+from typing import Any, TypeAlias
 
 from mctf_compile.errors import Declined
 from mctf_compile.narrowing import present
 from mctf_compile.passes.axes import Dim
-from mctf_compile.passes.rules.base import Call, Flow, rule
+from mctf_compile.passes.rules.base import Elements, rule
+from mctf_compile.passes.rules.call import Arguments, Call, Flow, Fused, V
 
-if TYPE_CHECKING:
-    from mctf_compile.passes.rewriting.fused_call import FusedCall
-    from mctf_compile.passes.rewriting.stream import Value
+Axes: TypeAlias = Callable[[Call], Flow]
 
 # How a new tensor is made: none of it is read by position.
 MAKING = "dtype layout device pin_memory memory_format non_blocking copy"
@@ -31,15 +32,27 @@ def broadcast(call: Call, rank: int) -> Flow:
 @rule(
     "add.Tensor",
     "add.Scalar",
-    "hardswish",
-    "hardsigmoid",
-    "hardtanh",
+    "sub.Tensor",
+    "sub.Scalar",
+    "subtract.Tensor",
+    "subtract.Scalar",
+    "rsub.Tensor",
+    "rsub.Scalar",
     "masked_fill.Scalar",
     "masked_fill.Tensor",
     "where.self",
     "where.ScalarOther",
     "where.ScalarSelf",
     "where.Scalar",
+    reads="self other alpha mask value condition",
+    broadcasts=True,
+    prevails=True,
+)
+@rule(
+    "mul.Tensor",
+    "hardswish",
+    "hardsigmoid",
+    "hardtanh",
     "max.other",
     "min.other",
     # PyTorch tags those above not, and none that goes by two names but by the first.
@@ -47,6 +60,8 @@ def broadcast(call: Call, rank: int) -> Flow:
     "__and__.Scalar",
     "__or__.Tensor",
     "__or__.Scalar",
+    "__xor__.Tensor",
+    "__xor__.Scalar",
     "absolute",
     "arccos",
     "arccosh",
@@ -86,28 +101,19 @@ def broadcast(call: Call, rank: int) -> Flow:
     "real",
     "resolve_conj",
     "resolve_neg",
-    "rsub.Tensor",
     "special_expit",
-    "subtract.Scalar",
-    "subtract.Tensor",
     "true_divide.Scalar",
-    reads="self other alpha min_val max_val mask value condition real imag abs angle rounding_mode rtol atol equal_nan",
+    reads="self other min_val max_val real imag abs angle rounding_mode rtol atol equal_nan",
     broadcasts=True,
 )
+@rule("gelu", "relu", "silu", reads="self approximate", broadcasts=True, passing=True)
 def pointwise(call: Call) -> Flow:
     """Each position of the result is made of the operands' at that position."""
     return broadcast(call, len(call.shape))
 
 
+@rule("contiguous", "clone", "alias", "lift_fresh_copy", reads="self memory_format", elements=Elements.REGROUPED)
 @rule(
-    "dropout",
-    "feature_dropout",
-    "alpha_dropout",
-    "feature_alpha_dropout",
-    "rrelu",
-    "contiguous",
-    "clone",
-    "alias",
     "detach",
     "to.device",
     "to.dtype",
@@ -115,13 +121,22 @@ def pointwise(call: Call) -> Flow:
     "to.dtype_layout",
     "_to_copy",
     "type_as",
-    "zeros_like",
-    "ones_like",
-    "full_like",
-    "empty_like",
-    "lift_fresh_copy",
-    reads=f"self input other p train lower upper training generator fill_value {MAKING}",
+    reads=f"self other {MAKING}",
     ignores=("other",),
+    elements=Elements.CONVERTED,
+)
+@rule("dropout", reads="input p train", elements=Elements.THINNED, passing=True)
+@rule("zeros_like", reads=f"self {MAKING}", uniform=lambda arguments: 0)
+@rule("ones_like", reads=f"self {MAKING}", uniform=lambda arguments: 1)
+@rule("full_like", reads=f"self fill_value {MAKING}", uniform=itemgetter("fill_value"))
+@rule("fill.Scalar", reads="self value", uniform=itemgetter("value"))
+@rule("empty_like", reads=f"self {MAKING}", uniform=lambda arguments: None)
+@rule(
+    "feature_dropout",
+    "alpha_dropout",
+    "feature_alpha_dropout",
+    "rrelu",
+    reads="self input p train lower upper training generator",
 )
 def same_layout(call: Call) -> Flow:
     """The result has the axes of the first tensor, and nothing else is read by position."""
@@ -134,11 +149,11 @@ def two_parts(call: Call) -> Flow:
     return Flow([dims, dims])
 
 
-def drawn_for_each(call: FusedCall) -> Value:
+def drawn_for_each(call: Fused[V]) -> V:
     """In training all tokens stay; copies that were fused would share one number."""
-    if not call.rewriter.plan.relaxed:
+    if not call.relaxed:
         raise Declined(f"{present(call.packet).__name__} draws a number for each of the original tokens")
-    value: Value = call.emit()
+    value: V = call.emit()
     return value
 
 
@@ -149,18 +164,17 @@ def drawn(call: Call) -> Flow:
     return Flow(dims, dims)
 
 
-@rule(
-    "new_empty",
-    "new_zeros",
-    "new_ones",
-    "new_full",
-    "zeros",
-    "ones",
-    "full",
-    reads=f"self size fill_value {MAKING}",
-    ignores=("self",),
-    fused=lambda call: call.original(),
-)
+def made_as(uniform: Callable[[Arguments], Any], *names: str) -> Callable[[Axes], Axes]:
+    """``rule`` for new tensors that hold one number."""
+    reads = f"self size s fill_value {MAKING}"
+    return rule(*names, reads=reads, ignores=("self",), fused=lambda call: call.original(), uniform=uniform)
+
+
+@made_as(lambda arguments: None, "new_empty")
+@made_as(lambda arguments: 0, "new_zeros", "zeros")
+@made_as(lambda arguments: 1, "new_ones", "ones")
+@made_as(itemgetter("fill_value"), "new_full", "full")
+@made_as(itemgetter("s"), "scalar_tensor")
 def new(call: Call) -> Flow:
     """A new tensor takes dtype and device from an operand and nothing else; its sizes are those of the program."""
     return Flow(call.table.fresh_dims(call.shape), call.dims("self") if "self" in call.args else ())

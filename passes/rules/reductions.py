@@ -13,12 +13,11 @@ from torch import Tensor
 from mctf_compile.errors import Declined, PassError
 from mctf_compile.narrowing import present
 from mctf_compile.passes.axes import Dims
-from mctf_compile.passes.rules.base import Call, Flow, rule, wrap
+from mctf_compile.passes.rules.base import Elements, rule, wrap
+from mctf_compile.passes.rules.call import Call, Flow, Fused, V
 
 if TYPE_CHECKING:
     from mctf_compile.passes.axes import Place
-    from mctf_compile.passes.rewriting.fused_call import FusedCall
-    from mctf_compile.passes.rewriting.stream import Value
 
 aten = torch.ops.aten
 
@@ -57,7 +56,7 @@ class Sized:
     keep: bool
 
     @classmethod
-    def of(cls, call: FusedCall, over: set[int] | None = None) -> Sized:
+    def of(cls, call: Fused[V], over: set[int] | None = None) -> Sized:
         """The operand of a reduction over all of the one token axis, and maybe over other dimensions."""
         gone = reduced(call.call)[0] if over is None else over
         value = call.intensive(call.operand)
@@ -98,7 +97,7 @@ def real(given: Sized) -> Sized:
     return given
 
 
-def weighted_sum(call: FusedCall) -> Value:
+def weighted_sum(call: Fused[V]) -> V:
     """Σ s x; for a mean Σ s x / n (the number n of tokens does not change), for a count x is 1 or 0."""
     given = Sized.of(call)
     total = given.total(given.x)
@@ -112,7 +111,7 @@ def total(call: Call) -> Flow:
     return flow(call)
 
 
-def weighted_count(call: FusedCall) -> Value:
+def weighted_count(call: Fused[V]) -> V:
     """Σ s over the positions that are not 0."""
     given = Sized.of(call)
     return call.result(given.without(((given.x != 0) * call.whole(given.size)).sum(given.dims, True)))
@@ -123,7 +122,7 @@ def count(call: Call) -> Flow:
     return flow(call)
 
 
-def weighted_sum_of_numbers(call: FusedCall) -> Value:
+def weighted_sum_of_numbers(call: Fused[V]) -> V:
     """Σ s x over what is a number, and for a mean divided by Σ s over the same."""
     given = Sized.of(call)
     number = ~given.x.isnan()
@@ -158,7 +157,7 @@ def extreme(call: Call) -> Flow:
     return flow(call)
 
 
-def weighted_norm(call: FusedCall) -> Value:
+def weighted_norm(call: Fused[V]) -> V:
     """(Σ s |x|^p)^(1/p); the maximum for p = ∞, the number of those that are not 0 for p = 0."""
     order = call.args.get("ord", call.args.get("p"))
     order = 2.0 if order is None else float(order)
@@ -187,7 +186,7 @@ def norm(call: Call) -> Flow:
     return flow(call)
 
 
-def weighted_norm_of_vectors(call: FusedCall) -> Value:
+def weighted_norm_of_vectors(call: Fused[V]) -> V:
     """Of a matrix there are norms that are none of its entries alone."""
     gone, dims = reduced(call.call)
     if call.args["ord"] is not None and (len(gone) > 1 or (len(dims) > 1 and call.args["dim"] is None)):
@@ -200,7 +199,7 @@ def norm_of_vectors_or_matrices(call: Call) -> Flow:
     return flow(call)
 
 
-def variance_and_mean(call: FusedCall) -> tuple[Tensor, Tensor]:
+def variance_and_mean(call: Fused[V]) -> tuple[Tensor, Tensor]:
     """Σ s (x - mean)² / (n - correction), and the mean; for a standard deviation its root."""
     given = real(Sized.of(call))
     mean = given.total(given.x) / given.count
@@ -248,7 +247,7 @@ def variance_beside_mean(call: Call) -> Flow:
     return flow(call)
 
 
-def weighted_logsumexp(call: FusedCall) -> Value:
+def weighted_logsumexp(call: Fused[V]) -> V:
     """Log Σ s exp(x)."""
     given = Sized.of(call)
     if given.x.is_complex():
@@ -262,7 +261,7 @@ def logsumexp(call: Call) -> Flow:
     return flow(call)
 
 
-def extreme_alone(call: FusedCall) -> list[Value | None]:
+def extreme_alone(call: Fused[V]) -> list[V | None]:
     """The values, where nothing reads their positions: those have no form on fused tokens."""
     if any(user.target is not operator.getitem or user.args[1] != 0 for user in call.node.users):
         raise Declined(f"the position of the {present(call.packet).__name__} among the original tokens is read")
@@ -302,6 +301,7 @@ def topk(call: Call) -> Flow:
     return Flow([out, out], dims[d : d + 1])
 
 
+@rule("roll", reads="self shifts dims", elements=Elements.SHIFTED)
 @rule(
     "cumsum",
     "cumprod",
@@ -313,8 +313,7 @@ def topk(call: Call) -> Flow:
     "argsort",
     "argsort.stable",
     "flip",
-    "roll",
-    reads="self dim dims shifts dtype stable descending",
+    reads="self dim dims dtype stable descending",
 )
 def along_one(call: Call) -> Flow:
     """The layout stays, positions along the dimension meet; over tokens: unmerged."""
@@ -325,7 +324,7 @@ def along_one(call: Call) -> Flow:
     return Flow(dims if call.results == 1 else [dims] * call.results, mixed)
 
 
-def pooled_to_one(call: FusedCall) -> Value:
+def pooled_to_one(call: Fused[V]) -> V:
     """Adaptive average pooling to a single position: a mean over the grid."""
     dims = call.dims("self")
     pooled = set(range(len(dims) - len(call.args["output_size"]), len(dims)))
@@ -348,7 +347,7 @@ def adaptive_pool(call: Call) -> Flow:
     return Flow((*dims[:-rank], *call.table.fresh_dims(call.shape[-rank:], "x")), dims[-rank:])
 
 
-def logits_of(call: FusedCall) -> tuple[Tensor, int, Place]:
+def logits_of(call: Fused[V]) -> tuple[Tensor, int, Place]:
     """The operand of a softmax in the dtype that is asked for, its dimension, and the place of the tokens there."""
     logits, dim = call.intensive("self"), call.wrapped("dim")
     place = call.place_in(logits, dim)
@@ -357,30 +356,31 @@ def logits_of(call: FusedCall) -> tuple[Tensor, int, Place]:
     return logits.tensor.to(call.args["dtype"] or logits.tensor.dtype), dim, place
 
 
-def weighted_softmax(call: FusedCall) -> Value:
+def weighted_softmax(call: Fused[V]) -> V:
     """softmax(l + log s): the weight of a token is that of all its copies together.
 
     The sum is not rounded to a narrow dtype of the logits before it is exponentiated.
     """
     logits, dim, place = logits_of(call)
-    if call.stream.fusion(call.generation, place.lead, place.tail).whole_to_itself:
+    if call.to_itself(place):
         raise PassError(
             "attention that is spelled out cannot be trained with dropped tokens; use "
             "scaled_dot_product_attention (in timm: timm.layers.set_fused_attn(True))"
         )
     log_size = call.log_sizes(place, logits.dtype)
     if log_size is not None:
-        logits = logits + call.stream.spread(log_size, call.value("self"), place)
+        logits = logits + call.spread(log_size, call.value("self"), place)
     return call.result(aten.softmax(logits, dim).to(call.dtype), mass=dim)
 
 
-@rule("softmax.int", "special_softmax", reads="self dim dtype", fused=weighted_softmax)
+@rule("softmax.int", reads="self dim dtype", fused=weighted_softmax, called="attention within windows")
+@rule("special_softmax", reads="self dim dtype", fused=weighted_softmax)
 def softmax(call: Call) -> Flow:
     dims = call.dims("self")
     return Flow(dims, (dims[wrap(call.args["dim"], len(dims))],) if dims else ())
 
 
-def weighted_log_softmax(call: FusedCall) -> Value:
+def weighted_log_softmax(call: Fused[V]) -> V:
     """X - log Σ s exp(x): the logarithm of the weight of one copy."""
     logits, dim, place = logits_of(call)
     size = call.sizes(call.value("self"), place)
