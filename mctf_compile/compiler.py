@@ -25,7 +25,8 @@ from mctf_compile.passes.analysis.normalize import fake_inputs
 from mctf_compile.passes.analysis.reasons import why_no_attention
 from mctf_compile.passes.lowering.autocast import devices_of, keep_autocast_out
 from mctf_compile.passes.planning.macs import count_macs, macs_by_block
-from mctf_compile.report import BlockReport, Report
+from mctf_compile.report import Report
+from mctf_compile.tradeoff import block_reports, tradeoff
 
 
 def rewrite(
@@ -129,9 +130,7 @@ def make_report(state: State) -> Report:
             else (reasons.pop() if len(reasons) == 1 else "no block can fuse")
         )
     return Report(
-        blocks=[
-            BlockReport(b.number, b.tokens_in, b.tokens_out, b.reason, b.note, b.tower, b.block.module) for b in planned
-        ],
+        blocks=block_reports(planned),
         towers=_tower_names(state),
         count=partial(_count, normal, state.result if fused else None),
         unmerged=list(dict.fromkeys(f"{u.node.name}: {u.reason}" for u in state.unmerges)),
@@ -141,6 +140,7 @@ def make_report(state: State) -> Report:
         remarks=_remarks(state) if fused else [],
         seconds=state.seconds,
         count_blocks=partial(macs_by_block, normal, state.result if fused else None, [b.block for b in planned]),
+        count_tradeoff=partial(tradeoff, replace(state, examples=())),
     )
 
 
