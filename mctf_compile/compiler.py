@@ -18,6 +18,7 @@ from mctf_compile.capture import capture
 from mctf_compile.config import FusionConfig
 from mctf_compile.errors import NothingFusedError, PassError, UnsupportedGraph
 from mctf_compile.inner.clock import Clock
+from mctf_compile.logs import tell
 from mctf_compile.narrowing import present
 from mctf_compile.options.schedule import NOT_CHOSEN
 from mctf_compile.passes import ANALYSIS, LOWERING, REWRITING, State, run_passes
@@ -105,6 +106,7 @@ def run_pipeline(
             report = make_report(run_passes((*ANALYSIS, *REWRITING, *LOWERING), state))
         except UnsupportedGraph as error:
             report = _dense(config, str(error), state.seconds)
+    tell(state, report)
     if config.lowering.strict and not report.fused:
         reasons = "\n".join(f"  block {b.index}: {b.reason}" for b in report.blocks)
         raise NothingFusedError(f"no block fuses tokens ({report.reason}).\n{reasons}".rstrip())

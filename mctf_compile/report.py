@@ -36,6 +36,12 @@ class BlockReport:
     module: str | None = None
     tokens: int | None = None
 
+    def __str__(self) -> str:
+        place = f"block {self.index}" + (f", {self.module}" if self.module else "")
+        if self.reason is not None:
+            return f"{place}: {self.tokens_in}, dense: {self.reason}"
+        return f"{place}: {self.tokens_in} -> {self.tokens_out}" + (f" ({self.note})" if self.note else "")
+
     @property
     def removed(self) -> int:
         return 0 if self.reason is not None else present(self.tokens_in) - present(self.tokens_out)
@@ -171,10 +177,7 @@ class Report:
         for name, blocks in self.by_tower():
             if len(self.towers) > 1:
                 lines.append(f"  {name}")
-            for b in blocks:
-                tokens = f"{b.tokens_in} -> {b.tokens_out}" if b.reason is None else f"{b.tokens_in}, dense: {b.reason}"
-                place = f"block {b.index}" + (f", {b.module}" if b.module else "")
-                lines.append(f"  {place}: {tokens}" + (f" ({b.note})" if b.note and b.reason is None else ""))
+            lines.extend(f"  {block}" for block in blocks)
         lines.extend(f"  unmerged before {line}" for line in self.unmerged)
         lines.extend(f"  {line}" for line in self.remarks)
         return "\n".join(lines)

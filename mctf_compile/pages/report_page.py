@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from mctf_compile.report import AtR, BlockReport, Report
-
 if TYPE_CHECKING:
     from mctf_compile.measuring.blocks import BlockTimes
+    from mctf_compile.report import AtR, BlockReport, Report
 
 # Of a drawing: pixels from one block to the next, and the height of a block.
 STEP, HEIGHT = 26, 20
