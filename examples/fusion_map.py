@@ -59,6 +59,6 @@ def draw(photo: Tensor, blocks: Sequence[BlockTrace], path: Path) -> None:
 
 
 def show(panel: Axes, picture: Tensor, title: str) -> None:
-    panel.imshow(picture)
+    panel.imshow(picture.numpy())
     panel.set_title(title, fontsize=13)
     panel.set_axis_off()

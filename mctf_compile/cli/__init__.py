@@ -18,6 +18,7 @@ COMMANDS = (explain, report, visualize, bench, compare, linearity, fuzz, coverag
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     args = parser().parse_args(arguments)
+    args.arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
         args.run(args)
     except KeyboardInterrupt:
