@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from browser import CHROMIUM, Browser
 
@@ -66,6 +67,19 @@ def test_every_r_counts_what_explain_counts_of_it() -> None:
             # Looking for tokens is counted of blocks that find none.
             assert alone.macs_after <= point.macs <= 1.01 * alone.macs_after
     assert found.points[0].macs == report_of().macs_before
+
+
+def test_a_padding_of_nothing_leaves_numbers_of_tokens_open() -> None:
+    """PyTorch's own shape function for it takes plain numbers, for which alone the count would then hold."""
+    size = {"img_size": 56, "embed_dim": 24, "depths": (1, 2), "num_heads": (2, 4)}
+    model = timm.create_model("swin_tiny_patch4_window7_224", **size).eval()
+    images = torch.randn(1, 3, 56, 56)
+    by_r = {point.r: point for point in mctf_compile.explain(model, images, r=8).tradeoff.points}
+    for r in (4, 8, 16):
+        alone = mctf_compile.explain(model, images, r=r)
+        assert by_r[r].macs == alone.macs_after < alone.macs_before and by_r[r].blocks == alone.blocks
+    solved = mctf_compile.explain(model, images, r="auto", target="speedup=1.1")
+    assert solved.macs_before / solved.macs_after >= 1.1
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,13 @@ from typing import Any
 import sympy
 import torch
 from torch import SymInt, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.convert_frame import compile_lock
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import transform_subclass
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from mctf_compile.errors import PassError
 from mctf_compile.passes.analysis.structure import Block
 from mctf_compile.passes.axes import hint_of
 from mctf_compile.passes.planning.counts import Counts
@@ -78,11 +80,17 @@ def _flops_by_node(gm: fx.GraphModule) -> dict[fx.Node, int]:
 
 
 def _flops_by_counts(gm: fx.GraphModule, counts: Counts) -> dict[fx.Node, sympy.Expr]:
-    """The same of a graph whose last inputs are the tokens that its fusing blocks leave, in their symbols."""
+    """The same of a graph whose last inputs are the tokens that its fusing blocks leave, in their symbols.
+
+    Raises ``PassError`` where an operator takes those for plain numbers: the count would hold for one of each alone.
+    """
     inputs = [n.meta.get("val") for n in gm.graph.nodes if n.op == "placeholder"]
     given = len(inputs) - len(counts.left)
-    with compile_lock, counts.mode:
+    # Some operators compute the shapes of their results with plain numbers, and in Python with symbols.
+    with compile_lock, enable_python_dispatcher(), counts.mode:
         found = _counted(gm, [*map(_concrete, inputs[:given]), *inputs[given:]])
+    if any(counts.env.replace(size.node.expr).is_number for size in counts.left):
+        raise PassError("work cannot be counted: an operator takes the number of tokens for a plain one")
     return {node: flops.node.expr if isinstance(flops, SymInt) else flops for node, flops in found.items()}
 
 
