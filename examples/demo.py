@@ -11,12 +11,13 @@ import timm
 import torch
 from digits import run as run_digits
 from digits import table as digits_table
-from fusion_map import draw, follow
+from fusion_map import draw
 from rich.console import Console
 from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import mctf_compile
 from mctf_compile.cli.console import stages
 from mctf_compile.measuring.bench import EAGER, MCTF, USUAL, bench
 
@@ -62,9 +63,9 @@ def run_photo(console: Console, pretrained: bool, rounds: int, output: Path) -> 
         model = timm.create_model(MODEL, pretrained=pretrained).eval()
         images = batch_of(model)
         progress("fuse and follow the patches", 0, 1)
-        groups, report = follow(model, images, options)
-    console.print(report.table())
-    draw(photo("china.jpg", 448).permute(1, 2, 0).numpy(), [groups[4], groups[-1]], output / "fusion.png")
+        traced = mctf_compile.trace(model, images, **options)
+    console.print(traced.report.table())
+    draw(photo("china.jpg", 448).permute(1, 2, 0), [traced.blocks[4], traced.blocks[-1]], output / "fusion.png")
     console.print(f"Which patches became one token: {output / 'fusion.png'}\n")
 
     with stages() as progress:
@@ -72,7 +73,7 @@ def run_photo(console: Console, pretrained: bool, rounds: int, output: Path) -> 
         compiled = inductor_works()
         options["inner"] = "inductor" if compiled else "eager"
         candidates = USUAL if compiled else (EAGER, MCTF)
-        result = bench(model, [images], options, rounds, progress, candidates=candidates, report=report)
+        result = bench(model, [images], options, rounds, progress, candidates=candidates, report=traced.report)
     console.print(result.table())
 
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     )
     from mctf_compile.pictures.drawing import Drawing, visualize
     from mctf_compile.provenance import BlockTrace, Trace, trace
-    from mctf_compile.report import BlockReport, Report
+    from mctf_compile.report import AtR, BlockReport, Report, Tradeoff
     from mctf_compile.training import losses
     from mctf_compile.training.attach import attach
 
@@ -43,6 +43,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
+    "AtR",
     "Attached",
     "BlockReport",
     "BlockTrace",
@@ -66,6 +67,7 @@ __all__ = [
     "Report",
     "Site",
     "Trace",
+    "Tradeoff",
     "__version__",
     "attach",
     "cause_of",
@@ -90,7 +92,7 @@ _HOMES = {
     "exporting.program": ("export",),
     "pictures.drawing": ("Drawing", "visualize"),
     "provenance": ("BlockTrace", "Trace", "trace"),
-    "report": ("BlockReport", "Report"),
+    "report": ("AtR", "BlockReport", "Report", "Tradeoff"),
     "training.attach": ("attach",),
 }
 # Modules that are names of their own.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import linecache
+import logging
 import os
 import sys
 from collections import Counter
@@ -24,6 +25,27 @@ _TORCH = os.path.dirname(torch.__file__)
 _SYMBOLIC = (os.path.join(_TORCH, "__init__.py"), os.path.join(_TORCH, "fx", "experimental") + os.sep)
 # What Dynamo calls where a model reads ``x.data``.
 get_data: Callable[..., Any] = getattr(torch._C._autograd, "_get_data_attr", torch.Tensor.detach)
+
+
+def register_log(name: str, logger: str) -> None:
+    """Make ``name`` one that ``torch._logging.set_logs(modules={name: level})`` takes for a logger."""
+    torch._logging._internal.register_log(name, logger)
+
+
+def artifact_log(module: str, name: str, description: str) -> logging.Logger:
+    """The logger of a module for something large, which ``torch._logging.set_logs(modules={name: True})`` asks for."""
+    torch._logging._internal.register_artifact(name, description, off_by_default=True)
+    return torch._logging._internal.getArtifactLogger(module, name)
+
+
+def trace_artifact(name: str, encoding: str, payload: Callable[[], str]) -> None:
+    """Put a text into the structured trace, where ``TORCH_TRACE`` asks for one; ``encoding`` as tlparse has it."""
+    torch._logging._internal.trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": encoding},
+        payload_fn=payload,
+        expect_trace_id=False,
+    )
 
 
 def unwrapped(error: MctfError) -> MctfError:

@@ -18,6 +18,7 @@ from mctf_compile.capture import capture
 from mctf_compile.config import FusionConfig
 from mctf_compile.errors import NothingFusedError, PassError, UnsupportedGraph
 from mctf_compile.inner.clock import Clock
+from mctf_compile.logs import tell
 from mctf_compile.narrowing import present
 from mctf_compile.options.schedule import NOT_CHOSEN
 from mctf_compile.passes import ANALYSIS, LOWERING, REWRITING, State, run_passes
@@ -25,7 +26,8 @@ from mctf_compile.passes.analysis.normalize import fake_inputs
 from mctf_compile.passes.analysis.reasons import why_no_attention
 from mctf_compile.passes.lowering.autocast import devices_of, keep_autocast_out
 from mctf_compile.passes.planning.macs import count_macs, macs_by_block
-from mctf_compile.report import BlockReport, Report
+from mctf_compile.report import Report
+from mctf_compile.tradeoff import block_reports, tradeoff
 
 
 def rewrite(
@@ -111,6 +113,7 @@ def run_pipeline(
             report = make_report(run_passes((*ANALYSIS, *REWRITING, *LOWERING), state))
         except UnsupportedGraph as error:
             report = _dense(config, str(error), state.seconds)
+    tell(state, report)
     if config.lowering.strict and not report.fused:
         reasons = "\n".join(f"  block {b.index}: {b.reason}" for b in report.blocks)
         raise NothingFusedError(f"no block fuses tokens ({report.reason}).\n{reasons}".rstrip())
@@ -136,9 +139,7 @@ def make_report(state: State) -> Report:
             else (reasons.pop() if len(reasons) == 1 else "no block can fuse")
         )
     return Report(
-        blocks=[
-            BlockReport(b.number, b.tokens_in, b.tokens_out, b.reason, b.note, b.tower, b.block.module) for b in planned
-        ],
+        blocks=block_reports(planned),
         towers=_tower_names(state),
         count=partial(_count, normal, state.result if fused else None),
         unmerged=list(dict.fromkeys(f"{u.node.name}: {u.reason}" for u in state.unmerges)),
@@ -148,6 +149,7 @@ def make_report(state: State) -> Report:
         remarks=_remarks(state) if fused else [],
         seconds=state.seconds,
         count_blocks=partial(macs_by_block, normal, state.result if fused else None, [b.block for b in planned]),
+        count_tradeoff=partial(tradeoff, replace(state, examples=())),
     )
 
 

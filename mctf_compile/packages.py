@@ -1,4 +1,4 @@
-"""The packages that pictures need, which are not installed with this one."""
+"""The packages that some of what is here needs, which are not installed with this one."""
 
 from __future__ import annotations
 
@@ -9,22 +9,38 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# What installs them all.
-EXTRA = "pip install 'mctf-compile[pictures]'"
+
+class MissingPackage(ImportError):
+    """A package is not installed; the message is one line, and names what installs it."""
+
+
+def required(module: str, what: str, install: str, package: str | None = None) -> ModuleType:
+    """A module of another package; raises ``MissingPackage`` where it is missing.
+
+    Args:
+        module: its name.
+        what: what needs it.
+        install: what pip is to install.
+        package: the name of the package, where it is not that of the module.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        name = package or module.partition(".")[0]
+        raise MissingPackage(f"{what} needs the package {name}; pip install {install}") from error
 
 
 def figure_class() -> type[Figure]:
-    """Matplotlib's figure that needs no display; raises ``ImportError``, naming what installs it."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(f"a plot needs the package matplotlib; {EXTRA}") from error
-    return Figure
+    """Matplotlib's figure that needs no display; raises ``MissingPackage``."""
+    figure: type[Figure] = required("matplotlib.figure", "a plot", "'mctf-compile[pictures]'").Figure
+    return figure
 
 
 def pillow(module: str = "Image") -> ModuleType:
-    """A module of Pillow; raises ``ImportError``, naming what installs it."""
-    try:
-        return importlib.import_module(f"PIL.{module}")
-    except ImportError as error:
-        raise ImportError(f"a picture needs the package pillow; {EXTRA}") from error
+    """A module of Pillow; raises ``MissingPackage``."""
+    return required(f"PIL.{module}", "a picture", "'mctf-compile[pictures]'", "pillow")
+
+
+def timm(module: str = "timm") -> ModuleType:
+    """A module of timm; raises ``MissingPackage``."""
+    return required(module, "a model that is given by its name", "'mctf-compile[models]'")

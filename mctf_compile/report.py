@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, JustifyMethod
 from rich.markup import escape
@@ -16,12 +16,15 @@ from mctf_compile.narrowing import present
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from mctf_compile.measuring.blocks import BlockTimes
+
 
 @dataclass(frozen=True)
 class BlockReport:
     """One attention block. ``reason`` is None where it fused; token counts include protected tokens.
 
-    ``index`` is its number in its ``tower``; ``module`` the path of the module that attention runs in, where known.
+    ``index`` is its number in its ``tower``; ``module`` the path of the module that attention runs in, where known;
+    ``tokens`` those that it has in the dense model.
     """
 
     index: int
@@ -31,10 +34,50 @@ class BlockReport:
     note: str | None = None
     tower: int = 0
     module: str | None = None
+    tokens: int | None = None
+
+    def __str__(self) -> str:
+        place = f"block {self.index}" + (f", {self.module}" if self.module else "")
+        if self.reason is not None:
+            return f"{place}: {self.tokens_in}, dense: {self.reason}"
+        return f"{place}: {self.tokens_in} -> {self.tokens_out}" + (f" ({self.note})" if self.note else "")
 
     @property
     def removed(self) -> int:
         return 0 if self.reason is not None else present(self.tokens_in) - present(self.tokens_out)
+
+
+@dataclass(frozen=True)
+class AtR:
+    """What another ``r`` would do to the same graph.
+
+    Attributes:
+        r: the tokens that each block is to remove.
+        blocks: as in the report; those that remove none have a reason.
+        macs: multiply-accumulates of one run at the inputs' batch size.
+        macs_by_block: of each block; None where that is not known.
+    """
+
+    r: int
+    blocks: list[BlockReport]
+    macs: int
+    macs_by_block: list[int | None]
+
+    @property
+    def removed(self) -> int:
+        """Tokens removed in total."""
+        return sum(block.removed for block in self.blocks)
+
+
+@dataclass(frozen=True)
+class Tradeoff:
+    """What each ``r`` would save: counted from plans and from one graph, without running the model.
+
+    ``points`` are in the order of ``r``, from 0; ``reason`` says why there are none, if so.
+    """
+
+    points: list[AtR]
+    reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +96,7 @@ class Report:
         seconds: time spent in each pass.
         count_blocks: gives the multiply-accumulates of each block, before and after; None for a block whose end is
             not known.
+        count_tradeoff: gives what each ``r`` would save.
     """
 
     blocks: list[BlockReport]
@@ -65,6 +109,7 @@ class Report:
     remarks: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     count_blocks: Callable[[], list[tuple[int, int] | None]] | None = field(default=None, repr=False)
+    count_tradeoff: Callable[[], Tradeoff] | None = field(default=None, repr=False)
 
     @cached_property
     def _macs(self) -> tuple[int, int]:
@@ -89,6 +134,17 @@ class Report:
         embedding, the head and what else is in no block make up the rest of ``macs_before`` and ``macs_after``.
         """
         return [None] * len(self.blocks) if self.count_blocks is None else self.count_blocks()
+
+    @cached_property
+    def tradeoff(self) -> Tradeoff:
+        """What every ``r`` from 0 on would save, block by block; the options are otherwise the same.
+
+        A ``target`` and ``profit`` are not applied: each ``r`` is looked at as if it had been asked for. Of a block
+        that removes nothing at some ``r``, looking for tokens to fuse is counted all the same.
+        """
+        if self.count_tradeoff is None:
+            return Tradeoff([], "the graph could not be followed")
+        return self.count_tradeoff()
 
     @property
     def removed(self) -> int:
@@ -121,10 +177,7 @@ class Report:
         for name, blocks in self.by_tower():
             if len(self.towers) > 1:
                 lines.append(f"  {name}")
-            for b in blocks:
-                tokens = f"{b.tokens_in} -> {b.tokens_out}" if b.reason is None else f"{b.tokens_in}, dense: {b.reason}"
-                place = f"block {b.index}" + (f", {b.module}" if b.module else "")
-                lines.append(f"  {place}: {tokens}" + (f" ({b.note})" if b.note and b.reason is None else ""))
+            lines.extend(f"  {block}" for block in blocks)
         lines.extend(f"  unmerged before {line}" for line in self.unmerged)
         lines.extend(f"  {line}" for line in self.remarks)
         return "\n".join(lines)
@@ -158,6 +211,38 @@ class Report:
             table.caption, table.caption_justify = escape("\n".join(lines)), "left"
         return table
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        blocks = [
+            {
+                "index": block.index,
+                "tower": block.tower,
+                "module": block.module,
+                "tokens": block.tokens,
+                "tokens_in": block.tokens_in,
+                "tokens_out": block.tokens_out,
+                "reason": block.reason,
+                "note": block.note,
+                "macs_before": None if work is None else work[0],
+                "macs_after": None if work is None else work[1],
+            }
+            for block, work in zip(self.blocks, self.macs_by_block, strict=True)
+        ]
+        return {
+            "summary": self.summary,
+            "method": self.method,
+            "target": self.target,
+            "reason": self.reason,
+            "macs_before": self.macs_before,
+            "macs_after": self.macs_after,
+            "removed": self.removed,
+            "towers": self.towers,
+            "blocks": blocks,
+            "unmerged": self.unmerged,
+            "remarks": self.remarks,
+            "seconds": self.seconds,
+        }
+
     def plot(self) -> Figure:
         """A figure of the tokens and of the multiply-accumulates of each block, for ``figure.savefig("report.png")``.
 
@@ -166,6 +251,22 @@ class Report:
         from mctf_compile.plot import plot
 
         return plot(self)
+
+    def html(
+        self, title: str | None = None, times: BlockTimes | None = None, facts: Mapping[str, str] | None = None
+    ) -> str:
+        """One self-contained page: towers, blocks and reasons, a drawing before and after, and the trade-off over r.
+
+        It needs no network: ``Path("report.html").write_text(report.html(), encoding="utf-8")``.
+
+        Args:
+            title: its heading, a model's name say.
+            times: what ``mctf_compile.measuring.blocks.block_times`` measured; without, the page has no times.
+            facts: what else it is to say at its top, by name: options, versions.
+        """
+        from mctf_compile.pages.report_page import report_page
+
+        return report_page(self, title, times, facts)
 
     def print(self, console: Console | None = None) -> None:
         (console or Console()).print(self.table())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 import traceback
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from mctf_compile.passes.planning.counts import Counts
     from mctf_compile.passes.planning.plan import Plan
     from mctf_compile.passes.rewriting.rewriter import Unmerge
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -156,7 +160,15 @@ def _run_one(step: Pass, state: State, done: list[str]) -> str | None:
     unset = [name for name in step.ensures if getattr(state, name) is None]
     if unset:
         raise PassError(f"pass {step.name} did not set {', '.join(unset)}")
-    state.seconds[step.name] = state.seconds.get(step.name, 0.0) + time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    state.seconds[step.name] = state.seconds.get(step.name, 0.0) + seconds
+    log.debug(
+        "pass %s: %.3f s, %d nodes%s",
+        step.name,
+        seconds,
+        len(state.current.graph.nodes),
+        "" if back is None else f"; back to {back}",
+    )
     return back
 
 

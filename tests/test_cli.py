@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 
+import mctf_compile
 from mctf_compile import cli
 from mctf_compile.cli.arguments import parse_value
 
@@ -136,3 +143,59 @@ def test_bench_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert result["best_dense"] == "eager" and result["speedup_over_inductor"] is None
     expected = result["speedup_over_best_dense"] / result["macs_ratio"]
     assert result["realized_over_best_dense"] == pytest.approx(expected)
+
+
+def repeated(file: Path) -> subprocess.CompletedProcess[str]:
+    """A program that was written, run in a process of its own, from another folder."""
+    path = str(Path(__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "80"}
+    return subprocess.run(
+        [sys.executable, str(file)], capture_output=True, text=True, timeout=300, cwd=file.parent, env=environment
+    )
+
+
+def test_a_program_repeats_a_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    file = tmp_path / "repro.py"
+    arguments = ["explain", MODEL, "--r", "0,8,8,8,8,8", "--img-size", "128", "--batch", "2", "-o", "tau_info=0"]
+    assert cli.main([*arguments, "--repro", str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert "40 tokens removed" in printed
+    done = repeated(file)
+    assert done.stdout == printed, done.stderr
+    text = file.read_text()
+    assert f"torch {metadata.version('torch')}" in text and " ".join(["mctf", *arguments]) in text
+
+
+def test_a_program_has_the_weights_and_the_modules_of_a_method(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    model, file = timm.create_model(MODEL), tmp_path / "repro.py"
+    mctf_compile.attach(model.eval(), torch.randn(1, 3, 160, 160), method="dtem")
+    torch.save(model.state_dict(), tmp_path / "model.pth")
+    arguments = ["explain", MODEL, "--method", "dtem", "--weights", str(tmp_path / "model.pth")]
+    assert cli.main([*arguments, "--repro", str(file)]) == 0
+    printed = capsys.readouterr().out
+    done = repeated(file)
+    assert done.stdout == printed and "dtem: 6 of 6 blocks fuse" in printed, done.stderr
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [["--r", "0,8"], ["-o", "tau_simm=1"], ["--method", "dtem", "-o", "layers=[9]"], ["-o", "strict=True", "--r", "0"]],
+    ids=str,
+)
+def test_a_program_repeats_a_failure(wrong: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "repro.py"
+    assert cli.main(["explain", MODEL, *wrong, "--repro", str(file)]) != 0
+    _, _, message = capsys.readouterr().err.partition("mctf: ")
+    done = repeated(file)
+    assert done.returncode == 1 and message
+    kind, _, repeated_message = done.stderr[done.stderr.rindex("mctf_compile.errors.") :].partition(": ")
+    assert repeated_message == message and kind.removeprefix("mctf_compile.errors.") in (
+        "ConfigError",
+        "NothingFusedError",
+    )

@@ -152,7 +152,7 @@ def test_commands_in_the_pages_are_taken() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for page, line in lines:
         assert line.startswith("$ "), (page, line)
-        words = [word for word in shlex.split(line[2:], comments=True) if not re.match(r"[A-Z_]+=\w+$", word)]
+        words = [word for word in shlex.split(line[2:], comments=True) if not re.match(r"[A-Z_]+=\+?\w+$", word)]
         if words[0] == "mctf":
             try:
                 cli.parser().parse_args(words[1:])

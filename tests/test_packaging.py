@@ -54,7 +54,7 @@ def test_a_wheel_works_from_another_directory(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         archive.extractall(tmp_path / "site")
-    assert names == {str(path) for path in sources(".py", ".cpp", ".h", ".typed")}
+    assert names == {str(path) for path in sources(".py", ".cpp", ".h", ".typed", ".html", ".css", ".js")}
     # Without it type checkers take the annotations of an installed package for none.
     assert "mctf_compile/py.typed" in names
     program = (

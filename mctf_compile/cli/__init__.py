@@ -9,15 +9,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from mctf_compile.cli import bench, compare, coverage, explain, export, fuzz, linearity, visualize
+from mctf_compile.cli import bench, compare, coverage, explain, export, fuzz, linearity, report, visualize
 from mctf_compile.cli.console import INTERRUPTED, report_error
 
-COMMANDS = (explain, export, visualize, bench, compare, linearity, fuzz, coverage)
+COMMANDS = (explain, report, export, visualize, bench, compare, linearity, fuzz, coverage)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     args = parser().parse_args(arguments)
+    args.arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
         args.run(args)
     except KeyboardInterrupt:

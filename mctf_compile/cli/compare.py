@@ -108,12 +108,9 @@ def check_folder(path: Path) -> None:
 
 
 def check_plot(path: Path) -> None:
-    """Raise ``CommandError`` where no plot could be written to ``path``, before minutes of measuring."""
+    """Raise ``CommandError`` where no plot can be written to ``path``, before minutes of measuring."""
     from mctf_compile.packages import figure_class
 
-    try:
-        kinds = figure_class()().canvas.get_supported_filetypes()
-    except ImportError as error:
-        raise CommandError(str(error)) from error
+    kinds = figure_class()().canvas.get_supported_filetypes()
     if path.suffix[1:].lower() not in kinds:
         raise CommandError(f"--plot {path}: its ending must be one of {', '.join(sorted(kinds))}")

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
+from mctf_compile.packages import MissingPackage
+
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 
 
@@ -25,10 +27,10 @@ def report_error(error: Exception) -> int:
     from mctf_compile.errors import ConfigError, MctfError, cause_of
 
     cause = cause_of(error)
-    if not isinstance(cause, (CommandError, CheckFailed, MctfError)):
+    if not isinstance(cause, (CommandError, CheckFailed, MctfError, MissingPackage)):
         raise error
     print(f"mctf: {cause}", file=sys.stderr)
-    return USAGE_ERROR if isinstance(cause, (CommandError, ConfigError)) else FAILURE
+    return USAGE_ERROR if isinstance(cause, (CommandError, ConfigError, MissingPackage)) else FAILURE
 
 
 @contextmanager

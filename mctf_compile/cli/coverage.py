@@ -9,6 +9,7 @@ from rich.console import Console
 
 from mctf_compile.cli.arguments import Subcommands, writable
 from mctf_compile.cli.console import CheckFailed, CommandError, stages
+from mctf_compile.packages import required
 
 
 def add(commands: Subcommands) -> None:
@@ -39,6 +40,8 @@ def run(args: argparse.Namespace) -> None:
         entries = [e for e in ZOO if chosen.search(f"{e.kind} {e.library} {e.name}")]
         if not entries:
             raise CommandError(f"no model of the zoo matches {args.pattern!r}")
+        for library in sorted({entry.library for entry in entries}):
+            required(library, "this part of the zoo", library)
         rows = []
         for row in survey(entries):
             rows.append(row)

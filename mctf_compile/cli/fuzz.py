@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 
 from mctf_compile.cli.arguments import Subcommands, positive
-from mctf_compile.cli.console import CheckFailed, CommandError, stages
+from mctf_compile.cli.console import CheckFailed, stages
+from mctf_compile.packages import required
 
 
 def add(commands: Subcommands) -> None:
@@ -34,10 +35,9 @@ def run(args: argparse.Namespace) -> None:
     """Try examples until one is unsound; prints the smallest such case as a program and fails, else what was seen."""
     with stages() as progress:
         progress("load torch", 0, 1)
-        try:
-            from mctf_compile.testing.fuzz import cases, fuzz, model_cases
-        except ImportError as error:
-            raise CommandError(f"mctf fuzz needs the package {error.name}; pip install {error.name}") from error
+        required("hypothesis", "mctf fuzz", "hypothesis")
+        from mctf_compile.testing.fuzz import cases, fuzz, model_cases
+
         strategy = cases(args.what)
         if args.model is not None:
             import torch

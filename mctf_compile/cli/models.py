@@ -36,10 +36,15 @@ def chosen_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options of the backend that the command line names, validated."""
     from mctf_compile import FusionConfig
 
-    given = {name: getattr(args, name) for name in ("method", "r") if getattr(args, name) is not None}
-    options = {**given, **dict(args.options)}
+    options = given_options(args)
     FusionConfig.from_options(options)
     return options
+
+
+def given_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of the backend that the command line names, whatever they are."""
+    given = {name: getattr(args, name) for name in ("method", "r") if getattr(args, name) is not None}
+    return {**given, **dict(args.options)}
 
 
 def attach_learned(model: nn.Module, images: Tensor, options: Mapping[str, Any], args: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mctf_compile.cli.arguments import Subcommands, drawn_model, parse_numbers, positive
-from mctf_compile.cli.console import CommandError, stages
+from mctf_compile.cli.console import stages
 from mctf_compile.cli.models import attach_learned, chosen_options, load
 
 
@@ -70,8 +70,5 @@ def prepared(args: argparse.Namespace) -> list[Any]:
     """The frames to draw on, before torch is loaded: a mistake in a name shows at once."""
     from mctf_compile.pictures.files import check_ending, read
 
-    try:
-        check_ending(args.output)
-        return read(args.image, args.frames)
-    except ImportError as error:
-        raise CommandError(str(error)) from error
+    check_ending(args.output)
+    return read(args.image, args.frames)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -36,20 +36,15 @@ class Clock:
     """
 
     def __init__(self, state: State) -> None:
-        if any(isinstance(x, Tensor) and (x.is_meta or isinstance(x, FakeTensor)) for x in state.examples):
+        try:
+            self._inputs = copies(state.examples)
+        except ConfigError as error:
             raise ConfigError(
                 "target='latency_ms=...' and profit='measure' run the model when it is compiled: give it "
                 "real inputs, or use target='speedup=...' and profit='model'."
-            )
-        # The graph may write into buffers.
-        self._inputs = [
-            x.detach().clone() if isinstance(x, Tensor) and not isinstance(x, nn.Parameter) else x
-            for x in state.examples
-        ]
+            ) from error
         self._fused = compile_lowered(run_passes(LOWERING, replace(state, whole=False)))
-        plan, normal, axes = present(state.plan), present(state.normal), present(state.axes)
-        nothing = replace(plan, blocks=[replace(b, reason="dense") for b in plan.blocks], projections={})
-        dense = rewrite_graph(normal, state.inputs, axes, nothing).graph
+        dense = dense_graph(state)
         with tracing(TracingContext(detect_fake_mode(state.inputs))):
             self._dense = compile_lowered(run_passes(LOWERING, replace(state, result=dense, counts=None, whole=False)))
 
@@ -59,13 +54,13 @@ class Clock:
         times: list[list[float]] = [[] for _ in runs]
         devices = {x.device for x in self._inputs if isinstance(x, Tensor) and x.device.type != "cpu"}
         kind = next((device.type for device in devices), "cuda")
+        wait = synchronized(self._inputs)
         with torch.no_grad(), torch.random.fork_rng(devices, device_type=kind):
             for i in range(-1, ROUNDS):
                 for run, seconds in zip(runs, times):
                     start = time.perf_counter()
                     run()
-                    for device in devices:
-                        torch.accelerator.synchronize(device)
+                    wait()
                     if i >= 0:
                         seconds.append(time.perf_counter() - start)
         return [statistics.median(seconds) for seconds in times]
@@ -74,3 +69,28 @@ class Clock:
         if left is None:
             return lambda: self._dense(*self._inputs)
         return lambda: self._fused(*self._inputs, *left)
+
+
+def copies(inputs: Sequence[Any]) -> list[Any]:
+    """The inputs of a graph for runs of one's own: it may write into buffers. ``ConfigError`` for ones without data."""
+    if any(isinstance(x, Tensor) and (x.is_meta or isinstance(x, FakeTensor)) for x in inputs):
+        raise ConfigError("measuring runs the model: give it real inputs.")
+    return [x.detach().clone() if isinstance(x, Tensor) and not isinstance(x, nn.Parameter) else x for x in inputs]
+
+
+def dense_graph(state: State) -> fx.GraphModule:
+    """The graph without fusions, made as the fused one is."""
+    plan = present(state.plan)
+    nothing = replace(plan, blocks=[replace(b, reason="dense") for b in plan.blocks], projections={})
+    return rewrite_graph(present(state.normal), state.inputs, present(state.axes), nothing).graph
+
+
+def synchronized(inputs: Sequence[Any]) -> Callable[[], None]:
+    """Waits for the devices that inputs are on, other than the CPU."""
+    devices = {x.device for x in inputs if isinstance(x, Tensor) and x.device.type != "cpu"}
+
+    def wait() -> None:
+        for device in devices:
+            torch.accelerator.synchronize(device)
+
+    return wait

@@ -22,7 +22,7 @@ Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 def compile_lowered(state: State) -> Callable[..., Any]:
     """What the passes made, compiled; it takes the graph's inputs, and then the token counts where it has such."""
     if state.cut is not None:
-        return compile_regions(state.cut, _region_compiler(state))
+        return compile_regions(state.cut, region_compiler(state))
     lowered = present(state.lowered)
     keep_autocast_out(lowered, devices_of(lowered.graph.nodes))
     if state.counts is not None:
@@ -30,7 +30,7 @@ def compile_lowered(state: State) -> Callable[..., Any]:
     return inner_compiler(state.config)(lowered, state.examples)
 
 
-def _region_compiler(state: State) -> RegionCompiler:
+def region_compiler(state: State) -> RegionCompiler:
     """The inner compiler for regions. It freezes nothing itself: weights are operands to a region."""
     compiler = inner_compiler(state.config, **({} if state.frozen is None else {"freezing": False}))
     if state.config.lowering.inner == "inductor":

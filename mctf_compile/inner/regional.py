@@ -19,14 +19,22 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from mctf_compile.narrowing import present
 from mctf_compile.passes.lowering.regions import Cut, Region, Symbol
 from mctf_compile.passes.planning.counts import new_symbol
+from mctf_compile.passes.planning.segments import SEGMENT
 from mctf_compile.passes.subclasses import is_wrapper, make_up
 
 # What it makes takes a list of operands, and may empty it: then nobody keeps in memory what is not read again.
 RegionCompiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[[list[Any]], Any]]
+# Runs a region at a site, on operands.
+Run = Callable[[int, list[Any]], Any]
 
 
-def compile_regions(cut: Cut, compiler: RegionCompiler) -> Callable[..., Any]:
-    """A function that computes what a graph in regions does, with each compiled when it first runs."""
+def compile_regions(
+    cut: Cut, compiler: RegionCompiler, watched: Callable[[int, Run], Run] | None = None
+) -> Callable[..., Any]:
+    """A function that computes what a graph in regions does, with each compiled when it first runs.
+
+    ``watched`` gives, for the number of a segment and what runs it, what is to be called in its place.
+    """
     outer = cut.outer
     for i, region in enumerate(cut.regions):
         run = CompiledRegion(region, compiler).run
@@ -34,7 +42,8 @@ def compile_regions(cut: Cut, compiler: RegionCompiler) -> Callable[..., Any]:
             site, *operands = call.args
             with outer.inserting_before(call):
                 boxed = outer.call_function(_boxed, tuple(operands))
-                call.replace_all_uses_with(outer.call_function(run, (site, boxed)))
+                called = run if watched is None else watched(call.meta[SEGMENT], run)
+                call.replace_all_uses_with(outer.call_function(called, (site, boxed)))
             outer.erase_node(call)
     held = _hold(outer, cut.root)
     return partial(fx.GraphModule(nn.Module(), outer).forward, *held)

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import timm
-from timm.data import create_transform, resolve_model_data_config
-from timm.models import load_state_dict
 from torch import Tensor, nn
 
+from mctf_compile import packages
 from mctf_compile.errors import ConfigError
+
+timm, data, models = map(packages.timm, ("timm", "timm.data", "timm.models"))
 
 
 def make_model(name: str, img_size: int | None, pretrained: bool) -> nn.Module:
@@ -23,14 +23,15 @@ def make_model(name: str, img_size: int | None, pretrained: bool) -> nn.Module:
         raise ConfigError(f"timm has no model {name!r}{hint}")
     sized: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
     try:
-        return timm.create_model(name, pretrained=pretrained, **sized)
+        model: nn.Module = timm.create_model(name, pretrained=pretrained, **sized)
     except TypeError as error:
         if "img_size" not in str(error):
             raise
         # A model that takes no image size takes any.
-        return timm.create_model(name, pretrained=pretrained)
+        model = timm.create_model(name, pretrained=pretrained)
     except (RuntimeError, OSError) as error:
         raise ConfigError(f"timm cannot make {name!r}: {str(error).splitlines()[0]}") from error
+    return model
 
 
 def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -39,7 +40,7 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     Raises ``ConfigError`` for a file that is none.
     """
     try:
-        found = load_state_dict(str(file), weights_only=True)
+        found: dict[str, Any] = models.load_state_dict(str(file), weights_only=True)
     except Exception as error:
         # The formats' readers raise errors of their own.
         raise ConfigError(f"{file} cannot be read as a state dict: {str(error).splitlines()[0]}") from error
@@ -58,6 +59,6 @@ def input_size(model: nn.Module, img_size: int | None) -> tuple[int, int, int]:
 
 def evaluation_transform(model: nn.Module, img_size: int | None) -> Callable[[Any], Tensor]:
     """What makes of a PIL image the [C, H, W] that a timm model is evaluated on."""
-    config = resolve_model_data_config(model, {"input_size": input_size(model, img_size)})
-    transform: Callable[[Any], Tensor] = create_transform(**config, is_training=False)
+    config = data.resolve_model_data_config(model, {"input_size": input_size(model, img_size)})
+    transform: Callable[[Any], Tensor] = data.create_transform(**config, is_training=False)
     return transform

@@ -265,7 +265,7 @@ def _captioned(panel: Panel) -> Image:
     caption = _text(panel.caption, width)
     page: Image = pillow().new("RGB", (width, caption.height + height), PAPER)
     page.paste(caption, (0, 0))
-    page.paste(pillow().frombytes("RGB", (width, height), pixels.numpy().tobytes()), (0, caption.height))
+    page.paste(pillow().frombytes("RGB", (width, height), bytes(pixels.flatten().tolist())), (0, caption.height))
     return page
 
 

@@ -75,7 +75,7 @@ class Cut:
     """A graph in regions.
 
     ``outer`` calls the submodule ``region_<i>`` with the number of the site and its operands, and takes a tuple of
-    results. It reads the attributes of ``root``.
+    results; each call carries ``SEGMENT``. It reads the attributes of ``root``.
     """
 
     root: fx.GraphModule
@@ -83,8 +83,10 @@ class Cut:
     regions: list[Region]
 
 
-def split(gm: fx.GraphModule) -> Cut | None:
+def split(gm: fx.GraphModule, joined: bool = True) -> Cut | None:
     """Cut a graph whose nodes carry ``SEGMENT`` into regions; None where it cannot be cut.
+
+    ``joined``: neighbours of which none is like another become one region.
 
     Before::  block 1, block 2, block 3, ... each with its own number of tokens
     After::   region_1(0, *sizes, *operands), region_1(1, *sizes, *operands), ...
@@ -100,7 +102,9 @@ def split(gm: fx.GraphModule) -> Cut | None:
         _take_apart(node)
     for node in gm.graph.find_nodes(op="get_attr"):
         node.meta.setdefault("val", operator.attrgetter(node.target)(gm))
-    segments = _joined([_Segment(nodes) for nodes in _segments(gm.graph)])
+    segments = [_Segment(nodes) for nodes in _segments(gm.graph)]
+    if joined:
+        segments = _joined(segments)
     groups: dict[tuple[Any, ...], list[_Segment]] = {}
     for segment in segments:
         groups.setdefault(segment.key, []).append(segment)
@@ -302,6 +306,7 @@ def _outer(
         which, site = keys.index(segment.key), met[segment.key]
         met[segment.key] += 1
         results = outer.call_module(f"region_{which}", (site, *map(number, operands[which][site])))
+        results.meta[SEGMENT] = segment.nodes[0].meta[SEGMENT]
         for i, position in enumerate(regions[which].results):
             if position in segment.results:
                 env[segment.nodes[position]] = outer.call_function(operator.getitem, (results, i))

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import sympy
 import torch
 from torch import SymInt, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.convert_frame import compile_lock
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import transform_subclass
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from mctf_compile.errors import PassError
 from mctf_compile.passes.analysis.structure import Block
 from mctf_compile.passes.axes import hint_of
 from mctf_compile.passes.planning.counts import Counts
@@ -74,10 +76,28 @@ def _flops_by_node(gm: fx.GraphModule) -> dict[fx.Node, int]:
     """Twice the MACs of each node."""
     # The counter hooks the modules of the whole process, which Dynamo would trace in another thread.
     with compile_lock, FakeTensorMode(allow_non_fake_inputs=True):
-        inputs = [_concrete(n.meta.get("val")) for n in gm.graph.nodes if n.op == "placeholder"]
-        with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter, torch.no_grad():
-            run = _ByNode(gm, counter)
-            run.run(*inputs)
+        return _counted(gm, [_concrete(n.meta.get("val")) for n in gm.graph.nodes if n.op == "placeholder"])
+
+
+def _flops_by_counts(gm: fx.GraphModule, counts: Counts) -> dict[fx.Node, sympy.Expr]:
+    """The same of a graph whose last inputs are the tokens that its fusing blocks leave, in their symbols.
+
+    Raises ``PassError`` where an operator takes those for plain numbers: the count would hold for one of each alone.
+    """
+    inputs = [n.meta.get("val") for n in gm.graph.nodes if n.op == "placeholder"]
+    given = len(inputs) - len(counts.left)
+    # Some operators compute the shapes of their results with plain numbers, and in Python with symbols.
+    with compile_lock, enable_python_dispatcher(), counts.mode:
+        found = _counted(gm, [*map(_concrete, inputs[:given]), *inputs[given:]])
+    if any(counts.env.replace(size.node.expr).is_number for size in counts.left):
+        raise PassError("work cannot be counted: an operator takes the number of tokens for a plain one")
+    return {node: flops.node.expr if isinstance(flops, SymInt) else flops for node, flops in found.items()}
+
+
+def _counted(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, Any]:
+    with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter, torch.no_grad():
+        run = _ByNode(gm, counter)
+        run.run(*inputs)
     return run.flops
 
 
@@ -86,19 +106,30 @@ def macs_by_counts(gm: fx.GraphModule, counts: Counts) -> Callable[[Sequence[int
 
     It is run once, on symbolic sizes.
     """
-    inputs = [n.meta.get("val") for n in gm.graph.nodes if n.op == "placeholder"]
-    given = len(inputs) - len(counts.left)
-    with counts.mode:
-        inputs = [*map(_concrete, inputs[:given]), *inputs[given:]]
-        with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter, torch.no_grad():
-            _Numbers(gm).run(*inputs)
-    flops = counter.get_total_flops()
-    if not isinstance(flops, SymInt):
-        return lambda left: flops // 2
-    symbols = [size.node.expr for size in counts.left]
+    return _evaluated(_flops_by_counts(gm, counts).values(), counts)
+
+
+def work_by_counts(
+    before: fx.GraphModule, after: fx.GraphModule, blocks: Sequence[Block], counts: Counts
+) -> Callable[[Sequence[int]], tuple[int, list[int | None]]]:
+    """As ``macs_by_counts``, of the graph as a whole and of each block: see ``macs_by_block``."""
+    owner, flops = owners(before.graph, blocks), _flops_by_counts(after, counts)
+    parts: dict[int, list[sympy.Expr]] = {index: [] for index in owner.values()}
+    for node, count in flops.items():
+        index = owner.get(node.meta.get(SEGMENT, -1))
+        if index is not None:
+            parts[index].append(count)
+    total = _evaluated(flops.values(), counts)
+    of_blocks = {index: _evaluated(part, counts) for index, part in parts.items()}
+    return lambda left: (total(left), [of_blocks[i](left) if i in of_blocks else None for i in range(len(blocks))])
+
+
+def _evaluated(flops: Iterable[sympy.Expr], counts: Counts) -> Callable[[Sequence[int]], int]:
+    """MACs of some nodes together, as a function of the tokens that fusing blocks leave."""
+    whole, symbols = sympy.Add(*flops), [size.node.expr for size in counts.left]
 
     def macs(left: Sequence[int]) -> int:
-        return int(flops.node.expr.xreplace(dict(zip(symbols, map(sympy.Integer, left), strict=True)))) // 2
+        return int(whole.xreplace(dict(zip(symbols, map(sympy.Integer, left), strict=True)))) // 2
 
     return macs
 
@@ -126,12 +157,12 @@ class _ByNode(_Numbers):
 
     def __init__(self, gm: fx.GraphModule, counter: FlopCounterMode) -> None:
         super().__init__(gm)
-        self.counter, self.flops = counter, dict[fx.Node, int]()
+        self.counter, self.flops = counter, dict[fx.Node, Any]()
 
     def run_node(self, n: fx.Node) -> Any:
-        before = self.counter.get_total_flops()
+        self.counter.flop_counts.clear()
         result = super().run_node(n)
-        self.flops[n] = self.counter.get_total_flops() - before
+        self.flops[n] = self.counter.get_total_flops()
         return result
 
 

@@ -38,6 +38,7 @@ def run(state: State) -> None:
 class PlannedBlock:
     """One block of the plan: token counts (protected ones included) and why it does not fuse, if so.
 
+    ``tokens``: those that it has in the dense graph.
     ``index``: its place among all blocks; ``tower`` and ``number``: its tower, its place in that, and ``depth`` how
     many blocks that has. ``lead`` and ``tail``: the protected tokens at the ends of its residual stream.
     """
@@ -56,6 +57,7 @@ class PlannedBlock:
     # Keys before and after those of the residual stream's own tokens.
     first: int = 0
     last: int = 0
+    tokens: int | None = None
 
     @property
     def padded(self) -> bool:
@@ -143,8 +145,8 @@ class _TowerPlanner:
         if reason is None and number in self.chosen:
             reason = _unmet(block, self.axes, self.method)
         if reason is not None:
-            size = self._size(block)
-            return replace(planned, tokens_in=size, tokens_out=size, reason=reason)
+            size = self._size(block, self.counts)
+            return replace(planned, tokens_in=size, tokens_out=size, reason=reason, tokens=self._size(block, {}))
         entry, axis = present(block.entry), present(block.tokens)
         (place,) = present(places(self.axes.of(entry), axis))
         if index in findings.whole:
@@ -175,6 +177,7 @@ class _TowerPlanner:
             tail=place.tail,
             first=axis.lead - place.lead,
             last=axis.tail - place.tail,
+            tokens=place.lead + axis.size + place.tail,
         )
 
     def _removal(self, number: int, count: Count) -> Removal:
@@ -186,10 +189,13 @@ class _TowerPlanner:
             return replace(outcome, r=count.free - 1, note="one unprotected token stays")
         return outcome
 
-    def _size(self, block: Block) -> int | None:
-        """The tokens that a block which does not fuse attends to, protected ones included, where that is a number."""
-        if block.tokens is not None and block.tokens.body in self.counts:
-            return block.tokens.lead + self.counts[block.tokens.body] + block.tokens.tail
+    def _size(self, block: Block, counts: Mapping[Dim, int]) -> int | None:
+        """The tokens that a block which does not fuse attends to, protected ones included, where that is a number.
+
+        ``counts``: the unprotected ones, by axis, where some were fused before.
+        """
+        if block.tokens is not None and block.tokens.body in counts:
+            return block.tokens.lead + counts[block.tokens.body] + block.tokens.tail
         size = product(self.axes.table.canonical(block.attention.key_axis))
         return size if isinstance(size, int) else None
 
