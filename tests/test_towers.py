@@ -224,7 +224,7 @@ class Tables(nn.Module):
         return x.mean(1)
 
 
-@pytest.mark.parametrize("options", [{"r": 4}, {"r": 4, "attention": "exact"}, {"method": "tome", "r": 4}], ids=str)
+@pytest.mark.parametrize("options", [{"r": 4}, {"r": 8, "attention": "exact"}, {"method": "tome", "r": 4}], ids=str)
 def test_a_table_is_fused_anew_after_the_tokens_came_back(options: dict[str, Any]) -> None:
     x, results = torch.randn(2, 36, 64), []
     for copies in (False, True):
