@@ -227,7 +227,8 @@ class AxisTable:
         """Refine a leaf dimension into parts at ``bounds`` (0 < b < size), so that slices have names.
 
         Features are cut as often as they are read in parts. Of tokens, all parts but the largest count as protected:
-        a concatenation of them is cut no further.
+        a concatenation of them is cut no further. Nothing but features is cut into single positions: no axis would be
+        left to tell it by, the images of a batch of two from anything else of which there are two.
         """
         dim = self.canonical(dim)
         if len(dim) == 1 and isinstance(dim[0], Cat) and all(atom.name == FEATURES for atom in atoms(dim)):
@@ -237,7 +238,8 @@ class AxisTable:
                 offset += int(size)
         if len(dim) == 1 and isinstance(dim[0], Atom) and isinstance(dim[0].size, int):
             edges = [0, *sorted({b for b in bounds if 0 < b < dim[0].size}), dim[0].size]
-            if len(edges) > 2:
+            alone = len(edges) == dim[0].size + 1 and dim[0].name != FEATURES
+            if len(edges) > 2 and not alone:
                 parts = [(b - a, self.fresh(b - a, dim[0].name)) for a, b in pairwise(edges)]
                 self._refined[dim[0]] = (Cat(tuple(parts)),)
 

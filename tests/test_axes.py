@@ -9,6 +9,7 @@ from mctf_compile import FusionConfig, rewrite
 from mctf_compile.passes.analysis.blocks import find_blocks
 from mctf_compile.passes.analysis.token_axes import token_axes
 from mctf_compile.passes.axes import AxisTable, Cat, Tokens, places, product
+from mctf_compile.testing import TinyViT, VitSpec, assert_rewrite_sound
 
 
 def axes_of(function, *inputs):
@@ -50,6 +51,38 @@ def test_a_concatenation_keeps_its_parts():
     assert table.slice(joined, 1, 17) == patches
     assert table.slice(joined, 0, 17) == joined
     assert table.slice(joined, 3, 17) is None
+
+
+def test_nothing_but_features_is_cut_into_single_positions():
+    """Images that are read one by one are still images: an operator over them meets another token in each."""
+    table = AxisTable()
+    images, features = table.fresh(2), table.fresh(2, "c")
+    for axis in (images, features):
+        table.cut(axis, [1])
+    assert table.canonical(images) == images and isinstance(table.canonical(features)[0], Cat)
+
+
+class OverImages(nn.Module):
+    """The first image alone, and something over both, [N, B, C]."""
+
+    def __init__(self, reduce):
+        super().__init__()
+        self.reduce, self.tokens = reduce, TinyViT(VitSpec(depth=2, head="dense"))
+
+    def forward(self, images):
+        x = self.tokens(images).transpose(0, 1)
+        return x.select(1, 0), self.reduce(x)
+
+
+@pytest.mark.parametrize("reduce", [lambda x: x.log_softmax(1), lambda x: x.cumsum(1), lambda x: x.amax(1)])
+def test_images_of_which_one_is_read_alone_are_not_mixed_by_fused_tokens(reduce):
+    torch.manual_seed(0)
+    model = OverImages(reduce).eval()
+    images = model.tokens.example(kinds=3, seed=1)
+    options = {"r": 3, "min_tokens": 1, "tau_info": 0, "tau_size": 0, "layers": [0, 1]}
+    assert images[0].shape[0] == 2
+    report = assert_rewrite_sound(model, *images, duplicates=True, **options)
+    assert report.fused and any("mixes the images of a batch" in line for line in report.unmerged)
 
 
 def test_a_side_tensor_gets_the_axis_it_is_added_to():

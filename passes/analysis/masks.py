@@ -260,7 +260,9 @@ class _Finder:
             # That heads are alike is looked at when the mask is there.
             dims = dims[:1] + dims[2:]
         others = {atom for dim in dims for atom in atoms(dim)} - self.inside
-        return self.batch is None or others <= self.batch
+        # Heads that are read one by one have no axis left.
+        unnamed = any(not any(atoms((axis,))) for dim in dims for axis in dim)
+        return self.batch is None or (others <= self.batch and not unnamed)
 
     def _is_given(self, node: fx.Node) -> bool:
         """Whether a value comes from outside the graph."""
