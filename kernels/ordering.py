@@ -13,5 +13,7 @@ def descending(score: Tensor) -> Tensor:
     values, order = score.sort(1, descending=True)
     before = torch.cat([values[:, :1], values[:, :-1]], 1)
     n = score.shape[1]
-    key = (values != before).long().cumsum(1) * n + order
+    # What is no number equals another such.
+    other = (values != before) & ~(values.isnan() & before.isnan())
+    key = other.long().cumsum(1) * n + order
     return key.sort(1).values % n

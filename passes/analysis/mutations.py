@@ -130,7 +130,9 @@ class _Own:
             raise UnsupportedGraph(f"{node.target} writes into a view that cannot be followed")
         result = _pure(self.graph, node)
         if result is node:
-            if any(self.steps[name] or name not in (node, target) for name in following):
+            # What is made of it behind the write, by another write say, reads what was written.
+            before = [name for name in following if self.order.get(name, -1) <= self.order[node]]
+            if any(self.steps[name] or name not in (node, target) for name in before):
                 raise UnsupportedGraph(f"{node.target} writes into a tensor of which a view is read afterwards")
             self._replace(target, node, node)
             return
