@@ -232,6 +232,7 @@ def test_every_method_has_a_row_with_its_source() -> None:
         "mctf",
         "tome",
         "tofu",
+        "pitome",
         "evit",
         "idlevit",
         "dynamicvit",

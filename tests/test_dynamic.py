@@ -107,6 +107,7 @@ def test_every_r_equals_the_static_compile_and_none_recompiles(inner, start, com
         {"pooling": "max"},
         {"layers": [1, 3]},
         {"method": "tofu"},
+        {"method": "pitome"},
         {"min_tokens": 30},
     ],
     ids=str,

@@ -65,6 +65,7 @@ EVERY_METHOD = {
     "mctf": {"r": 4, "min_tokens": 1},
     "tome": {"r": 3},
     "tofu": {"r": 3, "prune_layers": 1},
+    "pitome": {"r": 3},
     "evit": {"layers": [0, 1]},
     "idlevit": {"keep_ratio": 0.7},
     "random": {"r": 3},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from vectors import Recorder, capture, load, near, official_match
 import mctf_compile
 from mctf_compile import ConfigError, FusionConfig, losses
 from mctf_compile.kernels.attention.reference import policy_attention
-from mctf_compile.methods import METHODS, Evidence, dtem
+from mctf_compile.methods import METHODS, Choice, Evidence, dtem
 from mctf_compile.testing import TinyViT, VitSpec, assert_rewrite_sound
 
 SIZES = ("17", "65")
@@ -346,6 +347,106 @@ def test_tofu_through_a_whole_model():
         near(compiled(model, method="tofu", r=8)(data["images"]), expected_tofu(model, data["images"], 8))
 
 
+def expected_pitome(keys: Tensor, real: list[int], r: int, margin: float, alpha: float) -> dict[int, int]:
+    """Into which token each one goes, of an image's keys [N, D]: the paper's formulas in float64, token by token.
+
+    ``real``: the tokens that may be merged. The energies are those of all.
+    """
+    k = keys.double()
+
+    def cos(i: int, j: int) -> float:
+        return (k[i].dot(k[j]) / (k[i].norm() * k[j].norm())).item()
+
+    def f(x: float) -> float:
+        return x if x >= margin else alpha * (math.exp(x - margin) - 1)
+
+    n = len(k)
+    energy = {i: sum(f(cos(i, j)) for j in range(n) if j != i) / n for i in real}
+    candidates = sorted(energy, key=lambda i: -energy[i])[: 2 * r]
+    a, b = candidates[::2], candidates[1::2]
+    return {i: max(b, key=lambda j: cos(i, j)) for i in a}
+
+
+def merges(choice: Choice) -> list[dict[int, int]]:
+    """The old position of what each token went into, for each image."""
+    targets = choice.keep.gather(1, choice.into)
+    return [dict(zip(gone, into)) for gone, into in zip(choice.gone.tolist(), targets.tolist())]
+
+
+@pytest.mark.parametrize("index", [0, 2, 3])
+@pytest.mark.parametrize(("n", "r", "lead", "tail"), [(17, 5, 1, 0), (17, 8, 1, 0), (20, 6, 2, 3), (9, 0, 0, 0)])
+def test_pitome_follows_its_formulas(n, r, lead, tail, index):
+    # Cosines on both sides of the margin; the tokens of high energy are neither the first nor the last.
+    keys = torch.randn(3, n, 6, generator=torch.Generator().manual_seed(n)) + 0.8
+    evidence = Evidence(torch.randn(3, n, 8), torch.ones(3, n), lead, tail, index, 4, keys=keys)
+    for options in ({}, {"margin": 0.6, "alpha": 0.3}):
+        choice = METHODS["pitome"](**options).choose(evidence, r)
+        margin = options.get("margin", 0.9)
+        margin, alpha = margin - margin * index / 4, options.get("alpha", 1.0)
+        expected = [expected_pitome(k, list(range(lead, n - tail)), r, margin, alpha) for k in keys]
+        assert merges(choice) == expected
+        assert choice.keep[:, :lead].tolist() == [list(range(lead))] * 3
+        assert choice.keep[:, choice.keep.shape[1] - tail :].tolist() == [list(range(n - tail, n))] * 3
+        both = torch.cat([choice.keep, choice.gone], 1)
+        assert torch.equal(both.sort(1).values, torch.arange(n).expand(3, -1))
+
+
+def expected_pitome_logits(model: VisionTransformer, images: Tensor, r: int) -> Tensor:
+    """PiToMe with proportional attention and size-weighted means in plain eager code in float64, image by image."""
+    x = model.pos_embed + torch.cat([model.cls_token.expand(len(images), -1, -1), model.patch_embed(images)], 1)
+    size = x.new_ones(x.shape[:2])
+    for i, block in enumerate(model.blocks):
+        b, n = x.shape[:2]
+        q, k, v = block.attn.qkv(block.norm1(x)).reshape(b, n, 3, 3, 16).permute(2, 0, 3, 1, 4)
+        logits = (q @ k.transpose(-2, -1)) * 16**-0.5 + size.log()[:, None, None]
+        x = x + block.attn.proj((logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        margin = 0.9 - 0.9 * i / len(model.blocks)
+        tokens_out, sizes_out = [], []
+        for tokens, count, keys in zip(x, size, k.mean(1)):
+            into = expected_pitome(keys, list(range(1, n)), r, margin, 1.0)
+            groups = {j: [j] for j in range(n) if j not in into}
+            for gone, target in into.items():
+                groups[target].append(gone)
+            sizes_out.append(torch.stack([count[g].sum() for g in groups.values()]))
+            sums = torch.stack([(count[g, None] * tokens[g]).sum(0) for g in groups.values()])
+            tokens_out.append(sums / sizes_out[-1][:, None])
+        x, size = torch.stack(tokens_out), torch.stack(sizes_out)
+        x = x + block.mlp(block.norm2(x))
+    return model.head(model.norm(x)[:, 0])
+
+
+@pytest.mark.parametrize("tokens", SIZES)
+def test_pitome_through_a_whole_model(tokens, fused_attention):
+    data = load("tome")[tokens]
+    model, r = vit(data), int(tokens) // 8
+    with torch.no_grad():
+        expected = expected_pitome_logits(copy.deepcopy(model).double(), data["images"].double(), r)
+        near(compiled(model, method="pitome", r=r)(data["images"]), expected.float())
+
+
+def test_pitome_merges_padding_first_and_with_padding_alone():
+    n, lead = 14, 1
+    keys = torch.randn(n, 6, generator=torch.Generator().manual_seed(0)) + 0.8
+    free = n - lead - 1
+    for count in range(free + 1):
+        # Any of them may be padding, and the last token, which is protected, is.
+        padding = torch.zeros(1, n, dtype=torch.bool)
+        padding[0, torch.randperm(free, generator=torch.Generator().manual_seed(count))[:count] + lead] = True
+        padding[0, -1] = True
+        evidence = Evidence(torch.randn(1, n, 8), torch.ones(1, n), lead, 1, 1, 4, padding=padding, keys=keys[None])
+        real = [i for i in range(n) if not padding[0, i]]
+        for r in range(free // 2 + 1):
+            (into,) = merges(METHODS["pitome"]().choose(evidence, r))
+            assert len(into) == r and all(padding[0, i] == padding[0, j] for i, j in into.items())
+            left = r - min(r, count // 2)
+            # Where the last pair is of both kinds, both halves have one candidate more.
+            if 2 * left <= free - count:
+                expected = expected_pitome(keys[real], list(range(1, len(real))), left, 0.9 * 3 / 4, 1.0)
+                assert {i: j for i, j in into.items() if not padding[0, i]} == {
+                    real[i]: real[j] for i, j in expected.items()
+                }
+
+
 # What the papers and their code give for DeiT-S at 224 x 224, in GMACs.
 PUBLISHED = [
     ("tome", {"r": 8}, 3.43),
@@ -446,6 +547,7 @@ def test_fusing_duplicates_changes_nothing(pooling):
         ("dtem", {"pooling": pooling}),
         ("mctf", {"pooling": pooling, "tau_info": 0, "tau_size": 0}),
         ("tofu", {"prune_layers": 0, "weighted": True}),
+        ("pitome", {}),
     ]:
         torch.manual_seed(1)
         model = TinyViT(spec).eval()

@@ -22,6 +22,7 @@ METHODS: list[dict[str, Any]] = [
     {"method": "tome", "r": 3},
     {"method": "tome", "r": 0.4},
     {"method": "tofu", "r": [2, 3, 1]},
+    {"method": "pitome", "r": 3},
     {"method": "evit", "keep_rate": 0.7},
     {"method": "idlevit", "keep_ratio": 0.7},
 ]
@@ -287,6 +288,7 @@ class Joint(nn.Module):
         {"r": 4, "layers": [0, 1], "attention": "current"},
         {"method": "tome", "r": 4},
         {"method": "tofu", "r": 4},
+        {"method": "pitome", "r": 4},
         {"method": "random", "r": 4},
         {"method": "evit", "keep_rate": 0.6, "layers": [0, 1]},
         {"method": "idlevit", "keep_ratio": 0.6, "layers": [0, 1]},
@@ -298,7 +300,7 @@ def test_the_image_of_joint_attention_fuses_and_its_text_stays(options: dict[str
     torch.manual_seed(0)
     model, t = Joint(last).eval(), torch.randn(2, 5, 16)
     x = torch.randn(2, 3, 16).repeat(1, 8, 1)
-    if options.get("method") in (None, "tome", "tofu"):
+    if options.get("method") in (None, "tome", "tofu", "pitome"):
         options = {**options, **({"tau_info": 0, "tau_size": 0} if "method" not in options else {})}
     got, report = fused(model, x, t, **options)
     assert [tuple(y.shape) for y in got] == [(2, 24, 16), (2, 5, 16)]
@@ -306,7 +308,7 @@ def test_the_image_of_joint_attention_fuses_and_its_text_stays(options: dict[str
         assert not report.fused and "reads the class token, and there is none" in report.reason
         return
     assert tokens(report) == [(24, 20), (20, 16)]
-    if options.get("method") in (None, "tome"):
+    if options.get("method") in (None, "tome", "pitome"):
         with torch.no_grad():
             dense = model(x, t)
         for mine, theirs in zip(got, dense):

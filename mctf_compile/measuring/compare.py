@@ -32,6 +32,7 @@ SWEEPS: dict[str, list[dict[str, Any]]] = {
     "mctf": BY_COUNT,
     "tome": BY_COUNT,
     "tofu": BY_COUNT,
+    "pitome": BY_COUNT,
     "random": BY_COUNT,
     "evit": [{"keep_rate": part} for part in PARTS_KEPT],
     "idlevit": [{"keep_ratio": part} for part in PARTS_KEPT],

@@ -1,6 +1,16 @@
 """The reduction methods, by name. A method is one small description: see ``base.Method``."""
 
-from mctf_compile.methods import controls, dtem, dynamicvit, evit, idlevit, mctf, tofu, tome  # register themselves
+from mctf_compile.methods import (  # register themselves
+    controls,
+    dtem,
+    dynamicvit,
+    evit,
+    idlevit,
+    mctf,
+    pitome,
+    tofu,
+    tome,
+)
 from mctf_compile.methods.attached import Attached
 from mctf_compile.methods.base import (
     METHODS,
@@ -40,6 +50,7 @@ __all__ = [
     "get_method",
     "idlevit",
     "mctf",
+    "pitome",
     "register_method",
     "tofu",
     "tome",

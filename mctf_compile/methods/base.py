@@ -61,9 +61,10 @@ OF_CLASS_TOKEN = {Need.CLASS_ATTENTION, Need.CLASS_LOGITS}
 class Evidence:
     """What a method sees of a block: tensors of the graph. What it did not ask for is None.
 
-    ``x`` [B, N, C]: the residual stream; ``size`` [B, N]: token sizes (float32 or wider); ``lead`` and
-    ``tail``: protected tokens at its ends; ``index`` of ``depth``: the block in its tower. ``padding``: bool
-    [B, N] where attention masks tokens out, else None; padding and other tokens must not be combined.
+    ``x`` [B, N, C]: the residual stream; ``size`` [B, N]: token sizes; ``lead`` and ``tail``: protected tokens
+    at its ends; ``index`` of ``depth``: the block in its tower. ``padding``: bool [B, N] where attention masks
+    tokens out, else None; padding and other tokens must not be combined where ``r`` leaves a choice. What is
+    floating is float32 or wider, but for ``x``, and autocast is off.
 
     ``importance`` [B, N]: the mean over heads and queries of the block's attention; ``class_attention``
     [B, N]: its mean over heads for the query of the first token; ``class_logits`` [B, N]: the logits of that

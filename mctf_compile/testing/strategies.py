@@ -97,6 +97,7 @@ def method_options() -> st.SearchStrategy[dict[str, Any]]:
             "combine": st.sampled_from(("mlerp", "average")),
             "weighted": st.booleans(),
         },
+        "pitome": {"r": REQUESTS, "margin": st.sampled_from((0.9, 0.3))},
         "evit": {
             "keep_rate": rates,
             "fuse_token": st.booleans(),
