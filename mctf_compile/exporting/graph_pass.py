@@ -14,7 +14,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import mctf_compile
 from mctf_compile.compiler import fuse_or_decline, in_one_piece
-from mctf_compile.exporting.program import config_of_graph, flat
+from mctf_compile.exporting.program import config_of_graph, flat, put
 from mctf_compile.narrowing import present
 from mctf_compile.report import Report
 
@@ -82,10 +82,7 @@ def _replace(graph: fx.Graph, owner: torch.nn.Module, fused: fx.GraphModule) -> 
             graph.erase_node(node)
     for node in fused.graph.find_nodes(op="get_attr"):
         value, name = operator.attrgetter(str(node.target))(fused), f"mctf_{node.name}"
-        if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
-            owner.register_buffer(name, value)
-        else:
-            setattr(owner, name, value)
+        put(owner, name, value)
         node.target = name
     places: dict[fx.Node, Any] = dict(zip(fused.graph.find_nodes(op="placeholder"), inputs, strict=True))
     graph.output(graph.graph_copy(fused.graph, places))

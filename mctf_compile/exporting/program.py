@@ -157,12 +157,12 @@ def _as_called(fused: fx.GraphModule, module: fx.GraphModule) -> fx.GraphModule:
     for node in graph.find_nodes(op="get_attr"):
         value = operator.attrgetter(str(node.target))(fused)
         node.target = names.get(id(value), str(node.target))
-        _put(root, node.target, value)
+        put(root, node.target, value)
     graph.set_codegen(module.graph._codegen)
     return fx.GraphModule(root, graph).eval()
 
 
-def _put(root: nn.Module, name: str, value: Any) -> None:
+def put(root: nn.Module, name: str, value: Any) -> None:
     """``value`` at a path of a module."""
     *path, last = name.split(".")
     for part in path:

@@ -153,10 +153,10 @@ def fuzz(
 
     def check(case: Case) -> None:
         # The plainest case opens every run of Hypothesis, which repeats an unsound one, too.
-        if case.program() in checked or (counts["examples"] == examples and outcome.failure is None):
+        program, shrinking = case.program(), outcome.failure is not None
+        if program in checked or (counts["examples"] == examples and not shrinking):
             return
-        tried = outcome.failure is not None
-        if not tried:
+        if not shrinking:
             counts["examples"] += 1
             progress(counts["examples"])
         try:
@@ -165,13 +165,13 @@ def fuzz(
             cause = cause_of(error)
             outcome.failure = case, f"{type(cause).__name__}: {cause}"
             raise
-        if not tried:
+        if not shrinking:
             counts["fused"] += any(report.fused for report in found.reports)
             counts["duplicates"] += found.duplicates is not None
         if found.problems:
             outcome.failure = case, "; ".join(found.problems)
             raise AssertionError(outcome.failure[1])
-        checked.add(case.program())
+        checked.add(program)
 
     def run() -> None:
         """One run of Hypothesis."""
