@@ -65,7 +65,7 @@ def _compiled(
     found = present(state)
     run = compile_lowered(found)
     if found.counts is not None:
-        run = Adjustable(present(options), found, run)
+        run = Adjustable(found, run, gm.forward, options if config.lowering.dynamic_r else None)
     return Checked(run, found.assumed) if found.assumed else run
 
 

@@ -25,7 +25,8 @@ from mctf_compile.passes import ANALYSIS, LOWERING, REWRITING, State, run_passes
 from mctf_compile.passes.analysis.normalize import fake_inputs
 from mctf_compile.passes.analysis.reasons import why_no_attention
 from mctf_compile.passes.lowering.autocast import devices_of, keep_autocast_out
-from mctf_compile.passes.planning.macs import count_macs, macs_by_block
+from mctf_compile.passes.planning.macs import count_macs, macs_by_block, macs_by_counts, work_by_counts
+from mctf_compile.passes.planning.plan import make_plan, tokens_left
 from mctf_compile.report import Report
 from mctf_compile.tradeoff import block_reports, tradeoff
 
@@ -128,9 +129,13 @@ def _dense(config: FusionConfig, reason: str, seconds: Mapping[str, float] = Map
 def make_report(state: State) -> Report:
     """The report of a finished run of the passes."""
     plan, normal = present(state.plan), present(state.normal)
-    planned = plan.blocks
-    fused = bool(plan.fusing)
+    planned, fused = plan.blocks, bool(plan.fusing)
+    if state.adjustable or state.varies:
+        # The graph was made at other numbers than those of the options and the example.
+        planned = make_plan(state, state.config.method, state.findings.r, adjustable=True).blocks
     reason = None
+    # What a report keeps for later needs no tensors.
+    bare = replace(state, examples=())
     if not fused:
         reasons = {b.reason for b in planned} - {NOT_CHOSEN} or {NOT_CHOSEN}
         reason = (
@@ -141,15 +146,15 @@ def make_report(state: State) -> Report:
     return Report(
         blocks=block_reports(planned),
         towers=_tower_names(state),
-        count=partial(_count, normal, state.result if fused else None),
+        count=partial(_count, bare),
         unmerged=list(dict.fromkeys(f"{u.node.name}: {u.reason}" for u in state.unmerges)),
         reason=reason,
         method=plan.method.name,
         target=state.findings.met,
         remarks=_remarks(state) if fused else [],
         seconds=state.seconds,
-        count_blocks=partial(macs_by_block, normal, state.result if fused else None, [b.block for b in planned]),
-        count_tradeoff=partial(tradeoff, replace(state, examples=())),
+        count_blocks=partial(_count_blocks, bare),
+        count_tradeoff=partial(tradeoff, bare),
     )
 
 
@@ -175,9 +180,30 @@ def _remarks(state: State) -> list[str]:
     ]
 
 
-def _count(before: fx.GraphModule, after: fx.GraphModule | None) -> tuple[int, int]:
-    dense = count_macs(before)
-    return dense, dense if after is None else count_macs(after)
+def _count(state: State) -> tuple[int, int]:
+    """Multiply-accumulates before and after."""
+    dense = count_macs(present(state.normal))
+    if not present(state.plan).fusing:
+        return dense, dense
+    result, counts = present(state.result), state.counts
+    fused = count_macs(result) if counts is None else macs_by_counts(result, counts)(_left(state))
+    return dense, fused
+
+
+def _count_blocks(state: State) -> list[tuple[int, int] | None]:
+    """The same of each block; None where that is not known."""
+    normal, plan = present(state.normal), present(state.plan)
+    blocks = [b.block for b in plan.blocks]
+    if not plan.fusing or state.counts is None:
+        return macs_by_block(normal, state.result if plan.fusing else None, blocks)
+    fused = work_by_counts(normal, present(state.result), blocks, state.counts)(_left(state))[1]
+    dense = macs_by_block(normal, None, blocks)
+    return [None if a is None or b is None else (a[0], b) for a, b in zip(dense, fused, strict=True)]
+
+
+def _left(state: State) -> list[int]:
+    """What each fusing block leaves of an adjustable result, for the example and the options."""
+    return tokens_left(state, requests=state.findings.r)
 
 
 def explain(model: torch.nn.Module, *inputs: Any, kwargs: Mapping[str, Any] | None = None, **options: Any) -> Report:

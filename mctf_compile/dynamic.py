@@ -1,4 +1,4 @@
-"""``dynamic_r``: the reduction of a compiled model, changed between calls."""
+"""Compiled graphs that leave other numbers of tokens at other calls: another ``r``, or inputs of another size."""
 
 from __future__ import annotations
 
@@ -14,42 +14,59 @@ from torch._dynamo.eval_frame import OptimizeContext
 
 from mctf_compile.errors import ConfigError
 from mctf_compile.methods import Merging
+from mctf_compile.narrowing import present
 from mctf_compile.options.schedule import AUTO
 from mctf_compile.passes import State
-from mctf_compile.passes.planning.plan import tokens_left
+from mctf_compile.passes.planning.plan import fusing_now
 
 
 class Adjustable:
-    """A compiled graph that reads ``r`` from the options at every call.
+    """A compiled graph whose plan is made anew for every ``r`` and every size that it meets.
 
     Args:
-        options: the dict that the model was compiled with.
-        state: what the passes found; its plan is made again for another ``r``.
+        state: what the passes found.
         run: takes the graph's inputs, then the tokens that each fusing block leaves.
+        dense: takes the graph's inputs: what they run where the fused graph does not hold.
+        options: the dict that the model was compiled with, where ``r`` is to be read from it at every call.
     """
 
-    def __init__(self, options: Mapping[str, Any], state: State, run: Callable[..., Any]) -> None:
-        self.options, self.state, self.run = options, state, run
-        self._left: dict[str, list[int]] = {}
+    def __init__(
+        self,
+        state: State,
+        run: Callable[..., Any],
+        dense: Callable[..., Any],
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.state, self.run, self.dense, self.options = state, run, dense, options
+        bodies = [present(b.block.tokens).size for b in present(state.plan).fusing]
+        symbols = set().union(*(size.free_symbols for size in bodies if not isinstance(size, int)))
+        self._sizes = present(state.sizes).only(symbols)
+        self._left: dict[tuple[Any, ...], list[int] | None] = {}
 
     def __call__(self, *inputs: Any) -> Any:
-        return self.run(*inputs, *self.left(self.options.get("r", self.method.r)))
+        left = self.left(self._r(), self._sizes.read(inputs))
+        return self.dense(*inputs) if left is None else self.run(*inputs, *left)
 
-    @property
-    def method(self) -> Merging:
-        """The method at the ``r`` that the model was compiled with; no other takes ``dynamic_r``."""
-        assert isinstance(self.state.config.method, Merging)
-        return self.state.config.method
+    def _r(self) -> Any:
+        own = getattr(self.state.config.method, "r", None)
+        return own if self.options is None else self.options.get("r", own)
 
-    def left(self, r: Any) -> list[int]:
-        """The tokens that each fusing block leaves at ``r``."""
-        key = repr(r)
+    def left(self, r: Any, sizes: tuple[int, ...]) -> list[int] | None:
+        """The tokens that each fusing block leaves; None where the graph does more than the method would."""
+        key = (repr(r), *sizes)
         if key not in self._left:
-            method, found = self.method, self.state.findings.r
-            if r != method.r:
-                method, found = replace(method, r=r, target=None), None
-            self._left[key] = tokens_left(self.state, method, found)
+            self._left[key] = self._plan(r, sizes)
         return self._left[key]
+
+    def _plan(self, r: Any, sizes: tuple[int, ...]) -> list[int] | None:
+        method, found = self.state.config.method, self.state.findings.r
+        if isinstance(method, Merging) and r != method.r:
+            method, found = replace(method, r=r, target=None), None
+        blocks = fusing_now(self.state, method, found, dict(zip(self._sizes.places, sizes, strict=True)))
+        # Nothing to remove is nothing to do for a method that merges; another one may still move or scale tokens.
+        if not isinstance(method, Merging) and any(b.idle for b in blocks):
+            return None
+        return [present(b.tokens_out) for b in blocks]
 
 
 class set_r(AbstractContextManager["set_r"]):

@@ -9,9 +9,9 @@ operators do with positions; no number is ever taken for an axis because it look
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count, pairwise
+from itertools import accumulate, count, pairwise
 from typing import Any, TypeAlias
 
 import sympy
@@ -64,7 +64,19 @@ def hint_of(value: Any) -> Any:
 
 def size_of(value: int | torch.SymInt) -> Size:
     """A tensor's size as a sympy expression (ints stay ints); installs no guard."""
-    return value.node.expr if isinstance(value, torch.SymInt) else int(value)
+    return plain(value.node.expr) if isinstance(value, torch.SymInt) else int(value)
+
+
+def plain(size: Size) -> Size:
+    """A size as an int, where it is a number that depends on nothing."""
+    return int(size) if isinstance(size, int) or size.is_Integer else size
+
+
+def size_at(size: Size, numbers: Mapping[sympy.Symbol, int]) -> int:
+    """The number that a size is where its symbols have these values."""
+    if isinstance(size, int):
+        return size
+    return int(size.xreplace({symbol: sympy.Integer(n) for symbol, n in numbers.items()}))
 
 
 def product(axes: Iterable[Axis]) -> Size:
@@ -83,9 +95,7 @@ def quotient(a: Size, b: Size) -> Size | None:
         return a // b if a % b == 0 else None
     ratio = sympy.cancel(sympy.sympify(a) / b)
     _, denominator = ratio.as_numer_denom()
-    if denominator != 1 or ratio.is_polynomial() is False:
-        return None
-    return int(ratio) if ratio.is_Integer else ratio
+    return plain(ratio) if denominator == 1 and ratio.is_integer else None
 
 
 def atoms(dim: Dim) -> Iterable[Atom]:
@@ -208,40 +218,50 @@ class AxisTable:
         new = tuple(self.fresh(size) for size in sizes[agree:])
         return dims[:agree] + new, dims[agree:]
 
-    def slice(self, dim: Dim, start: int, stop: int) -> Dim | None:
+    def slice(self, dim: Dim, start: Size, stop: Size) -> Dim | None:
         """Positions start:stop of a dimension, where they are whole parts of a concatenation, else None."""
         dim = self.canonical(dim)
         if (start, stop) == (0, product(dim)):
             return dim
         if len(dim) != 1 or not isinstance(dim[0], Cat):
             return None
-        parts, offset = [], 0
-        for size, part in dim[0].parts:
-            if start <= offset and offset + size <= stop:
-                parts.append((size, part))
-            offset += size
-        covered = sum(size for size, _ in parts)
-        return self.cat(parts) if parts and covered == stop - start else None
+        edges = list(accumulate((size for size, _ in dim[0].parts), initial=0))
+        if start not in edges or stop not in edges:
+            return None
+        parts = dim[0].parts[edges.index(start) : edges.index(stop)]
+        return self.cat(parts) if parts else None
 
-    def cut(self, dim: Dim, bounds: Sequence[int]) -> None:
+    def cut(self, dim: Dim, bounds: Sequence[Size]) -> None:
         """Refine a leaf dimension into parts at ``bounds`` (0 < b < size), so that slices have names.
 
         Features are cut as often as they are read in parts. Of tokens, all parts but the largest count as protected:
         a concatenation of them is cut no further. Nothing but features is cut into single positions: no axis would be
         left to tell it by, the images of a batch of two from anything else of which there are two.
+
+        A dimension of any size is cut where the place is a number, counted from either end.
         """
         dim = self.canonical(dim)
         if len(dim) == 1 and isinstance(dim[0], Cat) and all(atom.name == FEATURES for atom in atoms(dim)):
-            offset = 0
+            offset: Size = 0
             for size, part in dim[0].parts:
-                self.cut(part, [b - offset for b in bounds])
-                offset += int(size)
-        if len(dim) == 1 and isinstance(dim[0], Atom) and isinstance(dim[0].size, int):
-            edges = [0, *sorted({b for b in bounds if 0 < b < dim[0].size}), dim[0].size]
-            alone = len(edges) == dim[0].size + 1 and dim[0].name != FEATURES
+                self.cut(part, [plain(b - offset) for b in bounds])
+                offset = offset + size
+        if len(dim) == 1 and isinstance(dim[0], Atom):
+            size = dim[0].size
+            edges = [0, *_inside(bounds, size), size]
+            alone = size == len(edges) - 1 and dim[0].name != FEATURES
             if len(edges) > 2 and not alone:
-                parts = [(b - a, self.fresh(b - a, dim[0].name)) for a, b in pairwise(edges)]
+                parts = [(plain(b - a), self.fresh(plain(b - a), dim[0].name)) for a, b in pairwise(edges)]
                 self._refined[dim[0]] = (Cat(tuple(parts)),)
+
+
+def _inside(bounds: Sequence[Size], size: Size) -> list[Size]:
+    """Those of some places that are within a dimension of this size whatever its symbols are, in order."""
+    front = sorted({b for b in bounds if isinstance(b, int) and b > 0 and not (isinstance(size, int) and b >= size)})
+    if isinstance(size, int):
+        return list(front)
+    back = {plain(size - b) for b in bounds if not isinstance(b, int)}
+    return [*front, *(size - b for b in sorted((b for b in back if isinstance(b, int) and b > 0), reverse=True))]
 
 
 @dataclass(frozen=True)
@@ -253,14 +273,14 @@ class Tokens:
     """
 
     body: Dim
-    size: int
+    size: Size
     lead: int
     tail: int
     batch: Dim
     positional: int = 0
 
     @property
-    def total(self) -> int:
+    def total(self) -> Size:
         return self.lead + self.size + self.tail
 
 

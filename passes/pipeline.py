@@ -22,6 +22,7 @@ from mctf_compile.narrowing import present
 if TYPE_CHECKING:
     from mctf_compile.options.schedule import Target
     from mctf_compile.passes.analysis.observations import Observation
+    from mctf_compile.passes.analysis.sizes import Sizes
     from mctf_compile.passes.analysis.structure import Block, Tower
     from mctf_compile.passes.analysis.token_axes import Axes
     from mctf_compile.passes.lowering.regions import Cut
@@ -68,6 +69,7 @@ class State:
     counts: Counts | None = None
     normal: fx.GraphModule | None = None
     observations: list[Observation] | None = None
+    sizes: Sizes | None = None
     axes: Axes | None = None
     blocks: list[Block] | None = None
     masks: dict[fx.Node, frozenset[fx.Node]] | None = None
@@ -75,6 +77,8 @@ class State:
     assumed: tuple[int, ...] = ()
     towers: list[Tower] | None = None
     findings: Findings = Findings()
+    # Whether a block that fuses has another number of tokens at another call; then, too, the result takes such inputs.
+    varies: bool = False
     plan: Plan | None = None
     # The rewritten graph, in operators whose work can be counted.
     result: fx.GraphModule | None = None
@@ -87,6 +91,11 @@ class State:
     seconds: dict[str, float] = field(default_factory=dict)
     # Where the graph is written after each pass, if it is.
     dumps: Path | None = None
+
+    @property
+    def counted(self) -> bool:
+        """Whether what each block leaves is an input of the rewritten graph."""
+        return self.adjustable or self.unsettled or self.varies
 
     @property
     def unsolved(self) -> Target | None:

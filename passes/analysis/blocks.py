@@ -284,17 +284,18 @@ def _remade(key: fx.Node, entry: fx.Node, flow: Dataflow, axes: Axes) -> str:
 
 def _tokens(axis: Dim, protected: int | None) -> Tokens | str:
     """Prefix, body and suffix of a token axis, as far as the axis itself tells."""
-    if not all(isinstance(a.size, int) for a in axis):
-        return "the number of tokens is symbolic"
     parts = axis[0].parts if len(axis) == 1 and isinstance(axis[0], Cat) else None
     if parts is None:
         return Tokens(axis, product(axis), 0, 0, ())
     sizes = [size for size, _ in parts]
-    largest = sizes.index(max(sizes))
+    varying = [i for i, size in enumerate(sizes) if not isinstance(size, int)]
+    if len(varying) > 1:
+        return "the sequence of tokens has several parts whose numbers vary, any of which may be the largest"
+    largest = varying[0] if varying else sizes.index(max(cast(list[int], sizes)))
     body = set(atoms(parts[largest][1]))
     if any(body & set(atoms(part)) for i, (_, part) in enumerate(parts) if i != largest):
         return "several images are packed into one sequence of tokens"
-    lead, tail = sum(sizes[:largest]), sum(sizes[largest + 1 :])
+    lead, tail = sum(cast(list[int], sizes[:largest])), sum(cast(list[int], sizes[largest + 1 :]))
     if protected is not None and protected < lead:
         return Tokens(axis, sum(sizes), 0, 0, (), lead)
     return Tokens(parts[largest][1], sizes[largest], lead, tail, ())
@@ -307,7 +308,8 @@ def _with_batch(tokens: Tokens, stream: Dims, query: Dims) -> Tokens | str:
     """
     found = places(stream, tokens)
     if found is None:
-        return f"attention runs within windows or groups of {tokens.total} tokens of a larger grid"
+        many = f"{tokens.total} tokens" if isinstance(tokens.total, int) else "tokens"
+        return f"attention runs within windows or groups of {many} of a larger grid"
     if len(found) != 1:
         return "the residual stream has the token axis twice"
     (place,) = found

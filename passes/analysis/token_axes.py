@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from mctf_compile.narrowing import present
+from mctf_compile.passes.analysis.sizes import Sizes
 from mctf_compile.passes.axes import AxisTable, Dims
 from mctf_compile.passes.pipeline import State, graph_pass
 from mctf_compile.passes.rules import Call, flow_of
@@ -34,8 +35,9 @@ class Axes:
         return Call(node, self.table, self.of)
 
 
-@graph_pass("token_axes", requires=("normal",), ensures=("axes",))
+@graph_pass("token_axes", requires=("normal",), ensures=("axes", "sizes"))
 def run(state: State) -> None:
+    state.sizes = Sizes.of(state.inputs)
     state.axes = token_axes(present(state.normal).graph)
 
 

@@ -32,7 +32,7 @@ def run(state: State) -> str | None:
     settle(state)
     # Where blocks dropped out, what a target takes is found anew without them.
     state.unsettled = state.unsolved is not None
-    return None if state.adjustable and state.findings.declined == declined else "plan"
+    return None if (state.adjustable or state.varies) and state.findings.declined == declined else "plan"
 
 
 def settle(state: State) -> None:

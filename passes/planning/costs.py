@@ -48,7 +48,7 @@ def nominal(blocks: Sequence[PlannedBlock]) -> Costs:
     device = device_of(kind)
     fusion = {}
     for planned in blocks:
-        share, entry = (planned.tokens_in or 0) / present(planned.block.tokens).total, present(planned.block.entry)
+        share, entry = (planned.tokens_in or 0) / present(planned.keys), present(planned.block.entry)
         traffic = STREAM_PASSES * share * _bytes(entry) + MAP_PASSES * share**2 * _map_bytes(planned)
         fusion[planned.index] = CALLS / device.calls + traffic / (device.bytes * device.threads)
     return Costs(1 / (device.macs * device.threads), fusion, f"estimated for {kind.type}")
@@ -66,7 +66,7 @@ def _map_bytes(planned: PlannedBlock) -> float:
     """Of the attention map over the original tokens."""
     query = planned.block.attention.query
     width: int = hint_of(query.meta["val"].shape[-1])
-    return _bytes(query) / width * present(planned.block.tokens).total
+    return _bytes(query) / width * present(planned.keys)
 
 
 def measured(state: State, clock: Clock, macs: Measure) -> Costs:

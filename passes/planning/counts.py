@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from mctf_compile.compat import WatchedShapeEnv
-from mctf_compile.errors import ConfigError
+from mctf_compile.errors import ConfigError, UnsupportedGraph
 from mctf_compile.narrowing import present
 from mctf_compile.passes.axes import hint_of
 
@@ -40,18 +40,23 @@ class Counts:
         """An expression of these symbols in those of the captured graph."""
         return expression.subs({new.node.expr: old for old, new in self._of.items()})
 
-    def refuse_decisions(self, method: str) -> None:
-        """Raise ``ConfigError`` where a method chose by the numbers themselves: its graph holds for no others."""
+    def refuse_decisions(self, method: str, asked: bool) -> None:
+        """Raise an error where the graph was made by the numbers themselves: it holds for no others.
+
+        ``asked``: whether the user asked for a graph that holds for others: then it is a ``ConfigError``, else
+        ``UnsupportedGraph``.
+        """
         if self.env.decisions:
             where = f"it decides by their number ({self.env.decisions[0]})"
-        elif any(self.env.replace(size.node.expr).is_number for size in self.left):
+        elif any(self.env.replace(size.node.expr) != size.node.expr for size in (*self.left, *self._of.values())):
             where = "an operator that it calls is compiled for one number of tokens"
         else:
             return
-        raise ConfigError(
-            f"method {method!r} cannot choose another number of tokens at another call: {where}. In choose, pass r "
-            "on as it is (slices, topk and arange take it), or compile without dynamic_r, with an r that is no target."
-        )
+        problem = f"method {method!r} cannot choose another number of tokens at another call: {where}."
+        how = "In choose, pass r on as it is (slices, topk and arange take it), or compile"
+        if not asked:
+            raise UnsupportedGraph(f"{problem} {how} with dynamic=False")
+        raise ConfigError(f"{problem} {how} without dynamic_r, with an r that is no target.")
 
     def _own(self, value: Any) -> Any:
         if isinstance(value, SymInt):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import cast
 
+import sympy
 from torch import Tensor, fx
 
 from mctf_compile.errors import ConfigError
@@ -17,7 +18,7 @@ from mctf_compile.options.schedule import NOT_CHOSEN, PerBlock, Removal
 from mctf_compile.passes.analysis.projections import Projection
 from mctf_compile.passes.analysis.structure import Block, Mask, Tower
 from mctf_compile.passes.analysis.token_axes import Axes
-from mctf_compile.passes.axes import Dim, places, product
+from mctf_compile.passes.axes import Dim, places, product, size_at
 from mctf_compile.passes.pipeline import State, graph_pass
 from mctf_compile.passes.planning.segments import owners, segments
 from mctf_compile.passes.rules import schema_arguments
@@ -26,19 +27,22 @@ from mctf_compile.passes.rules.attention import head_layout
 
 @graph_pass("plan", requires=("blocks", "masks", "towers"), ensures=("plan",))
 def run(state: State) -> None:
-    counted = state.adjustable or state.unsettled
     method, requests = state.config.method, state.findings.r
-    if counted:
-        method, requests = typical(cast(Merging, method), present(state.blocks), present(state.towers)), None
     relaxed = any(o.state == "training" for o in present(state.observations))
-    state.plan = make_plan(state, method, requests, relaxed, counted)
+    state.varies = any(
+        _varies(b) and b.problem is None and not _why_fixed(b, state, relaxed) for b in state.blocks or ()
+    )
+    if state.counted and isinstance(method, Merging):
+        method, requests = typical(method, state), None
+    state.plan = make_plan(state, method, requests, relaxed, state.counted)
 
 
 @dataclass(frozen=True)
 class PlannedBlock:
     """One block of the plan: token counts (protected ones included) and why it does not fuse, if so.
 
-    ``tokens``: those that it has in the dense graph.
+    ``tokens``: those that it has in the dense graph, and ``keys`` those that attention has there.
+    ``idle``: whether the method does nothing to them, and would not with no token to remove either.
     ``index``: its place among all blocks; ``tower`` and ``number``: its tower, its place in that, and ``depth`` how
     many blocks that has. ``lead`` and ``tail``: the protected tokens at the ends of its residual stream.
     """
@@ -58,6 +62,8 @@ class PlannedBlock:
     first: int = 0
     last: int = 0
     tokens: int | None = None
+    keys: int | None = None
+    idle: bool = True
 
     @property
     def padded(self) -> bool:
@@ -95,12 +101,18 @@ class Plan:
 
 
 def make_plan(
-    state: State, method: Method, requests: Sequence[int] | None = None, relaxed: bool = False, adjustable: bool = False
+    state: State,
+    method: Method,
+    requests: Sequence[int] | None = None,
+    relaxed: bool = False,
+    adjustable: bool = False,
+    numbers: Mapping[sympy.Symbol, int] | None = None,
 ) -> Plan:
     """Schedule the reduction over the blocks of each tower.
 
     ``requests``: the tokens that each block is to remove, in the place of the method's ``r``. ``adjustable``: blocks
-    among the layers of the method take part even where they are to remove no token now.
+    take part that may remove tokens at another ``r`` or size, even where they are to remove none now. ``numbers``: the
+    values of the symbols in sizes; None for those that the graph was captured with.
     ``state.findings`` has what an earlier rewrite found: blocks not worth fusing, with their reasons, and blocks that
     get the original tokens back before they run.
     Raises ``ConfigError`` where options of the method do not fit the blocks.
@@ -118,7 +130,7 @@ def make_plan(
         own = method
         if requests is not None:
             own = replace(cast(Merging, method), r=[requests[i] for i in tower.blocks], target=None)
-        planner = _TowerPlanner(state, own, number, tower, adjustable)
+        planner = _TowerPlanner(state, own, number, tower, relaxed, adjustable, numbers)
         planned.update((block.index, block) for block in map(planner.plan, range(len(tower.blocks))))
     return Plan(method, [planned[i] for i in range(len(blocks))], relaxed, masks=present(state.masks))
 
@@ -126,9 +138,20 @@ def make_plan(
 class _TowerPlanner:
     """Plans the blocks of one tower, in order; what they leave is what the next ones get."""
 
-    def __init__(self, state: State, method: Method, number: int, tower: Tower, adjustable: bool) -> None:
+    def __init__(
+        self,
+        state: State,
+        method: Method,
+        number: int,
+        tower: Tower,
+        relaxed: bool,
+        adjustable: bool,
+        numbers: Mapping[sympy.Symbol, int] | None,
+    ) -> None:
+        self.state, self.relaxed = state, relaxed
         self.blocks, self.axes, self.findings = present(state.blocks), present(state.axes), state.findings
         self.method, self.number, self.tower, self.adjustable = method, number, tower, adjustable
+        self.numbers = present(state.sizes).hints if numbers is None else numbers
         self.depth = len(tower.blocks)
         self.chosen = {i for i in method.acts_on(self.depth) if i < self.depth}
         # The unprotected tokens, by axis: the stages of a pyramid have some each.
@@ -140,7 +163,8 @@ class _TowerPlanner:
         index = self.tower.blocks[number]
         block, findings = self.blocks[index], self.findings
         planned = PlannedBlock(index, block, None, None, tower=self.number, number=number, depth=self.depth)
-        reason = block.problem or findings.declined.get(index) or _unsupported(block, self.axes)
+        reason = block.problem or _why_fixed(block, self.state, self.relaxed)
+        reason = reason or findings.declined.get(index) or _unsupported(block, self.axes)
         reason = reason or _left_out(block, self.method.modules)
         if reason is None and number in self.chosen:
             reason = _unmet(block, self.axes, self.method)
@@ -148,18 +172,20 @@ class _TowerPlanner:
             size = self._size(block, self.counts)
             return replace(planned, tokens_in=size, tokens_out=size, reason=reason, tokens=self._size(block, {}))
         entry, axis = present(block.entry), present(block.tokens)
+        size = size_at(axis.size, self.numbers)
         (place,) = present(places(self.axes.of(entry), axis))
         if index in findings.whole:
-            self.counts[axis.body] = axis.size
-        body = self.counts.setdefault(axis.body, axis.size)
+            self.counts[axis.body] = size
+        body = self.counts.setdefault(axis.body, size)
         tokens = place.lead + body + place.tail
         lead = place.lead if isinstance(self.method.protected, str) else self.method.protected
         # Padding may leave one token of either kind without a partner of its own.
         spare = 2 if block.mask is Mask.TOKENS else 0
-        outcome = self._removal(number, Count(tokens, lead + place.tail, axis.size + place.lead - lead, spare))
-        if outcome.r == 0 and not outcome.acts and not (self.adjustable and number in self.chosen):
-            reason = outcome.note
-        elif entry in self.entries:
+        outcome = self._removal(number, Count(tokens, lead + place.tail, size + place.lead - lead, spare))
+        idle = outcome.r == 0 and not outcome.acts
+        if self.adjustable or idle:
+            reason = self._never_removes(number) if self.adjustable else outcome.note
+        if reason is None and entry in self.entries:
             reason = f"reads the same tokens as block {self.entries[entry]}, which fuses them"
         if reason is None:
             self.entries[entry] = number
@@ -177,8 +203,20 @@ class _TowerPlanner:
             tail=place.tail,
             first=axis.lead - place.lead,
             last=axis.tail - place.tail,
-            tokens=place.lead + axis.size + place.tail,
+            tokens=place.lead + size + place.tail,
+            keys=axis.lead + size + axis.tail,
+            idle=idle,
         )
+
+    def _never_removes(self, number: int) -> str | None:
+        """Why a block of a graph that serves several r, or several sizes, removes no token at any, if so."""
+        if number not in self.chosen:
+            return NOT_CHOSEN
+        if self.state.adjustable or self.state.config.unsettled:
+            return None
+        # A block that removes none of many removes none of fewer.
+        outcome = self.state.config.method.removal(number, self.depth, Count(MANY, 0, MANY))
+        return None if outcome.r or outcome.acts else outcome.note or NOT_CHOSEN
 
     def _removal(self, number: int, count: Count) -> Removal:
         if number not in self.chosen:
@@ -197,7 +235,7 @@ class _TowerPlanner:
         if block.tokens is not None and block.tokens.body in counts:
             return block.tokens.lead + counts[block.tokens.body] + block.tokens.tail
         size = product(self.axes.table.canonical(block.attention.key_axis))
-        return size if isinstance(size, int) else None
+        return size_at(size, self.numbers) if present(self.state.sizes).known(size) else None
 
 
 def stretches(graph: fx.Graph, blocks: Sequence[PlannedBlock], streams: Mapping[int, int]) -> dict[int, int | None]:
@@ -220,21 +258,62 @@ def stretches(graph: fx.Graph, blocks: Sequence[PlannedBlock], streams: Mapping[
     return result
 
 
-def tokens_left(state: State, method: Method | None = None, requests: Sequence[int] | None = None) -> list[int]:
+# More tokens than any block has.
+MANY = 1 << 20
+
+
+def _varies(block: Block) -> bool:
+    """Whether a block has another number of tokens at another call."""
+    return block.tokens is not None and not isinstance(block.tokens.size, int)
+
+
+def _why_fixed(block: Block, state: State, relaxed: bool) -> str | None:
+    """Why a block cannot fuse because its number of tokens varies, if so."""
+    if not _varies(block):
+        return None
+    if not present(state.sizes).known(present(block.tokens).size):
+        return "the number of tokens depends on the values of tensors, and not on the shapes of the inputs alone"
+    if state.whole:
+        return (
+            "the number of tokens is symbolic, and a graph by itself fuses a fixed number (compile with dynamic=False)"
+        )
+    if relaxed:
+        return "the number of tokens is symbolic, and training a method's modules needs a fixed one"
+    return None
+
+
+def tokens_left(
+    state: State,
+    method: Method | None = None,
+    requests: Sequence[int] | None = None,
+    numbers: Mapping[sympy.Symbol, int] | None = None,
+) -> list[int]:
     """The tokens that each fusing block of an adjustable result leaves: its last inputs.
 
-    ``method`` and ``requests``: as for ``make_plan``; those of the options where None.
+    ``method``, ``requests``, ``numbers``: as for ``make_plan``; those of the options where None.
     """
-    blocks = make_plan(state, method or state.config.method, requests, adjustable=True).blocks
-    return [present(blocks[b.index].tokens_out) for b in present(state.plan).fusing]
+    return [present(b.tokens_out) for b in fusing_now(state, method, requests, numbers)]
 
 
-def typical(method: Merging, blocks: Sequence[Block], towers: Sequence[Tower]) -> Merging:
+def fusing_now(
+    state: State,
+    method: Method | None = None,
+    requests: Sequence[int] | None = None,
+    numbers: Mapping[sympy.Symbol, int] | None = None,
+) -> list[PlannedBlock]:
+    """The fusing blocks of an adjustable result, with the tokens that they have and leave; see ``tokens_left``."""
+    blocks = make_plan(state, method or state.config.method, requests, adjustable=True, numbers=numbers).blocks
+    return [blocks[b.index] for b in present(state.plan).fusing]
+
+
+def typical(method: Merging, state: State) -> Merging:
     """The method with an ``r`` at which every block removes two tokens or more, where there are so many.
 
     Symbolic sizes are traced at such numbers: code for none or one token would hold for nothing else.
     """
-    counts = [b.tokens.size for b in blocks if b.tokens is not None and isinstance(b.tokens.size, int)]
+    sizes, towers = present(state.sizes), present(state.towers)
+    bodies = [b.tokens.size for b in present(state.blocks) if b.tokens is not None]
+    counts = [size_at(size, sizes.hints) for size in bodies if sizes.known(size)]
     depth = max((len(tower.blocks) for tower in towers), default=0)
     most = max(min(counts, default=0) // (depth + 1), 2)
     asked = method.r if isinstance(method.r, int) and method.r >= 2 else most

@@ -13,7 +13,7 @@ from mctf_compile.errors import Declined
 from mctf_compile.narrowing import function_of, present
 from mctf_compile.passes.analysis.reasons import name_of, regrouped
 from mctf_compile.passes.analysis.token_axes import Axes
-from mctf_compile.passes.axes import Dims, Place, Tokens, has_batch, mentions, places
+from mctf_compile.passes.axes import Dims, Place, Tokens, has_batch, hint_of, mentions, places, product
 from mctf_compile.passes.planning.plan import Plan
 from mctf_compile.passes.rewriting.stream import Stream, Value
 from mctf_compile.passes.rules import Call, Elements, Rule, sources
@@ -176,23 +176,38 @@ class FusedCall:
         """The number of original positions in some dimensions of an argument."""
         dense, fused = self.args[name].meta["val"].shape, self.value(name).tensor.shape
         count: Any = 1
-        for d in dims:
+        rest = set(dims)
+        for p in self.stream.places(self.dims(name)):
+            held = {p.dim, *p.rest}
+            if not all(isinstance(dense[d], int) for d in held):
+                extent = self._extent(p, 0)
+                if extent is None:
+                    raise Declined("two symbolic sizes share a dimension with the token axis")
+                count = count * extent
+                rest -= held
+        for d in rest:
             count = count * (dense[d] if isinstance(dense[d], int) else fused[d])
         return count
 
-    def expected_shape(self, dims: Dims, dense: Sequence[Any]) -> list[Any] | None:
-        """The shape a result must have: as before, its token axes shrunk. None: no whole token axis."""
+    def _extent(self, place: Place, generation: int) -> int | torch.SymInt | None:
+        """The size of a dimension that has the tokens of a generation at a place; None beside symbolic axes."""
+        beside = product(place.before + place.after)
+        if not isinstance(beside, int):
+            return None
+        return beside * (place.lead + self.stream.body(generation) + place.tail)
+
+    def expected_shape(self, dims: Dims, dense: Sequence[Any]) -> list[int | torch.SymInt | None] | None:
+        """The shape a result must have: as before, its token axes shrunk. None: no whole token axis.
+
+        A size is None where others than tokens make it symbolic in the original program.
+        """
         found = places(dims, self.tokens)
         if found is None:
             return None
-        shape = list(dense)
-        removed = self.tokens.size - self.stream.body(self.generation)
+        shape: list[int | torch.SymInt | None] = [size if isinstance(size, int) else None for size in dense]
         for p in found:
-            whole = self.tokens.size + p.lead + p.tail
-            for d in p.rest:
-                shape[p.dim] = shape[p.dim] * shape[d]
-                shape[d] = 1
-            shape[p.dim] = shape[p.dim] // whole * (whole - removed)
+            shape = [1 if d in p.rest else size for d, size in enumerate(shape)]
+            shape[p.dim] = self._extent(p, self.generation)
         return shape
 
     def out_dims(self) -> list[Dims]:
@@ -249,25 +264,29 @@ class FusedCall:
     def _resize(self, args: tuple[Any, ...], shape: list[Any], dims: Dims) -> Tensor:
         """Reshape or expand to ``shape``; sizes that hold no tokens stay as the program computes them."""
         x: Tensor = args[0]
-        given: Any
+        given = args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else []
         if self.rule.resized == "size":
-            given = args[1] if isinstance(args[1], (list, tuple)) else list(shape)
             touched = {d for p in present(places(dims, self.tokens)) for d in (p.dim, *p.rest)}
+            # Of the shape of another tensor, or one that is listed.
+            given = given or args[1].shape
             x = torch.ops.aten.expand(x, [shape[d] if d in touched else s for d, s in enumerate(given)])
             return x
-        unknown = [d for d, s in enumerate(shape) if not isinstance(s, int)]
-        if len(unknown) > 1:
-            given = args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else None
-            if given is None:
-                raise Declined("a reshape with several symbolic sizes meets fused tokens")
-            touched = {d for p in present(places(dims, self.tokens)) for d in (p.dim, *p.rest)}
-            shape = [s if isinstance(s, int) or d in touched else given[d] for d, s in enumerate(shape)]
-            unknown = [d for d in unknown if d in touched or given[d] == -1]
-            if len(unknown) > 1:
-                raise Declined("a reshape with several symbolic sizes meets fused tokens")
-        target = [-1 if d in unknown else s for d, s in enumerate(shape)]
-        x = torch.ops.aten.reshape(x, target)
+        if sum(not isinstance(size, int) for size in shape) == 1:
+            shape = [size if isinstance(size, int) else -1 for size in shape]
+        else:
+            shape = [self._as_given(d, dims, x, given) if size is None else size for d, size in enumerate(shape)]
+        if shape.count(-1) > 1:
+            raise Declined("a reshape with several symbolic sizes meets fused tokens")
+        x = torch.ops.aten.reshape(x, shape)
         return x
+
+    def _as_given(self, d: int, dims: Dims, x: Tensor, given: Sequence[Any]) -> Any:
+        """The size of a dimension of a reshape where it holds no tokens; -1 where that is not known."""
+        source = self.value(self.operand).dims
+        kept = [i for i, dim in enumerate(source) if dim and dim == dims[d]]
+        if kept:
+            return x.shape[kept[0]]
+        return given[d] if len(given) == len(dims) and not mentions((dims[d],), self.tokens) else -1
 
     def _check(self, got: Tensor, dims: Dims, index: int) -> None:
         """Raise ``Declined`` where a result is not what the original program makes, its token axes shrunk."""
@@ -279,7 +298,7 @@ class FusedCall:
         agree = (
             got.dtype == dense.dtype
             and len(got.shape) == len(want)
-            and all(not (isinstance(g, int) and isinstance(w, int)) or g == w for g, w in zip(got.shape, want))
+            and all(w is None or hint_of(g) == hint_of(w) for g, w in zip(got.shape, want))
         )
         if not agree:
             raise Declined(

@@ -43,9 +43,10 @@ Env = Mapping[fx.Node, Any]
 def run(state: State) -> str | None:
     state.counts = None
     plan, normal = present(state.plan), present(state.normal)
-    if (state.adjustable or state.unsettled) and not plan.relaxed:
+    if state.counted and not plan.relaxed:
         state.counts = Counts(state.inputs, [present(b.tokens_out) for b in plan.fusing])
-    outcome = rewrite_graph(normal, state.inputs, present(state.axes), plan, state.counts)
+    asked = state.adjustable or state.config.unsettled
+    outcome = rewrite_graph(normal, state.inputs, present(state.axes), plan, state.counts, asked=asked)
     state.result, state.unmerges = outcome.graph, outcome.unmerges
     known = state.findings
     declined = known.declined | outcome.wasted
@@ -103,6 +104,7 @@ def rewrite_graph(
     plan: Plan,
     counts: Counts | None = None,
     followed: bool = False,
+    asked: bool = True,
 ) -> Outcome:
     """Fuse tokens at each planned block and make everything downstream size-weighted.
 
@@ -121,7 +123,8 @@ def rewrite_graph(
     With ``counts`` the graph has one more input for each fusing block: the tokens that it leaves. ``followed``: beside
     its outputs it returns what became of the tokens, by block (see ``following``).
 
-    Raises ``ConfigError`` for a method that, with ``counts``, chooses by the numbers of tokens themselves.
+    Raises ``ConfigError`` for a method that, with ``counts``, chooses by the numbers of tokens themselves;
+    ``UnsupportedGraph`` unless a graph that serves others was ``asked`` for.
 
     Source: Lee et al., CVPR 2024, section 3.
     """
@@ -133,7 +136,7 @@ def rewrite_graph(
             result = trace(rewriter.run, inputs)
         else:
             result = trace(partial(rewriter.run_counted, len(inputs)), [*counts.inputs, *counts.left])
-            counts.refuse_decisions(plan.method.name)
+            counts.refuse_decisions(plan.method.name, asked)
     rewriter.close(result.graph)
     # What was computed of the old tokens alone and is read no more.
     result.graph.eliminate_dead_code()

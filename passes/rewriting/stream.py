@@ -141,7 +141,10 @@ class Stream:
     def body(self, generation: int) -> int:
         """The number of unprotected tokens in a generation."""
         if generation == 0:
-            return self.tokens.size
+            if isinstance(self.tokens.size, int):
+                return self.tokens.size
+            (lead, tail), ones = next(iter(self._ones.items()))
+            return ones.shape[1] - lead - tail
         fusion = self.fusions[generation - 1]
         return fusion.keep.shape[1] - fusion.lead - fusion.tail
 
@@ -418,6 +421,8 @@ def _regrid(tensor: Tensor, place: Place, dims: Dims) -> Tensor:
         return tensor
     d, width = place.dim, len(place.rest)
     sizes = [product(dims[i]) for i in (d, *place.rest)]
+    if not all(isinstance(size, int) for size in sizes):
+        raise Declined("the tokens lie in a grid whose rows and columns are symbolic")
     tensor = tensor.squeeze(place.rest).unflatten(d, sizes)
     return tensor.movedim(tuple(range(d + 1, d + 1 + width)), place.rest)
 

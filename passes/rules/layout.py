@@ -5,12 +5,13 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
+import sympy
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from mctf_compile.errors import Declined
 from mctf_compile.narrowing import node_of
-from mctf_compile.passes.axes import Dims, product, size_of
+from mctf_compile.passes.axes import Dims, Size, plain, product, size_of
 from mctf_compile.passes.rules.base import Elements, rule, wrap
 from mctf_compile.passes.rules.call import Call, Flow, Fused, V
 
@@ -32,6 +33,12 @@ def reshape(call: Call) -> Flow:
     source = call.dims_of(call.tensors()[0])
     out, cut = call.table.reshape(source, [size_of(s) for s in call.shape])
     return Flow(out, cut)
+
+
+def number(value: int | fx.Node) -> Size:
+    """An argument that is a number, as a size; a symbol of its own where nobody knows what it is."""
+    known = value.meta.get("val") if isinstance(value, fx.Node) else value
+    return size_of(known) if isinstance(known, (int, torch.SymInt)) else sympy.Dummy(integer=True)
 
 
 @rule(
@@ -128,7 +135,7 @@ def repeat(call: Call) -> Flow:
     times = list(call.args["repeats"] if "repeats" in call.args else call.args["dims"])
     times = [1] * (len(call.shape) - len(times)) + times
     source = ((),) * (len(times) - len(source)) + source
-    tiled = [call.table.fresh(size_of(time), "r") + dim for dim, time in zip(source, times)]
+    tiled = [call.table.fresh(number(time), "r") + dim for dim, time in zip(source, times)]
     return Flow(tuple(tiled), tuple(dim for dim, time in zip(source, times) if time != 1))
 
 
@@ -138,7 +145,7 @@ def repeat_interleave(call: Call) -> Flow:
     if d is None:
         return Flow(call.table.fresh_dims(call.shape), dims)
     d = wrap(d, len(dims))
-    return Flow((*dims[:d], dims[d] + call.table.fresh(times, "r"), *dims[d + 1 :]), (dims[d],))
+    return Flow((*dims[:d], dims[d] + call.table.fresh(number(times), "r"), *dims[d + 1 :]), (dims[d],))
 
 
 @rule("view_as_complex", reads="self")
@@ -192,19 +199,22 @@ def slice_parts(call: Fused[V]) -> V:
     """A slice that is the protected prefix, or all that follows it."""
     if call.args.get("step", 1) != 1:
         raise Declined("the token axis is sliced with a stride")
-    return call.result(part(call, *bounds(call.call)))
+    found = bounds(call.call, call.node.meta["val"])
+    if found is None:
+        raise Declined("the token axis is sliced at places that depend on numbers")
+    return call.result(part(call, *found))
 
 
 def split_parts(call: Fused[V]) -> list[V]:
     """A split into protected prefix, body and suffix."""
     d = call.wrapped("dim")
-    sizes = [value.shape[d] for value in call.node.meta["val"]]
+    sizes = [size_of(value.shape[d]) for value in call.node.meta["val"]]
     edges = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
     pieces = [part(call, start, stop) for start, stop in pairwise(edges)]
     return [call.result(piece, index=i) for i, piece in enumerate(pieces)]
 
 
-def part(call: Fused[V], start: int, stop: int) -> Tensor:
+def part(call: Fused[V], start: Size, stop: Size) -> Tensor:
     """Positions start:stop of the original token axis, where they hold all of the body or nothing of it."""
     piece: Tensor = torch.ops.aten.slice.Tensor(
         call.intensive("self").tensor, call.wrapped("dim"), *span(call, start, stop)
@@ -212,49 +222,64 @@ def part(call: Fused[V], start: int, stop: int) -> Tensor:
     return piece
 
 
-def span(call: Fused[V], start: int, stop: int) -> tuple[int, int]:
+def span(call: Fused[V], start: Size, stop: Size) -> tuple[int, int]:
     """Where positions start:stop of the original token axis are, which hold all of the body or nothing of it."""
     dim = call.wrapped("dim")
     place = call.place("self", dim)
     x = call.intensive("self").tensor
     if place.before or place.after:
         raise Declined("the token axis is sliced together with other axes")
-    body_end = place.lead + call.tokens.size
-    removed = body_end + place.tail - x.shape[dim]
-    if start >= body_end:
-        start, stop = start - removed, stop - removed
-    elif stop >= body_end and start <= place.lead:
-        stop = stop - removed
-    elif stop > place.lead:
-        raise Declined(f"tokens {start}:{stop} are sliced out of {body_end + place.tail}")
-    return start, stop
+    total = place.lead + call.tokens.size + place.tail
+
+    def now(position: Size) -> int | None:
+        """A place before or behind the body, counted from the end that it is near to."""
+        back = plain(total - position)
+        if isinstance(position, int) and 0 <= position <= place.lead:
+            return position
+        return x.shape[dim] - back if isinstance(back, int) and 0 <= back <= place.tail else None
+
+    first, last = now(start), now(stop)
+    if first is None or last is None:
+        raise Declined(f"tokens {start}:{stop} are sliced out of {total}")
+    return first, last
 
 
-def bounds(call: Call) -> tuple[int, int]:
-    """The start and stop of a slice, non-negative and within the dimension."""
+END = 2**63 - 1
+
+
+def bounds(call: Call, part: Tensor) -> tuple[Size, Size] | None:
+    """The start and stop of a slice, non-negative and within the dimension; None where that depends on numbers.
+
+    ``part``: a tensor of as many positions as the slice has.
+    """
     dims = call.dims("self")
     d = wrap(call.args["dim"], len(dims))
-    size = call.args["self"].meta["val"].shape[d]
-    start, stop = call.args.get("start"), call.args.get("end")
-    start = 0 if start is None else start
+    size, length = (size_of(x.shape[d]) for x in (call.args["self"].meta["val"], part))
+    given = [call.args.get("start"), call.args.get("end")]
+    start, stop = (default if v is None else number(v) for v, default in zip(given, (0, END)))
+    if start is None or stop is None:
+        return None
     if "length" in call.args:
         start = start + size if isinstance(start, int) and start < 0 else start
-        stop = start + call.args["length"]
-    stop = size if stop is None else stop
-    if not all(isinstance(v, int) for v in (start, stop, size)):
-        return (start, size if stop == 2**63 - 1 else stop)
-    return tuple(min(max(v + size if v < 0 else v, 0), size) for v in (start, stop))
+        stop = start + length
+    if all(isinstance(v, int) for v in (start, stop, size)):
+        start, stop = (min(max(v + size if v < 0 else v, 0), size) for v in (start, stop))
+        return start, stop
+    start, stop = (size if v == END else v + size if sympy.sympify(v).is_negative else v for v in (start, stop))
+    # What is cut at the end for some sizes is no longer as long as from start to stop.
+    return (plain(start), plain(stop)) if plain(stop - start) == length else None
 
 
 @rule("slice.Tensor", "narrow", reads="self dim start end step length", fused=slice_parts, elements=Elements.TAKEN)
 def slice_(call: Call) -> Flow:
     dims = call.dims("self")
     d = wrap(call.args["dim"], len(dims))
-    start, stop = bounds(call)
-    if call.args.get("step", 1) != 1 or not all(isinstance(v, int) for v in (start, stop)):
-        whole = start == 0 and size_of(call.shape[d]) == product(dims[d])
+    found = bounds(call, call.node.meta["val"])
+    if call.args.get("step", 1) != 1 or found is None:
+        whole = call.args.get("step", 1) == 1 and size_of(call.shape[d]) == product(dims[d])
         new = dims[d] if whole else call.table.fresh(call.shape[d])
         return Flow((*dims[:d], new, *dims[d + 1 :]), () if whole else (dims[d],))
+    start, stop = found
     call.table.cut(dims[d], (start, stop))
     held = call.table.slice(dims[d], start, stop)
     whole = held is not None and held == call.table.canonical(dims[d])
@@ -285,9 +310,13 @@ def write_parts(call: Fused[V]) -> V:
     """Writing what is all of the tokens, or none of them but protected ones."""
     if call.args.get("step", 1) != 1:
         raise Declined("the token axis is written to with a stride")
-    dim, (start, stop) = call.wrapped("dim"), bounds(call.call)
+    dim, found = call.wrapped("dim"), bounds(call.call, call.args["src"].meta["val"])
     place, held = call.place("self", dim), [p for p in call.places_of(call.args["src"]) if p.dim == dim]
-    whole = start <= place.lead and stop >= place.lead + call.tokens.size
+    if found is None:
+        raise Declined("the token axis is written to at places that depend on numbers")
+    start, stop = found
+    after = plain(place.lead + call.tokens.size + place.tail - stop)
+    whole = all(isinstance(v, int) and v <= end for v, end in ((start, place.lead), (after, place.tail)))
     if whole != bool(held) or any(p.before or p.after or p.rest or p.lead != place.lead - start for p in held):
         raise Declined("what is written to the tokens numbers them otherwise than they do")
     x, source = call.intensive("self").tensor, call.intensive("src").tensor
@@ -299,9 +328,10 @@ def slice_scatter(call: Call) -> Flow:
     """The first operand with the second at some positions."""
     dims, source = call.dims("self"), call.dims("src")
     d = wrap(call.args["dim"], len(dims))
-    start, stop = bounds(call)
+    found = bounds(call, call.args["src"].meta["val"])
     mixed = tuple(dim for i, (a, b) in enumerate(zip(dims, source)) if i != d for dim in call.table.align(a, b))
-    if call.args.get("step", 1) == 1 and isinstance(start, int) and isinstance(stop, int):
+    if call.args.get("step", 1) == 1 and found is not None:
+        start, stop = found
         call.table.cut(dims[d], (start, stop))
         held = call.table.slice(dims[d], start, stop)
         mixed += (source[d],) if held is None else call.table.align(held, source[d])
@@ -329,13 +359,11 @@ def split(call: Call) -> Flow:
     dims = call.dims("self")
     d = wrap(call.args["dim"], len(dims))
     out: list[Dims] = []
-    sizes = [value.shape[d] for value in call.node.meta["val"]]
-    edges = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
-    static = all(isinstance(e, int) for e in edges)
-    if static:
-        call.table.cut(dims[d], edges)
+    sizes = [size_of(value.shape[d]) for value in call.node.meta["val"]]
+    edges = [plain(sum(sizes[:i])) for i in range(len(sizes) + 1)]
+    call.table.cut(dims[d], edges)
     for size, start, stop in zip(sizes, edges, edges[1:]):
-        held = call.table.slice(dims[d], start, stop) if static else None
+        held = call.table.slice(dims[d], start, stop)
         held = call.table.fresh(size) if held is None else held
         out.append((*dims[:d], held, *dims[d + 1 :]))
     return Flow(out, (dims[d],))

@@ -297,7 +297,7 @@ def by_order(call: Call) -> Flow:
 def topk(call: Call) -> Flow:
     dims = call.dims("self")
     d = wrap(call.args["dim"], len(dims)) if dims else 0
-    out = (*dims[:d], call.table.fresh(call.args["k"]), *dims[d + 1 :]) if dims else ()
+    out = (*dims[:d], call.table.fresh(call.shape[d]), *dims[d + 1 :]) if dims else ()
     return Flow([out, out], dims[d : d + 1])
 
 
