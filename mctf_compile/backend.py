@@ -16,6 +16,7 @@ from mctf_compile.dynamic import Adjustable
 from mctf_compile.errors import MctfError
 from mctf_compile.inner.lowering import compile_lowered, inner_compiler
 from mctf_compile.narrowing import present
+from mctf_compile.recompiling import last_size
 
 
 def mctf(
@@ -62,6 +63,9 @@ def _compiled(
             warnings.warn(f"mctf: the graph stays dense: {report.reason}", stacklevel=2)
     if report.reason is not None:
         return inner_compiler(config)(gm, example_inputs)
+    last = last_size(gm, example_inputs)
+    if last is not None:
+        warnings.warn(f"mctf: {last}", stacklevel=2)
     found = present(state)
     run = compile_lowered(found)
     if found.counts is not None:

@@ -15,6 +15,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 import torch
+from torch import fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from mctf_compile.errors import MctfError
@@ -213,3 +214,30 @@ class WatchedShapeEnv(ShapeEnv):
             place = f"line {frame.f_lineno} of {file}" + (f": {text}" if text else "")
             if place not in self.decisions:
                 self.decisions.append(place)
+
+
+def compilation() -> tuple[int, int, int | None]:
+    """Of the compilation that is going on: its number among those of its frame, how many there may be, and the frame.
+
+    The frame is None where Dynamo is compiling none.
+    """
+    from torch._dynamo import config
+    from torch._guards import CompileContext
+
+    now = CompileContext.current_compile_id()
+    if now is None or now.frame_id is None or now.frame_compile_id is None:
+        return 0, config.recompile_limit, None
+    return now.frame_compile_id, config.recompile_limit, now.frame_id
+
+
+def fixed_size(gm: fx.GraphModule, number: int, dim: int) -> str | None:
+    """The line of the model that fixes a size which Dynamo had left open: a dimension of one of a graph's tensors."""
+    inputs = [n for n in gm.graph.find_nodes(op="placeholder") if isinstance(n.meta.get("example_value"), torch.Tensor)]
+    source = getattr(inputs[number].meta.get("grapharg"), "source", None)
+    env = getattr(getattr(inputs[number].meta["example_value"], "fake_mode", None), "shape_env", None)
+    if source is None or env is None:
+        return None
+    name = f"{source.name}.size()[{dim}]"
+    symbol = next((s for s, sources in env.var_to_sources.items() if name in [found.name for found in sources]), None)
+    guards = [g for g in env.guards if symbol is not None and symbol in g.expr.free_symbols and g.expr.is_Equality]
+    return next((g.sloc.maybe_user_loc for g in guards if env.replace(symbol).is_number), None)

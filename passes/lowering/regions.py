@@ -103,6 +103,8 @@ def split(gm: fx.GraphModule, joined: bool = True) -> Cut | None:
     for node in gm.graph.find_nodes(op="get_attr"):
         node.meta.setdefault("val", operator.attrgetter(node.target)(gm))
     segments = [_Segment(nodes) for nodes in _segments(gm.graph)]
+    if any(_is_number(n) and not _is_size(n) for s in segments for n in s.read):
+        return None
     if joined:
         segments = _joined(segments)
     groups: dict[tuple[Any, ...], list[_Segment]] = {}
@@ -136,7 +138,7 @@ def _segments(graph: fx.Graph) -> Iterator[list[fx.Node]]:
     for node in graph.nodes:
         if node.op != "call_function":
             continue
-        if _is_number(node) and all(n in outside for n in node.all_input_nodes):
+        if _is_size(node) and all(n in outside for n in node.all_input_nodes):
             outside.add(node)
             continue
         number = max(number, node.meta.get(SEGMENT, 0))
@@ -157,6 +159,11 @@ def _joined(segments: list[_Segment]) -> list[_Segment]:
     return joined
 
 
+def _is_size(node: fx.Node) -> bool:
+    """Whether a node is a number that regions take: a whole one."""
+    return isinstance(node.meta.get("val"), torch.SymInt)
+
+
 def _is_number(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymBool, torch.SymFloat))
 
@@ -175,7 +182,7 @@ def _known(number: Number) -> int | torch.SymInt:
 
 
 class _Segment:
-    """Consecutive nodes, what they read from outside, and what is read of them later.
+    """Consecutive nodes, what they ``read`` from outside, and what is read of them later.
 
     ``numbers`` are those that may differ between sites of one region, in the order in which they are met;
     ``key`` is all the rest.
@@ -183,8 +190,8 @@ class _Segment:
 
     def __init__(self, nodes: list[fx.Node]) -> None:
         self.nodes, self.own = nodes, set(nodes)
-        outer = dict.fromkeys(i for n in nodes for i in n.all_input_nodes if i not in self.own)
-        self.inputs = [n for n in outer if not _is_number(n)]
+        self.read = dict.fromkeys(i for n in nodes for i in n.all_input_nodes if i not in self.own)
+        self.inputs = [n for n in self.read if not _is_number(n)]
         self.results = {i for i, n in enumerate(nodes) if any(user not in self.own for user in n.users)}
         self.numbers: list[Number] = []
         names = {n: f"%{i}" for i, n in enumerate((*self.inputs, *nodes))}
