@@ -400,18 +400,6 @@ def test_each_image_size_of_a_resampling_model_fuses():
     assert [[b.tokens_out for b in report.blocks] for report in recorder.reports] == [[65, 57, 49], [101, 93, 85]]
 
 
-def test_a_symbolic_number_of_tokens_is_dense_with_the_reason():
-    torch.manual_seed(0)
-    model = TinyViT(VitSpec()).eval()
-    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
-        warnings.simplefilter("always")
-        compiled = fast(model, dynamic=True)
-        for size in (16, 24):
-            images = torch.randn(2, 3, size, size)
-            torch.testing.assert_close(compiled(images), model(images), atol=1e-5, rtol=1e-5)
-    assert any("the number of tokens is symbolic" in str(w.message) for w in caught)
-
-
 def test_a_model_on_the_meta_device_is_explained():
     model = tiny().to("meta")
     assert mctf_compile.explain(model, torch.empty(2, 3, 96, 96, device="meta"), r=8).removed == 16
