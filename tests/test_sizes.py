@@ -155,7 +155,8 @@ def test_other_models(spec):
 def test_duplicates_are_lossless_at_every_size(spec):
     model = Resizing(position=False, **spec)
     # Of three kinds of patches no block has as many different tokens as it leaves.
-    given = [repeated_patches(2, rows, 3, seed=rows)[..., : 4 * columns] for rows, columns in ((6, 4), (9, 5), (6, 6))]
+    sizes = ((6, 4), (9, 5), (6, 6))
+    given = [repeated_patches(2, n, 3, seed=n)[..., : PATCH * m].contiguous() for n, m in sizes]
     with torch.no_grad():
         for x, got in zip(given, once(model, given, r=4, min_tokens=1, tau_info=0, tau_size=0), strict=True):
             torch.testing.assert_close(got, model(x), rtol=1e-4, atol=1e-5)
