@@ -283,7 +283,10 @@ def _body(segment: _Segment, results: list[int], symbols: int, known: Iterator[i
         arguments = segment.arguments(node, number)
         args, kwargs = fx.node.map_arg(arguments, lambda n: env.get(n, n))
         env[node] = graph.call_function(function_of(node), args, kwargs)
-        env[node].meta = {k: v for k, v in node.meta.items() if k not in ("val", "tensor_meta", SEGMENT)}
+        # A number that is read from a tensor has another symbol where the region is traced anew.
+        env[node].meta = {
+            k: v for k, v in node.meta.items() if k not in ("val", "tensor_meta", "unbacked_bindings", SEGMENT)
+        }
     graph.output(tuple(env[segment.nodes[i]] for i in results))
     return graph
 
