@@ -41,22 +41,22 @@ class Adjustable:
         bodies = [present(b.block.tokens).size for b in present(state.plan).fusing]
         symbols = set().union(*(size.free_symbols for size in bodies if not isinstance(size, int)))
         self._sizes = present(state.sizes).only(symbols)
-        self._left: dict[tuple[Any, ...], list[int] | None] = {}
+        self._remaining: dict[tuple[Any, ...], list[int] | None] = {}
 
     def __call__(self, *inputs: Any) -> Any:
-        left = self.left(self._r(), self._sizes.read(inputs))
-        return self.dense(*inputs) if left is None else self.run(*inputs, *left)
+        remaining = self.remaining(self._r(), self._sizes.read(inputs))
+        return self.dense(*inputs) if remaining is None else self.run(*inputs, *remaining)
 
     def _r(self) -> Any:
         own = getattr(self.state.config.method, "r", None)
         return own if self.options is None else self.options.get("r", own)
 
-    def left(self, r: Any, sizes: tuple[int, ...]) -> list[int] | None:
+    def remaining(self, r: Any, sizes: tuple[int, ...]) -> list[int] | None:
         """The tokens that each fusing block leaves; None where the graph does more than the method would."""
         key = (repr(r), *sizes)
-        if key not in self._left:
-            self._left[key] = self._plan(r, sizes)
-        return self._left[key]
+        if key not in self._remaining:
+            self._remaining[key] = self._plan(r, sizes)
+        return self._remaining[key]
 
     def _plan(self, r: Any, sizes: tuple[int, ...]) -> list[int] | None:
         method, found = self.state.config.method, self.state.findings.r

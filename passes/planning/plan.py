@@ -33,7 +33,7 @@ def run(state: State) -> None:
         _varies(b) and b.problem is None and not _why_fixed(b, state, relaxed) for b in state.blocks or ()
     )
     if state.counted and isinstance(method, Merging):
-        method, requests = typical(method, state), None
+        method, requests = with_representative_r(method, state), None
     state.plan = make_plan(state, method, requests, relaxed, state.counted)
 
 
@@ -165,7 +165,7 @@ class _TowerPlanner:
         planned = PlannedBlock(index, block, None, None, tower=self.number, number=number, depth=self.depth)
         reason = block.problem or _why_fixed(block, self.state, self.relaxed)
         reason = reason or findings.declined.get(index) or _unsupported(block, self.axes)
-        reason = reason or _left_out(block, self.method.modules)
+        reason = reason or _excluded(block, self.method.modules)
         if reason is None and number in self.chosen:
             reason = _unmet(block, self.axes, self.method)
         if reason is not None:
@@ -174,7 +174,7 @@ class _TowerPlanner:
         entry, axis = present(block.entry), present(block.tokens)
         size = size_at(axis.size, self.numbers)
         (place,) = present(places(self.axes.of(entry), axis))
-        if index in findings.whole:
+        if index in findings.uncut:
             self.counts[axis.body] = size
         body = self.counts.setdefault(axis.body, size)
         tokens = place.lead + body + place.tail
@@ -191,12 +191,12 @@ class _TowerPlanner:
             self.entries[entry] = number
             if self.method.site is not Site.AROUND:
                 self.counts[axis.body] = body - outcome.r
-        left = tokens if reason is not None else tokens - outcome.r
+        remaining = tokens if reason is not None else tokens - outcome.r
         notes = [outcome.note, _exposed(block, self.method)]
         return replace(
             planned,
             tokens_in=tokens,
-            tokens_out=left,
+            tokens_out=remaining,
             reason=reason,
             note="; ".join(n for n in notes if n) or None,
             lead=lead,
@@ -212,7 +212,7 @@ class _TowerPlanner:
         """Why a block of a graph that serves several r, or several sizes, removes no token at any, if so."""
         if number not in self.chosen:
             return NOT_CHOSEN
-        if self.state.adjustable or self.state.config.unsettled:
+        if self.state.adjustable or self.state.config.undecided:
             return None
         # A block that removes none of many removes none of fewer.
         outcome = self.state.config.method.removal(number, self.depth, Count(MANY, 0, MANY))
@@ -273,7 +273,7 @@ def _why_fixed(block: Block, state: State, relaxed: bool) -> str | None:
         return None
     if not present(state.sizes).known(present(block.tokens).size):
         return "the number of tokens depends on the values of tensors, and not on the shapes of the inputs alone"
-    if state.whole:
+    if state.one_piece:
         return (
             "the number of tokens is symbolic, and a graph by itself fuses a fixed number (compile with dynamic=False)"
         )
@@ -282,7 +282,7 @@ def _why_fixed(block: Block, state: State, relaxed: bool) -> str | None:
     return None
 
 
-def tokens_left(
+def tokens_remaining(
     state: State,
     method: Method | None = None,
     requests: Sequence[int] | None = None,
@@ -301,12 +301,12 @@ def fusing_now(
     requests: Sequence[int] | None = None,
     numbers: Mapping[sympy.Symbol, int] | None = None,
 ) -> list[PlannedBlock]:
-    """The fusing blocks of an adjustable result, with the tokens that they have and leave; see ``tokens_left``."""
+    """The fusing blocks of an adjustable result, with the tokens that they have and leave; see ``tokens_remaining``."""
     blocks = make_plan(state, method or state.config.method, requests, adjustable=True, numbers=numbers).blocks
     return [blocks[b.index] for b in present(state.plan).fusing]
 
 
-def typical(method: Merging, state: State) -> Merging:
+def with_representative_r(method: Merging, state: State) -> Merging:
     """The method with an ``r`` at which every block removes two tokens or more, where there are so many.
 
     Symbolic sizes are traced at such numbers: code for none or one token would hold for nothing else.
@@ -325,7 +325,7 @@ def _check_layers(method: Method, blocks: Sequence[Block], towers: Sequence[Towe
     free = [
         t
         for t in towers
-        if any(blocks[i].problem is None and not _left_out(blocks[i], method.modules) for i in t.blocks)
+        if any(blocks[i].problem is None and not _excluded(blocks[i], method.modules) for i in t.blocks)
     ]
     depths = sorted({len(tower.blocks) for tower in free or towers})
     beyond = [i for i in method.layers or () if depths and i >= depths[-1]]
@@ -341,7 +341,7 @@ def _check_layers(method: Method, blocks: Sequence[Block], towers: Sequence[Towe
         )
 
 
-def _left_out(block: Block, modules: Sequence[str] | None) -> str | None:
+def _excluded(block: Block, modules: Sequence[str] | None) -> str | None:
     """Why the option ``modules`` leaves a block out, if it does: it names neither its module nor one around it."""
     if modules is None:
         return None
@@ -376,7 +376,7 @@ def _unmet(block: Block, axes: Axes, method: Method) -> str | None:
 
 def _unsupported(block: Block, axes: Axes) -> str | None:
     """Attention that the fused operators do not compute."""
-    site = block.attention
+    attention = block.attention
     if block.mask is Mask.GIVEN:
         return (
             "the attention mask is an input of the graph with a number for every pair of tokens, so that whether it "
@@ -384,11 +384,11 @@ def _unsupported(block: Block, axes: Axes) -> str | None:
         )
     if block.mask is Mask.PAIRS:
         return "attention is masked by pairs of tokens (causal or block by block), which cannot be fused"
-    if site.weights is not None:
+    if attention.weights is not None:
         return None
-    args = schema_arguments(site.node)
+    args = schema_arguments(attention.node)
     if args.get("is_causal"):
         return "causal attention needs the order of the original tokens"
-    if head_layout(axes.of(site.query), present(block.tokens)) is None:
+    if head_layout(axes.of(attention.query), present(block.tokens)) is None:
         return "attention numbers its images otherwise than the residual stream does (windows or frames)"
     return None
