@@ -56,6 +56,25 @@ class Files:
         return image if self.altered is None else self.altered(image, number)
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """Some of other images, by their numbers."""
+
+    images: Images
+    numbers: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, part: slice) -> Tensor:
+        return torch.cat([self.images[number : number + 1] for number in self.numbers[part]])
+
+
+def padded(part: Tensor, batch: int) -> Tensor:
+    """A batch of full size, by repeating the first image: a shorter one would be compiled once more."""
+    return torch.cat([part, part[:1].expand(batch - len(part), *part.shape[1:])]) if len(part) < batch else part
+
+
 class Folder:
     """The images of a folder whose subfolders are the classes.
 

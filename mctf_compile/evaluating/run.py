@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from mctf_compile.compiler import explain
 from mctf_compile.config import FusionConfig
 from mctf_compile.errors import ConfigError, MctfError, cause_of
-from mctf_compile.evaluating.images import Images
+from mctf_compile.evaluating.images import Images, padded
 from mctf_compile.evaluating.outcomes import Batches, Kept, Outcomes, missing
 from mctf_compile.evaluating.quality import Quality, quality
 from mctf_compile.evaluating.settings import DENSE, NONE, Setting
@@ -214,8 +214,7 @@ class _Run:
             own = to_do[self.world.rank :: self.world.size]
             done: dict[str, Batches] = {label: {} for label in lacking}
             for count, (number, part) in enumerate(self._read(images, own)):
-                # A shorter last batch would be compiled once more.
-                full = torch.cat([part, part[:1].expand(self.batch - len(part), *part.shape[1:])]).to(self.device)
+                full = padded(part, self.batch).to(self.device)
                 for label, module in modules.items():
                     if number in lacking[label]:
                         outcomes = Outcomes.of(module(full)[: len(part)])

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mctf_compile.compiler import explain
+from mctf_compile.config import FusionConfig
 from mctf_compile.errors import ConfigError, MctfError
 from mctf_compile.evaluating.images import Images
 from mctf_compile.methods import METHODS, get_method
@@ -42,11 +43,11 @@ class Setting:
     label: str
 
     @classmethod
-    def of(cls, options: Mapping[str, Any], method: str = "mctf") -> Setting:
-        """The setting of some options of the backend, the method among them unless it is ``method``."""
+    def of(cls, options: Mapping[str, Any]) -> Setting:
+        """The setting of some options of the backend, valid ones; their method comes first in the label."""
+        method = FusionConfig.from_options(options).method.name
         rest = {name: value for name, value in options.items() if name != "method"}
-        chosen = options.get("method", method)
-        return cls(chosen, rest, " ".join([str(chosen), *(f"{name}={value}" for name, value in rest.items())]))
+        return cls(method, rest, " ".join([method, *(f"{name}={value}" for name, value in rest.items())]))
 
     @property
     def every_option(self) -> dict[str, Any]:
@@ -74,7 +75,7 @@ def sweep(method: str, tokens: int, depth: int) -> list[Setting]:
         options = dict(entry)
         if "removed" in options:
             options["r"] = max(round(options.pop("removed") * tokens / depth), 1)
-        setting = Setting.of(options, method)
+        setting = Setting.of({**options, "method": method})
         # In a small model two parts may round to the same r.
         if setting not in settings:
             settings.append(setting)

@@ -152,7 +152,8 @@ class _TowerPlanner:
         if index in findings.whole:
             self.counts[axis.body] = axis.size
         body = self.counts.setdefault(axis.body, axis.size)
-        tokens = place.lead + body + place.tail
+        tokens, dense = place.lead + body + place.tail, place.lead + axis.size + place.tail
+        self.method.check_model(self.depth, dense)
         lead = place.lead if isinstance(self.method.protected, str) else self.method.protected
         # Padding may leave one token of either kind without a partner of its own.
         spare = 2 if block.mask is Mask.TOKENS else 0
@@ -177,7 +178,7 @@ class _TowerPlanner:
             tail=place.tail,
             first=axis.lead - place.lead,
             last=axis.tail - place.tail,
-            tokens=place.lead + axis.size + place.tail,
+            tokens=dense,
         )
 
     def _removal(self, number: int, count: Count) -> Removal:
