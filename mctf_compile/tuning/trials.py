@@ -48,6 +48,8 @@ class Work:
         self.depth = len(report.blocks)
         self.tokens = max(present(block.tokens) for block in report.blocks if block.tokens is not None)
         self.fusing = [i for i, block in enumerate(report.blocks) if block.reason is None]
+        # Multiply-accumulates with as many tokens removed as can be, as early as can be.
+        self.least = self.macs([self.tokens if i in self.fusing else 0 for i in range(self.depth)])
 
     def at(self, r: Sequence[int]) -> AtR:
         """What a schedule does, block by block."""
@@ -57,7 +59,7 @@ class Work:
         return self.known[key]
 
     def macs(self, r: Sequence[int]) -> int:
-        """Multiply-accumulates of an image."""
+        """Multiply-accumulates of an image; looking for tokens is counted where a block removes none, too."""
         return self.at(r).macs
 
     def effective(self, r: Sequence[int]) -> Removals:
@@ -91,8 +93,9 @@ class Work:
         """As many tokens from every block that fuses; raises ``ConfigError`` for a goal out of reach."""
         found = self.scaled([float(i in self.fusing) for i in range(self.depth)], goal)
         if found is None:
-            least = self.macs([self.tokens if i in self.fusing else 0 for i in range(self.depth)])
-            raise ConfigError(f"a budget of {goal / 1e9:.3f} GMACs is out of reach: {least / 1e9:.3f} are the fewest")
+            raise ConfigError(
+                f"a budget of {goal / 1e9:.3f} GMACs is out of reach: {self.least / 1e9:.3f} are the fewest"
+            )
         return found
 
     def moved(self, r: Removals, source: int, into: int, tokens: int, goal: float) -> Removals | None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mctf_compile.compiler import explain
 from mctf_compile.config import FusionConfig
 from mctf_compile.errors import ConfigError
 from mctf_compile.evaluating.images import Chosen, Images
@@ -32,8 +33,8 @@ CHAIN = (0.4, 0.6, 0.75, 0.9, 1, 1.1, 1.25, 1.4)
 ATTEMPTS, CLOSE = 4, 0.97
 # Images of the search's half that schedules are tried on.
 MOST = 512
-# The saving at which choices are compared where no budget says another.
-USUAL = 0.35
+# Of what can be saved, the part at which choices are compared where no budget says another.
+USUAL = 0.5
 
 
 @dataclass(frozen=True)
@@ -143,13 +144,14 @@ def tune(
         r, verdict = borne_out[-1]
         timed = budget is not None and budget.quantity == LATENCY
         milliseconds = trials.milliseconds(held[:1], r) if timed else None
+        macs = explain(model, held[:1], **chosen, r=list(r)).macs_after
     method = FusionConfig.from_options(chosen).method
     reducing = {name: value for name, value in chosen.items() if name in method.option_names()}
     return Tuned(
         {"method": method.name, **reducing, "r": list(r)},
         contract,
         verdict,
-        work.macs(r) / 1e9,
+        macs / 1e9,
         work.dense / 1e9,
         work.depth,
         work.tokens,
@@ -213,7 +215,7 @@ def _choose(
         divergence = Divergence(Trials(model, candidate, batch), held)
         mean = 0.0
         if len(candidates) > 1:
-            goal = (1 - USUAL) * work.dense
+            goal = work.dense - USUAL * (work.dense - work.least)
             if budget is not None:
                 goal = _goal(budget, work, divergence.trials, held[:1])
             mean = divergence.mean(work.even(goal))
@@ -251,8 +253,7 @@ def _affordable(work: Work, divergence: Divergence, contract: Contract, labels: 
     """The fewest MACs at which the images of the search would bear the tolerance out, all blocks alike."""
     trials, images = divergence.trials, divergence.images
     dense = trials.outcomes(images, None)
-    least = work.macs([work.tokens if i in work.fusing else 0 for i in range(work.depth)])
-    low, high = float(least), float(work.dense)
+    low, high = float(work.least), float(work.dense)
     for i in range(7):
         told("find what can be saved", i, 7)
         middle = (low + high) / 2
