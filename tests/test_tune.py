@@ -384,11 +384,13 @@ def test_the_command_writes_a_schedule(
     monkeypatch.setattr(timm_models, "make_model", lambda *_: timm.create_model(MODEL, num_classes=3))
     folder, file = make_images(tmp_path / "images", 12), tmp_path / "found.json"
     arguments = ["tune", MODEL, str(folder), "--budget", "speedup=1.2", "--attempts", "2", "--batch", "4"]
+    arguments += ["--try", "pooling=size,mean"]
     assert cli.main([*arguments, "-o", str(file), "-o", "tau_size=30", "--confidence", "80%"]) == 0
     printed = capsys.readouterr().out
     assert "with 80% confidence at most" in printed and "6 images that had no part" in printed
     found = json.loads(file.read_text())
     assert found["blocks"] == 6 and found["tokens"] == 101 and found["options"]["tau_size"] == 30
+    assert found["options"]["pooling"] in ("size", "mean")
     assert cli.main(["explain", MODEL, "-o", f"schedule={file}"]) == 0
     assert f"{found['gmacs']:.3f} GMACs" in " ".join(capsys.readouterr().out.split())
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any, cast
 
-from mctf_compile.cli.arguments import Subcommands, drawn_model, parse_pair, positive, readable
+from mctf_compile.cli.arguments import Subcommands, drawn_model, parse_names, parse_value, positive, readable
 from mctf_compile.cli.console import CheckFailed, CommandError, stages
 from mctf_compile.cli.models import given_options, load
 
@@ -43,7 +43,7 @@ def add(commands: Subcommands) -> None:
     )
     parser.add_argument(
         "--try",
-        type=parse_pair,
+        type=parse_choices,
         action="append",
         default=[],
         dest="choices",
@@ -70,10 +70,17 @@ def share(text: str) -> float:
     return value
 
 
+def parse_choices(text: str) -> tuple[str, list[Any]]:
+    """``KEY=A,B`` as a name and several values; raises ``ArgumentTypeError`` for another form."""
+    name, equals, values = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form KEY=A,B")
+    return name, [parse_value(value) for value in parse_names(values)]
+
+
 def run(args: argparse.Namespace) -> None:
     """Tune on the images; print what was found, and write the schedule."""
     options = given_options(args)
-    choices = {name: values if isinstance(values, list) else [values] for name, values in args.choices}
     with stages() as progress:
         progress("load torch and timm", 0, 1)
         import torch
@@ -98,7 +105,7 @@ def run(args: argparse.Namespace) -> None:
                 contract=contract,
                 budget=budget,
                 options=options,
-                choices=choices,
+                choices=dict(args.choices),
                 batch=args.batch,
                 attempts=args.attempts,
                 seed=args.seed,

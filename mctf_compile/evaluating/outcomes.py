@@ -75,7 +75,8 @@ class Kept:
             folder.mkdir(parents=True, exist_ok=True)
             file = folder / self.FACTS
             if not file.exists():
-                if any(folder.iterdir()) and rank == 0:
+                # Another process may be at the same.
+                if not all(path.name.startswith(self.FACTS) for path in folder.iterdir()):
                     raise ConfigError(f"{folder} is not empty and holds no evaluation; name another folder")
                 new = folder / f"{self.FACTS}.{rank}"
                 new.write_text(json.dumps(given, indent=1) + "\n")
