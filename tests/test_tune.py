@@ -159,7 +159,7 @@ def test_the_search_finds_what_is_nearest_to_dense() -> None:
     model, images = tiny(depth=4), some_images(24)
     work = Work(model, images[:1], SMALL)
     with torch.no_grad():
-        divergence = Divergence(Trials(model, SMALL, 8), images)
+        divergence = Divergence(Trials(model, SMALL, 8), images, model(images))
         goal = work.macs([0, 3, 3, 3])
         found = search(work, divergence, goal, attempts=200)
         assert work.macs(found.r) <= goal and divergence.mean(found.r) < divergence.mean(work.even(goal))
@@ -176,16 +176,18 @@ def test_no_trial_compiles_anything(compilations: list[tuple[int, ...]]) -> None
     torch._dynamo.reset()
     with torch.no_grad():
         trials = Trials(model, {**SMALL, "inner": "aot_eager"}, 8)
-        first = trials.logits(images, (0, 2, 2))
-        made = len(compilations)
-        assert made > 0
-        for r in [(0, 0, 0), (0, 5, 1), (0, 0, 9), (0, 11, 6), (0, 1, 1)]:
-            found = trials.logits(images, r)
-            alone = torch.compile(model, backend="mctf", options={**SMALL, "inner": "eager", "r": list(r)})
-            with torch._dynamo.config.patch(error_on_recompile=False):
-                torch.testing.assert_close(found, alone(images), rtol=0, atol=1e-5)
+        first, made = trials.logits(images, (0, 2, 2)), len(compilations)
+        tried = {r: trials.logits(images, r) for r in [(0, 0, 0), (0, 5, 1), (0, 0, 9), (0, 11, 6), (0, 1, 1)]}
         assert torch.equal(trials.logits(images, (0, 2, 2)), first)
-    assert len([numbers for numbers in compilations[made:] if numbers]) <= len(compilations) - made
+        assert len(compilations) == made > 0
+        # They are the schedules that they are called.
+        for r, found in tried.items():
+            alone = torch.compile(model, backend="mctf", options={**SMALL, "inner": "eager", "r": list(r)})
+            torch.testing.assert_close(found, alone(images), rtol=0, atol=1e-5)
+        # And a call of another shape would be an error, not a compilation.
+        trials.batch = 7
+        with pytest.raises(torch._dynamo.exc.RecompileError):
+            trials.logits(images, (0, 3, 3))
 
 
 # Finding and certifying.

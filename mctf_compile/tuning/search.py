@@ -18,12 +18,12 @@ class Divergence:
     """How far the classes of a schedule are from those of the dense model, on images in memory.
 
     The Kullback-Leibler divergence of each image: it needs no labels, and changes with every token, where the images
-    lost are a whole number.
+    lost are a whole number. ``dense``: logits [N, K] of the dense model.
     """
 
-    def __init__(self, trials: Trials, images: Tensor) -> None:
+    def __init__(self, trials: Trials, images: Tensor, dense: Tensor) -> None:
         self.trials, self.images = trials, images
-        self.dense = trials.logits(images, None).double().log_softmax(1)
+        self.dense = dense.double().log_softmax(1)
         self.known: dict[Removals, Tensor] = {}
         self.first = max(len(images) // FIRST, 1)
 

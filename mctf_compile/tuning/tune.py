@@ -209,10 +209,11 @@ def _choose(
 ) -> tuple[dict[str, Any], Work, Divergence]:
     """The candidate that is nearest to the dense model at the same cost, all blocks alike."""
     best: tuple[float, dict[str, Any], Work, Divergence] | None = None
+    dense = Trials(model, candidates[0], batch).logits(held, None)
     for i, candidate in enumerate(candidates):
         told("choose options", i, len(candidates))
         work = Work(model, held[:1], candidate)
-        divergence = Divergence(Trials(model, candidate, batch), held)
+        divergence = Divergence(Trials(model, candidate, batch), held, dense)
         mean = 0.0
         if len(candidates) > 1:
             goal = work.dense - USUAL * (work.dense - work.least)
