@@ -7,10 +7,9 @@ from pathlib import Path
 
 import torch
 from digits import load, make_model, train
-from rich.console import Console
 
 from mctf_compile.cli.arguments import positive
-from mctf_compile.cli.console import stages
+from mctf_compile.cli.console import stages, wide_console
 from mctf_compile.evaluating.result import draw, table
 from mctf_compile.evaluating.run import evaluate
 from mctf_compile.evaluating.settings import Setting, chosen_methods, sweep
@@ -43,7 +42,7 @@ def main() -> None:
         f"{len(data.test)} test images; change: of top-1 in percent points, with {found.confidence:.0%} confidence. "
         f"ms: of a batch of {args.batch} (inner=eager, threads=1), median of {args.rounds} interleaved rounds."
     )
-    console = Console()
+    console = wide_console()
     console.print(table(found, TITLE, caption))
     draw(found, args.output / "compare.png", TITLE)
     console.print(f"Accuracy against multiply-accumulates: {args.output / 'compare.png'}")
