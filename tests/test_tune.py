@@ -74,10 +74,11 @@ def test_a_verdict_counts_what_its_measure_says() -> None:
     labels = torch.tensor([0, 1, 2, 0] + [0, 1, 2, 3] * 49)
     agreement = Contract("agreement", 0.05).verdict(found, dense, labels)
     assert (agreement.lost, agreement.won, agreement.images) == (2, 0, 200)
-    assert agreement.kept and agreement.bound == upper_bound(2, 200) < 0.05
-    assert not Contract("agreement", 0.02).verdict(found, dense, None).kept
+    assert agreement.kept and agreement.bound == 0.05 > upper_bound(2, 200)
+    refused = Contract("agreement", 0.02).verdict(found, dense, None)
+    assert not refused.kept and refused.bound == upper_bound(2, 200) > 0.02
     top1 = Contract("top1", 0.02).verdict(found, dense, labels)
-    assert (top1.lost, top1.won) == (1, 1) and top1.bound < upper_bound(1, 200)
+    assert (top1.lost, top1.won) == (1, 1) and top1.kept and top1.bound == 0.02 < upper_bound(1, 200)
     open_ended = Contract("top1").verdict(found, dense, labels)
     assert open_ended.kept and 0 < open_ended.bound < 0.05
     with pytest.raises(ConfigError, match="measure='top1' needs labels"):
@@ -221,7 +222,7 @@ def test_what_is_certified_holds_on_the_images_held_out(tuned: Tuned) -> None:
         lost = int((fused(kept).argmax(1) != model(kept).argmax(1)).sum())
         report = explain(model, images[:1], **tuned.options)
     assert (tuned.verdict.lost, tuned.verdict.images) == (lost, 80)
-    assert tuned.verdict.bound == upper_bound(lost, 80, 0.9) <= 0.3
+    assert upper_bound(lost, 80, 0.9) <= tuned.verdict.bound == 0.3
     assert tuned.gmacs == report.macs_after / 1e9 < tuned.dense_gmacs == report.macs_before / 1e9
     assert tuned.options["tau_info"] in (0, 20.0) and tuned.options["min_tokens"] == 2
 

@@ -47,15 +47,21 @@ class Contract:
         """What the outcomes of a schedule and of the dense model say, on images that had no part in finding it."""
         lost, won = self.changed(found, dense, labels)
         images = len(found)
+        if self.tolerance is not None and self._keeps(lost, won, images):
+            # Of several schedules the last one to keep it is taken: of that one, no less was tested than this.
+            return Verdict(True, self.tolerance, lost, won, images)
         if self.measure == AGREEMENT:
             bound = upper_bound(lost, images, self.confidence)
-            kept = self.tolerance is None or bound <= self.tolerance
-        elif self.tolerance is None:
-            bound, kept = most_lost(lost, won, images, self.confidence), True
         else:
-            kept = loses_less(lost, won, images, self.tolerance, self.confidence)
-            bound = self.tolerance if kept else most_lost(lost, won, images, self.confidence)
-        return Verdict(kept, bound, lost, won, images)
+            bound = most_lost(lost, won, images, self.confidence)
+        return Verdict(self.tolerance is None, bound, lost, won, images)
+
+    def _keeps(self, lost: int, won: int, images: int) -> bool:
+        """Whether a sample bears the tolerance out."""
+        tolerance = self.tolerance or 0.0
+        if self.measure == AGREEMENT:
+            return upper_bound(lost, images, self.confidence) <= tolerance
+        return loses_less(lost, won, images, tolerance, self.confidence)
 
     def changed(self, found: Outcomes, dense: Outcomes, labels: Tensor | None) -> tuple[int, int]:
         """The images lost and won by the measure; none is won in agreement."""
@@ -69,7 +75,10 @@ class Contract:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the contract is ``kept``, and the share lost that the images bear out: at most ``bound``."""
+    """Whether the contract is ``kept``, and the share lost that the images bear out: at most ``bound``.
+
+    That is the tolerance where it is kept, and else the least that could have been promised.
+    """
 
     kept: bool
     bound: float
