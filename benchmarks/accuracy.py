@@ -19,6 +19,7 @@ from typing import Any
 from benchmarks.suites import FOLDER
 from mctf_compile.cli.arguments import positive, readable
 from mctf_compile.cli.console import INTERRUPTED, CommandError, report_error, stages
+from mctf_compile.cli.evaluate import facts, parse_options
 from mctf_compile.evaluating.outcomes import Outcomes
 from mctf_compile.tuning.contract import Contract
 
@@ -86,7 +87,6 @@ def run(args: argparse.Namespace) -> None:
     """Evaluate on a folder, try the contracts where there is a chain, and keep what was found."""
     import torch
 
-    from mctf_compile.cli.evaluate import facts
     from mctf_compile.cli.models import load
     from mctf_compile.evaluating.images import Files, Folder
     from mctf_compile.evaluating.outcomes import Kept
@@ -95,7 +95,6 @@ def run(args: argparse.Namespace) -> None:
     from mctf_compile.evaluating.settings import Setting
     from mctf_compile.measuring.machine import machine
     from mctf_compile.measuring.timm_models import evaluation_transform
-    from mctf_compile.tuning.trials import Work
 
     torch.set_num_threads(1)
     args.inner, args.device = "eager", "cpu"
@@ -104,28 +103,14 @@ def run(args: argparse.Namespace) -> None:
         folder = Folder(args.images, model.num_classes)
         transform = evaluation_transform(model, args.img_size)
         images, tuned = Files(folder.paths, transform), [json.loads(file.read_text()) for file in args.schedules]
-        chosen = [Setting.of(options) for options in OPTIONS]
-        chosen += [Setting(s["options"]["method"], rest(s), name_of(s)) for s in tuned]
-        chain: list[Setting] = []
-        if tuned:
-            # Of the shape that was found first: no image of this folder had a part in it.
-            shape = tuned[0]["options"]
-            given = {name: value for name, value in shape.items() if name != "r"}
-            with torch.no_grad():
-                work = Work(model, images[:1], given)
-            for part in (0.85, 0.7, 0.57):
-                r = work.scaled(shape["r"], part * work.dense)
-                if r is not None:
-                    chain.append(
-                        Setting(given["method"], {**rest(tuned[0]), "r": list(r)}, f"tuned, {part:.0%} of MACs")
-                    )
+        chosen = [Setting.of(options) for options in args.options or OPTIONS]
+        chosen += [Setting(schedule["options"]["method"], rest(schedule), name_of(schedule)) for schedule in tuned]
+        chain = [Setting.of(options) for options in args.chain]
+        chosen += [setting for setting in chain if setting not in chosen]
         kept = Kept(args.work, facts(args, model, folder, transform))
-        found = evaluate(
-            model, images, folder.labels, [*chosen, *chain], batch=args.batch, rounds=0, keep=kept, progress=progress
-        )
-    batches = range(-(-len(folder) // found.batch))
-    whole = lambda setting: [kept.read(f"{key_of(setting)} {CLEAN}")[i] for i in batches]
-    outcomes = {row.setting.label: Outcomes.together(whole(row.setting)) for row in found.rows if row.reason is None}
+        found = evaluate(model, images, folder.labels, chosen, batch=args.batch, rounds=0, keep=kept, progress=progress)
+    batches = {r.setting.label: kept.read(f"{key_of(r.setting)} {CLEAN}") for r in found.rows if r.reason is None}
+    outcomes = {label: Outcomes.together(parts[i] for i in sorted(parts)) for label, parts in batches.items()}
     steps = [(row.gmacs or 0, outcomes[row.setting.label]) for row in found.rows if row.setting in chain]
     steps.sort(key=lambda step: -step[0])
     tried = [asdict(splits(c, steps, outcomes["dense"], folder.labels)) for c in CONTRACTS] if steps else []
@@ -147,7 +132,8 @@ def name_of(schedule: dict[str, Any]) -> str:
 HEAD = """# Accuracy without training
 
 Written by `python -m benchmarks.accuracy`. Change: of top-1 against the dense model in percent points, with 95 %
-confidence, by the images lost and won. Tuned: by `mctf tune`, on other images than these.
+confidence, by the images lost and won. Lists of `r` were found by the search of `mctf tune`, on other images than
+these.
 """
 COLUMNS = ("setting", "GMACs", "top-1", "change", "lost/won", "agrees with dense", "ECE")
 OF_SPLITS = ("lose at most", "confidence", "halves certified", "kept on the other half", "mean GMACs")
@@ -211,6 +197,17 @@ def parser() -> argparse.ArgumentParser:
     evaluated.add_argument("--weights", type=readable, metavar="FILE")
     evaluated.add_argument("--schedules", type=readable, nargs="*", default=[], metavar="FILE", help="of mctf tune")
     evaluated.add_argument("--work", type=Path, required=True, metavar="FOLDER", help="where outcomes are kept")
+    evaluated.add_argument(
+        "--options", type=parse_options, nargs="+", metavar="'KEY=VALUE ...'", help="in the place of those of the page"
+    )
+    evaluated.add_argument(
+        "--chain",
+        type=parse_options,
+        nargs="+",
+        default=[],
+        metavar="'KEY=VALUE ...'",
+        help="what the contracts are tried on, found on other images than these",
+    )
     evaluated.add_argument("--batch", type=positive, default=25)
     evaluated.set_defaults(pretrained=False, img_size=None)
     return top
