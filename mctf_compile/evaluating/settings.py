@@ -45,7 +45,7 @@ class Setting:
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Setting:
         """The setting of some options of the backend, valid ones; their method comes first in the label."""
-        method = FusionConfig.from_options(options).method.name
+        method = str(options.get("method", FusionConfig.from_options(options).method.name))
         rest = {name: value for name, value in options.items() if name != "method"}
         return cls(method, rest, " ".join([method, *(f"{name}={value}" for name, value in rest.items())]))
 
