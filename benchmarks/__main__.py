@@ -49,7 +49,7 @@ def run(suite: str, names: Sequence[str] | None, rounds: int, folder: Path) -> i
     from benchmarks.suites import SUITES
     from mctf_compile.errors import MctfError
     from mctf_compile.measuring.results import append
-    from mctf_compile.measuring.suite import measure
+    from mctf_compile.measuring.suite import measure_row
 
     known = {row.name: row for row in SUITES[suite]}
     unknown = [name for name in names or () if name not in known]
@@ -64,7 +64,7 @@ def run(suite: str, names: Sequence[str] | None, rounds: int, folder: Path) -> i
             try:
                 with stages() as progress:
                     told = lambda what, *steps, name=row.name: progress(f"{name}: {what}", *steps)
-                    result = measure(row, suite, rounds, told)
+                    result = measure_row(row, suite, rounds, told)
                 path = append(result, folder)
             except MctfError as error:
                 failed += 1

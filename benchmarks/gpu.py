@@ -25,7 +25,7 @@ from mctf_compile.cli.console import FAILURE, INTERRUPTED
 from mctf_compile.kernels.ahead.reference import ahead as ahead_reference
 from mctf_compile.kernels.attention import reference as attention
 from mctf_compile.kernels.matching import aten
-from mctf_compile.kernels.roofline import BLOCKS, Block
+from mctf_compile.kernels.roofline import BLOCKS, BlockShape
 from mctf_compile.measuring.machine import machine
 
 mctf = torch.ops.mctf
@@ -45,12 +45,12 @@ class Case:
     plain: Callable[[], Sequence[Tensor]]
 
 
-TINY = [Block("tiny", 128, 37, 2)]
+TINY = [BlockShape("tiny", 128, 37, 2)]
 # Rounding that is no error, where that of ATen happens to be next to nothing.
 ULPS = 4
 
 
-def cases(block: Block, device: str, dtype: torch.dtype) -> list[Case]:
+def cases(block: BlockShape, device: str, dtype: torch.dtype) -> list[Case]:
     """Every kernel on random operands of ``block``."""
     from mctf_compile.kernels.matching import triton
 
@@ -162,7 +162,7 @@ def milliseconds(run: Callable[[], Any], device: str) -> float:
     return statistics.median(times)
 
 
-def measure(block: Block, device: str, dtype: torch.dtype) -> tuple[list[dict[str, Any]], list[str]]:
+def measure_kernels(block: BlockShape, device: str, dtype: torch.dtype) -> tuple[list[dict[str, Any]], list[str]]:
     """The rows of one block, each printed, and what failed."""
     rows, failed = [], []
     where = {"model": block.model, "tokens": block.tokens, "batch": block.batch}
@@ -197,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows, failed = [], []
     try:
         for block in TINY if args.tiny else BLOCKS:
-            measured, problems = measure(block, args.device, dtype)
+            measured, problems = measure_kernels(block, args.device, dtype)
             rows += measured
             failed += problems
     except KeyboardInterrupt:

@@ -4,31 +4,31 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mctf_compile.measuring.workload import ON_CUDA, Row, Workload
+from mctf_compile.measuring.workload import ON_CUDA, BenchmarkRow, Workload
 
 # Where results are kept.
 FOLDER = Path(__file__).parent / "results"
 
 CPU = [
-    Row("deit_s", Workload("deit_small_patch16_224")),
-    Row("deit_t", Workload("deit_tiny_patch16_224")),
-    Row("vit_b", Workload("vit_base_patch16_224")),
-    Row("deit_s-batch1", Workload("deit_small_patch16_224", batch=1)),
+    BenchmarkRow("deit_s", Workload("deit_small_patch16_224")),
+    BenchmarkRow("deit_t", Workload("deit_tiny_patch16_224")),
+    BenchmarkRow("vit_b", Workload("vit_base_patch16_224")),
+    BenchmarkRow("deit_s-batch1", Workload("deit_small_patch16_224", batch=1)),
     # 47 of 577 tokens are what 16 are of 197.
-    Row("vit_s-384", Workload("vit_small_patch16_384", r=47, batch=4, image_size=384)),
-    Row("deit_s-fast", Workload("deit_small_patch16_224", r="fast")),
-    Row("deit_s-2threads", Workload("deit_small_patch16_224", threads=2)),
-    Row("deit_s-autocast", Workload("deit_small_patch16_224", dtype="autocast")),
-    Row("vit_m-gap", Workload("vit_medium_patch16_gap_240")),
+    BenchmarkRow("vit_s-384", Workload("vit_small_patch16_384", r=47, batch=4, image_size=384)),
+    BenchmarkRow("deit_s-fast", Workload("deit_small_patch16_224", r="fast")),
+    BenchmarkRow("deit_s-2threads", Workload("deit_small_patch16_224", threads=2)),
+    BenchmarkRow("deit_s-autocast", Workload("deit_small_patch16_224", dtype="autocast")),
+    BenchmarkRow("vit_m-gap", Workload("vit_medium_patch16_gap_240")),
 ]
 
 # As many tokens of 24 blocks as 16 are of 12.
 LARGE = {"vit_large_patch16_224": 8, "vit_large_patch16_384": 23}
 
 
-def _on_cuda(name: str, model: str, r: int | str, batch: int) -> Row:
+def _on_cuda(name: str, model: str, r: int | str, batch: int) -> BenchmarkRow:
     options = {"inductor": {"mode": "max-autotune"}}
-    return Row(
+    return BenchmarkRow(
         f"cuda-{name}",
         Workload(model, r, batch, dtype="bfloat16", device="cuda", options=options),
         ON_CUDA,
@@ -45,8 +45,8 @@ CUDA = [
 
 # Seconds, and nothing compiled: whether all of this works, not how fast anything is.
 QUICK = [
-    Row("quick", Workload("test_vit", r=8, batch=2, options={"inner": "eager"}), ("eager", "mctf"), ("mctf",)),
-    Row("quick-batch1", Workload("test_vit", r=4, batch=1, options={"inner": "eager"}), ("eager", "mctf"), ()),
+    BenchmarkRow("quick", Workload("test_vit", r=8, batch=2, options={"inner": "eager"}), ("eager", "mctf"), ("mctf",)),
+    BenchmarkRow("quick-batch1", Workload("test_vit", r=4, batch=1, options={"inner": "eager"}), ("eager", "mctf"), ()),
 ]
 
 SUITES = {"cpu": CPU, "cuda": CUDA, "quick": QUICK}

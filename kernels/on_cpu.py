@@ -81,14 +81,14 @@ def ahead(q: Tensor | None, k: Tensor | None, v: Tensor, *_: object) -> Tensor:
 # ``mctf::match`` without kinds; importance and sizes in float32. By the tokens that are left, not by those that go: the
 # sizes of results are then numbers of the graph's own, and not differences of such, whose views Inductor copies.
 @declare(
-    "match_cpp(Tensor x, Tensor? importance, Tensor size, SymInt left, int lead, int tail, float tau_sim, "
+    "match_cpp(Tensor x, Tensor? importance, Tensor size, SymInt remaining, int lead, int tail, float tau_sim, "
     "float tau_info, float tau_size, bool bidirectional) -> (Tensor, Tensor, Tensor)"
 )
 def match(
-    x: Tensor, importance: Tensor | None, size: Tensor, left: int | torch.SymInt, *_: object
+    x: Tensor, importance: Tensor | None, size: Tensor, remaining: int | torch.SymInt, *_: object
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Empty int64 keep [B, left], gone and into [B, N - left]."""
-    shapes = (x.shape[0], left), (x.shape[0], x.shape[1] - left), (x.shape[0], x.shape[1] - left)
+    """Empty int64 keep [B, remaining], gone and into [B, N - remaining]."""
+    shapes = (x.shape[0], remaining), (x.shape[0], x.shape[1] - remaining), (x.shape[0], x.shape[1] - remaining)
     keep, gone, into = (x.new_empty(shape, dtype=torch.long) for shape in shapes)
     return keep, gone, into
 

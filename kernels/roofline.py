@@ -32,7 +32,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Block:
+class BlockShape:
     """A block of a ViT that fuses r of N tokens one step ahead of its attention; batch B, C channels, heads of 64."""
 
     model: str
@@ -50,7 +50,7 @@ class Block:
         return 16 * self.tokens // 197
 
     @property
-    def left(self) -> int:
+    def remaining(self) -> int:
         return self.tokens - self.removed
 
     def rows(self, tokens: int) -> int:
@@ -95,22 +95,22 @@ class Block:
 
     def pool(self) -> Cost:
         """``group`` and ``pool``: the map, the weights and the sizes, then the tokens."""
-        sizes = EXACT * self.batch * (2 * self.tokens + self.left)
+        sizes = EXACT * self.batch * (2 * self.tokens + self.remaining)
         made = (INDEX + EXACT) * self.batch * self.tokens
         used = EXACT * self.batch * self.tokens + self.matching
-        return Cost(0, sizes + made + used + self.matching + self.rows(self.tokens) + self.rows(self.left))
+        return Cost(0, sizes + made + used + self.matching + self.rows(self.tokens) + self.rows(self.remaining))
 
     def ahead(self) -> Cost:
         """q, k of the old tokens, v of the new ones; rows written and read again; the new rows out."""
-        added = 2 * self.batch * self.left * self.removed * self.channels
+        added = 2 * self.batch * self.remaining * self.removed * self.channels
         steering = (INDEX + 2 * EXACT) * self.batch * self.tokens + self.matching
-        moved = 4 * self.rows(self.tokens) + 2 * self.rows(self.left) + self.per_head + steering
+        moved = 4 * self.rows(self.tokens) + 2 * self.rows(self.remaining) + self.per_head + steering
         return Cost(2 * self.product + added, moved)
 
     def unmerge(self) -> Cost:
         """Rows of the new tokens in, of the old ones out; the map."""
         index = INDEX * self.batch * self.tokens
-        return Cost(0, self.rows(self.left) + self.rows(self.tokens) + index)
+        return Cost(0, self.rows(self.remaining) + self.rows(self.tokens) + index)
 
     def linear(self, tokens: int, inside: int, outside: int) -> Cost:
         """A projection from ``inside`` to ``outside`` times C channels; its bias and activation are free."""
@@ -134,7 +134,7 @@ class Block:
     def fused(self) -> float:
         """The floor of the block with it, in seconds."""
         own = self.importance(), self.match(), self.pool(), self.ahead()
-        return sum(cost.floor for cost in [*self.rest(self.tokens, self.left), *own])
+        return sum(cost.floor for cost in [*self.rest(self.tokens, self.remaining), *own])
 
     def kernels(self) -> dict[str, tuple[Cost, float]]:
         """What each kernel costs, and the floor of the block in which it is a share."""
@@ -149,7 +149,7 @@ class Block:
 
 
 BLOCKS = [
-    Block(model, channels, tokens, batch)
+    BlockShape(model, channels, tokens, batch)
     for model, channels in (("DeiT-S", 384), ("ViT-L", 1024))
     for tokens in (197, 577, 1025)
     for batch in (256, 32)
@@ -163,7 +163,7 @@ def table() -> str:
         "|---|---|---:|---|---:|---:|---:|---:|",
     ]
     for block in BLOCKS:
-        where = f"{block.model} | {block.tokens} → {block.left} | {block.batch}"
+        where = f"{block.model} | {block.tokens} → {block.remaining} | {block.batch}"
         for name, (cost, whole) in block.kernels().items():
             figures = f"{cost.flops / 1e9:.2f} | {cost.bytes / 1e6:.1f} | {cost.floor * 1e6:.1f}"
             lines.append(f"| {where} | {name} | {figures} | {cost.floor / whole:.1%} |")

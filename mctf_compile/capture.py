@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
-from mctf_compile.compat import counters_restored, forget_compilations, isolated, parameters_gathered
+from mctf_compile.compat import compiled_apart, counters_restored, forget_compilations, parameters_gathered
 from mctf_compile.errors import MctfError
 
 T = TypeVar("T")
@@ -79,7 +79,7 @@ def _one_graph(
 def _pieces(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], take: Take[T]) -> Captured[T]:
     """The graphs of a model that is run on fake tensors, as far as that goes."""
     backend = _Backend(take, run=True)
-    compiled = torch.compile(_call(), backend=backend, dynamic=False, **isolated())
+    compiled = torch.compile(_call(), backend=backend, dynamic=False, **compiled_apart())
     stopped = None
     with forget_compilations(backend), _random_state_restored(), _modules_restored(model), _NoData():
         try:

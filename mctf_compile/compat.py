@@ -76,7 +76,7 @@ def _unwrapped_kind(kind: type[MctfError]) -> type[MctfError]:
     return Unwrapped
 
 
-def isolated() -> dict[str, Any]:
+def compiled_apart() -> dict[str, Any]:
     """Arguments for ``torch.compile`` that keep a compilation apart from others of the same code, where it has them."""
     known = inspect.signature(torch.compile).parameters
     return {"isolate_recompiles": True} if "isolate_recompiles" in known else {}

@@ -56,7 +56,7 @@ def rewrite(
         TypeError: ``kwargs`` are not the graph's other inputs.
     """
     inputs = [*example_inputs, *_by_name(gm, len(example_inputs), kwargs or {})]
-    state, report = run_pipeline(gm, inputs, config or FusionConfig(), whole=True)
+    state, report = run_pipeline(gm, inputs, config or FusionConfig(), one_piece=True)
     return (in_one_piece(state) if report.fused else gm), report
 
 
@@ -80,14 +80,14 @@ def fuse_or_decline(
     example_inputs: Sequence[Any],
     config: FusionConfig,
     adjustable: bool = False,
-    whole: bool = False,
+    one_piece: bool = False,
 ) -> tuple[State | None, Report]:
     """``run_pipeline``, where a pass that fails is a reason to leave the graph dense.
 
     It raises all the same with ``strict``, or where the environment says ``MCTF_FAULTS=raise``.
     """
     try:
-        return run_pipeline(gm, example_inputs, config, adjustable, whole)
+        return run_pipeline(gm, example_inputs, config, adjustable, one_piece)
     except PassError as error:
         if config.lowering.strict or os.environ.get("MCTF_FAULTS") == "raise":
             raise
@@ -99,16 +99,16 @@ def run_pipeline(
     example_inputs: Sequence[Any],
     config: FusionConfig,
     adjustable: bool = False,
-    whole: bool = False,
+    one_piece: bool = False,
 ) -> tuple[State, Report]:
-    """All that the passes found, and the report. ``adjustable`` and ``whole``: see ``State``.
+    """All that the passes found, and the report. ``adjustable`` and ``one_piece``: see ``State``.
 
     Graphs are traced one at a time, and while Dynamo compiles none: tracing changes modules and the metadata of nodes
     for the whole process.
     """
     with compile_lock:
         inputs = fake_inputs(gm, example_inputs)
-        state = State(gm, inputs, config, example_inputs, adjustable, whole, config.unsettled, Clock)
+        state = State(gm, inputs, config, example_inputs, adjustable, one_piece, config.undecided, Clock)
         try:
             report = make_report(run_passes((*ANALYSIS, *REWRITING, *LOWERING), state))
         except UnsupportedGraph as error:

@@ -110,13 +110,13 @@ class FusionConfig:
         object.__setattr__(self, "lowering", lowering)
 
     @property
-    def unsettled(self) -> bool:
+    def undecided(self) -> bool:
         """Whether these options leave open what each block removes, until its rewritten graph is known."""
         return self.lowering.profit != "off" or getattr(self.method, "solved_for", None) is not None
 
     @property
     def by_running(self) -> bool:
-        """Whether the graph must be run to settle what these options leave open."""
+        """Whether the graph must be run to decide what these options leave open."""
         target = getattr(self.method, "solved_for", None)
         return self.lowering.profit == "measure" or (target is not None and target.quantity == LATENCY)
 

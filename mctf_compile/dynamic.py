@@ -16,7 +16,7 @@ from mctf_compile.errors import ConfigError
 from mctf_compile.methods import Merging
 from mctf_compile.options.schedule import AUTO
 from mctf_compile.passes import State
-from mctf_compile.passes.planning.plan import tokens_left
+from mctf_compile.passes.planning.plan import tokens_remaining
 
 
 class Adjustable:
@@ -30,10 +30,10 @@ class Adjustable:
 
     def __init__(self, options: Mapping[str, Any], state: State, run: Callable[..., Any]) -> None:
         self.options, self.state, self.run = options, state, run
-        self._left: dict[str, list[int]] = {}
+        self._remaining: dict[str, list[int]] = {}
 
     def __call__(self, *inputs: Any) -> Any:
-        return self.run(*inputs, *self.left(self.options.get("r", self.method.r)))
+        return self.run(*inputs, *self.remaining(self.options.get("r", self.method.r)))
 
     @property
     def method(self) -> Merging:
@@ -41,15 +41,15 @@ class Adjustable:
         assert isinstance(self.state.config.method, Merging)
         return self.state.config.method
 
-    def left(self, r: Any) -> list[int]:
+    def remaining(self, r: Any) -> list[int]:
         """The tokens that each fusing block leaves at ``r``."""
         key = repr(r)
-        if key not in self._left:
+        if key not in self._remaining:
             method, found = self.method, self.state.findings.r
             if r != method.r:
                 method, found = replace(method, r=r, target=None), None
-            self._left[key] = tokens_left(self.state, method, found)
-        return self._left[key]
+            self._remaining[key] = tokens_remaining(self.state, method, found)
+        return self._remaining[key]
 
 
 class set_r(AbstractContextManager["set_r"]):

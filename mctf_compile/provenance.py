@@ -110,7 +110,7 @@ def trace(model: Callable[..., Any], *inputs: Any, **options: Any) -> Trace:
         MctfError: no graph can be captured.
         NothingFusedError: with ``strict=True``.
     """
-    config = FusionConfig.from_options(_portable({**_options(model), **options}))
+    config = FusionConfig.from_options(_for_interpreting({**_options(model), **options}))
     follower = _Follower(config)
     with torch.no_grad():
         output = run_under(follower, model, *inputs)
@@ -220,7 +220,7 @@ def _options(model: Any) -> dict[str, Any]:
     )
 
 
-def _portable(options: Mapping[str, Any]) -> dict[str, Any]:
+def _for_interpreting(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options for a graph of ATen alone that is interpreted, at the ``r`` that is set now."""
     kept = {name: value for name, value in options.items() if name not in ("inductor", "dynamic_r")}
     if options.get("dynamic_r") and kept.get("r", AUTO) != AUTO:

@@ -29,22 +29,22 @@ def tradeoff(state: State) -> Tradeoff:
     with compile_lock:
         try:
             # What was found of the graph holds for every r.
-            again = run_passes(REWRITING, _afresh(state))
+            planned = run_passes(REWRITING, _afresh(state))
         except (ConfigError, PassError, UnsupportedGraph) as error:
             return Tradeoff([], str(error))
-        if not present(again.plan).fusing:
+        if not present(planned.plan).fusing:
             return Tradeoff([], "no block can fuse")
-        if again.counts is None:
+        if planned.counts is None:
             return Tradeoff([], "a model in training keeps all its tokens")
-        at = _AtAnyR(again, method)
-        return Tradeoff([at(r) for r in _chosen(most_of_any(again), method.r)], at=at)
+        at = _AtAnyR(planned, method)
+        return Tradeoff([at(r) for r in _chosen(most_of_any(planned), method.r)], at=at)
 
 
 def _afresh(state: State) -> State:
     """The state as it was before anything was planned, for a graph that serves every ``r``."""
     before: dict[str, Any] = dict.fromkeys(("counts", "plan", "result", "lowered", "frozen", "cut", "dumps"))
     return replace(
-        state, **before, adjustable=True, unsettled=False, findings=Findings(), unmerges=[], remarks=[], seconds={}
+        state, **before, adjustable=True, undecided=False, findings=Findings(), unmerges=[], remarks=[], seconds={}
     )
 
 

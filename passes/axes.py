@@ -324,15 +324,15 @@ def _place(dim: Dim, d: int, body: Dim) -> Place | None:
 def _grid(dims: Dims, first: int, body: Dim) -> Place | None:
     """The axes of the body over several dimensions, in their order and alone in each."""
     inside = set(atoms(body))
-    left, used = body, []
+    unmatched, used = body, []
     for d in range(first, len(dims)):
         if not any(axis in inside for axis in atoms(dims[d])):
             continue
-        if dims[d] != left[: len(dims[d])]:
+        if dims[d] != unmatched[: len(dims[d])]:
             return None
         used.append(d)
-        left = left[len(dims[d]) :]
-        if not left:
+        unmatched = unmatched[len(dims[d]) :]
+        if not unmatched:
             return Place(first, (), (), 0, 0, tuple(used[1:]))
     return None
 

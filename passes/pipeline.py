@@ -38,13 +38,13 @@ log = logging.getLogger(__name__)
 class Findings:
     """What was learned of a rewritten graph that only the plan can act on.
 
-    ``declined``: blocks that are not worth fusing, with the reason. ``whole``: blocks that get the
+    ``declined``: blocks that are not worth fusing, with the reason. ``uncut``: blocks that get the
     original tokens back, because an operator between them and the block before needs those. ``r``: what each block
     is to remove to meet a target, and ``met`` what that meets.
     """
 
     declined: dict[int, str] = field(default_factory=dict)
-    whole: frozenset[int] = frozenset()
+    uncut: frozenset[int] = frozenset()
     r: tuple[int, ...] | None = None
     met: str | None = None
 
@@ -61,9 +61,9 @@ class State:
     # Whether the result is to take the tokens that each block leaves as further inputs.
     adjustable: bool = False
     # Whether the lowered graph is to stay in one piece.
-    whole: bool = False
-    # Whether the budget is yet to be settled, on an adjustable result; and what times that, where it must be run.
-    unsettled: bool = False
+    one_piece: bool = False
+    # Whether the budget is yet to be decided, on an adjustable result; and what times that, where it must be run.
+    undecided: bool = False
     clock: Callable[[State], Clock] | None = None
     counts: Counts | None = None
     normal: fx.GraphModule | None = None

@@ -14,18 +14,18 @@ import torch
 
 from benchmarks import __main__ as command
 from benchmarks import accuracy
-from benchmarks.suites import QUICK, SUITES, Row
+from benchmarks.suites import QUICK, SUITES, BenchmarkRow
 from mctf_compile import FusionConfig, Report
 from mctf_compile.errors import ConfigError, MctfError
 from mctf_compile.evaluating.outcomes import Outcomes
-from mctf_compile.measuring import isolated
+from mctf_compile.measuring import fresh_process
 from mctf_compile.measuring import suite as measuring
 from mctf_compile.measuring.bench import BenchResult, Timing, WrongOutputError, check_candidates
-from mctf_compile.measuring.child import run_in_child
-from mctf_compile.measuring.isolated import isolate, peak_bytes
+from mctf_compile.measuring.fresh_process import isolate, peak_bytes
 from mctf_compile.measuring.machine import machine
 from mctf_compile.measuring.page import markdown, write
 from mctf_compile.measuring.results import Result, append, latest, read
+from mctf_compile.measuring.subprocesses import run_in_process
 from mctf_compile.measuring.workload import Workload
 from mctf_compile.tuning.contract import Contract
 
@@ -43,7 +43,7 @@ MACHINE = {
 }
 
 
-def result_of(row: Row, suite: str = "cpu", load: float = 0.25, **milliseconds: list[float]) -> Result:
+def result_of(row: BenchmarkRow, suite: str = "cpu", load: float = 0.25, **milliseconds: list[float]) -> Result:
     """A result with the given times; the ratio of multiply-accumulates is 1.6."""
     given = milliseconds or {"eager": [30.0, 32.0, 31.0], "inductor": [24.0, 26.0, 25.0], "mctf": [16.0, 13.0, 16.0]}
     timings = {name.replace("_", "-"): Timing(name, ms) for name, ms in given.items()}
@@ -56,7 +56,7 @@ def result_of(row: Row, suite: str = "cpu", load: float = 0.25, **milliseconds: 
     return Result(suite, row, "2026-01-31", {**MACHINE, "load": load}, json.loads(json.dumps(measured)), alone)
 
 
-ROW = Row("small", Workload("test_vit", r=8, batch=2, image_size=96, options={"tau_size": 0}))
+ROW = BenchmarkRow("small", Workload("test_vit", r=8, batch=2, image_size=96, options={"tau_size": 0}))
 
 
 def test_results_survive_their_files(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_child_gives_its_result_and_its_progress(tmp_path: Path) -> None:
     told: list[tuple] = []
     given = {"x": {"r": (16, -1.0)}}
-    found = run_in_child("mctf_test_job:give", given, 3, tmp_path, lambda *step: told.append(step))
+    found = run_in_process("mctf_test_job:give", given, 3, tmp_path, lambda *step: told.append(step))
     assert found == {"x": {"r": [16, -1.0]}, "threads": "3", "cache": str(tmp_path)} and told == [("half", 1, 2)]
 
 
@@ -230,7 +230,7 @@ def test_a_child_gives_its_result_and_its_progress(tmp_path: Path) -> None:
 )
 def test_a_child_that_fails_says_why(function: str, arguments: dict, message: str, tmp_path: Path) -> None:
     with pytest.raises(MctfError, match=message):
-        run_in_child(f"mctf_test_job:{function}", arguments, 1, tmp_path)
+        run_in_process(f"mctf_test_job:{function}", arguments, 1, tmp_path)
 
 
 @pytest.mark.usefixtures("job")
@@ -242,7 +242,7 @@ def test_ctrl_c_ends_a_child_and_what_it_started(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_in_child("mctf_test_job:wait", {}, 1, tmp_path, interrupt)
+        run_in_process("mctf_test_job:wait", {}, 1, tmp_path, interrupt)
     # What has ended may still be listed until it is collected.
     state = Path(f"/proc/{started[0]}/stat")
     assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] in "ZX"
@@ -262,7 +262,7 @@ def test_a_warm_start_is_the_median_of_several(monkeypatch: pytest.MonkeyPatch) 
             "misses": [4, 0, 1, 0][number],
         }
 
-    monkeypatch.setattr(isolated, "run_in_child", start)
+    monkeypatch.setattr(fresh_process, "run_in_process", start)
     found = isolate(Workload("test_vit"), "mctf")
     assert len(set(caches)) == 1 and len(caches) == 4
     assert (found.cold_s, found.warm_s, found.peak_bytes, found.kernels, found.misses) == (30.0, 6.0, 103, 7, 1)
@@ -286,12 +286,12 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> dict[str, BaseException]:
     """Rows that raise, by name; the others have a result at once."""
     raised: dict[str, BaseException] = {}
 
-    def measure(row: Row, suite: str, rounds: int, progress: object) -> Result:
+    def measure_row(row: BenchmarkRow, suite: str, rounds: int, progress: object) -> Result:
         if row.name in raised:
             raise raised[row.name]
         return result_of(row, suite)
 
-    monkeypatch.setattr(measuring, "measure", measure)
+    monkeypatch.setattr(measuring, "measure_row", measure_row)
     return raised
 
 

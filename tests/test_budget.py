@@ -13,10 +13,10 @@ import mctf_compile
 from mctf_compile import ConfigError, FusionConfig, set_r
 from mctf_compile.compiler import rewrite, run_pipeline
 from mctf_compile.inner.clock import Clock
-from mctf_compile.options.schedule import least, spread
+from mctf_compile.options.schedule import distribute, least
 from mctf_compile.passes.planning.costs import Costs, unprofitable
 from mctf_compile.passes.planning.macs import count_macs, macs_by_counts
-from mctf_compile.passes.planning.plan import tokens_left
+from mctf_compile.passes.planning.plan import tokens_remaining
 
 IMAGES = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
 DEPTH = 4
@@ -60,7 +60,7 @@ def test_symbolic_counts_are_those_of_the_static_graph(method, r):
     def both(gm, inputs):
         config = FusionConfig(method=method, r=r)
         state = run_pipeline(gm, inputs, FusionConfig(method=method, r=5), adjustable=True)[0]
-        symbolic = macs_by_counts(state.result, state.counts)(tokens_left(state, config.method))
+        symbolic = macs_by_counts(state.result, state.counts)(tokens_remaining(state, config.method))
         return symbolic, rewrite(gm, inputs, config)[1].macs_after
 
     symbolic, static = captured(both)
@@ -80,7 +80,7 @@ def test_the_target_is_met_by_the_fewest_tokens(method, target):
     goal = float(value) * 2e9 if quantity == "gmacs" else report.macs_before / float(value)
     assert report.macs_after <= goal and target in report.summary
     total, blocks = sum(removed(report)), [i for i, r in enumerate(removed(report)) if r]
-    fewer = mctf_compile.explain(model, IMAGES, method=method, r=spread(total - 1, blocks, DEPTH))
+    fewer = mctf_compile.explain(model, IMAGES, method=method, r=distribute(total - 1, blocks, DEPTH))
     assert fewer.macs_after > goal
 
 
@@ -253,7 +253,7 @@ def test_a_clock_times_what_it_is_given():
         config = FusionConfig(inner="aot_eager")
         state = run_pipeline(gm, inputs, config, adjustable=True)[0]
         clock = Clock(state)
-        left = tokens_left(state, FusionConfig(r=4).method)
+        left = tokens_remaining(state, FusionConfig(r=4).method)
         return clock._run(None)(), clock._run(left)(), clock.seconds(None, left)
 
     model = vit()
@@ -271,4 +271,4 @@ def test_nothing_to_run_on_is_said():
 
 def test_least_and_spread():
     assert [least(lambda k, n=n: k >= n, 9) for n in (0, 1, 5, 9, 10)] == [0, 1, 5, 9, None]
-    assert spread(7, [1, 2, 4], 5) == [0, 2, 2, 0, 3] and spread(0, [], 2) == [0, 0]
+    assert distribute(7, [1, 2, 4], 5) == [0, 2, 2, 0, 3] and distribute(0, [], 2) == [0, 0]

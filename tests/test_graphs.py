@@ -88,7 +88,7 @@ def test_a_program_is_the_same_as_source_and_as_a_graph():
             module, inputs = program.make()
             expected = module(*[x.clone() for x in inputs])
             got = fx.Interpreter(program.graph(module)).run(*[x.clone() for x in inputs])
-            graph, held = program.graph(module, lifted=True), program.held_by(module)
+            graph, held = program.graph(module, as_inputs=True), program.held_by(module)
             lifted = fx.Interpreter(graph).run(*[x.clone() for x in inputs], *held)
         assert len(expected) == len(program.outputs) == len(got) == len(lifted)
         assert all(node.op != "get_attr" for node in graph.graph.nodes)

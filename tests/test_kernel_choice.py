@@ -224,7 +224,7 @@ def test_launches_keep_token_counts_symbolic(any_device, dtype, launches):
     def block(gm, inputs):
         state = run_pipeline(gm, inputs, FusionConfig(r=4, kernels="triton"), adjustable=True)[0]
         assert targets(state.lowered) == ON_TRITON
-        return max(split(state.lowered).regions, key=lambda region: region.sites)
+        return max(split(state.lowered).regions, key=lambda region: region.instances)
 
     with torch.no_grad():
         region = look(block, dtype=dtype)
@@ -233,7 +233,7 @@ def test_launches_keep_token_counts_symbolic(any_device, dtype, launches):
     def compiler(gm, inputs):
         return aot_module_simplified(gm, inputs, fw_compiler=lambda graph, _: graphs.append(graph) or graph.forward)
 
-    numbers = dict(enumerate(region.typical))
+    numbers = dict(enumerate(region.example_numbers))
     # Of the block's operands the sizes alone are not in the model's dtype.
     tensors = [
         torch.empty(
@@ -243,8 +243,8 @@ def test_launches_keep_token_counts_symbolic(any_device, dtype, launches):
         for shape in region.shapes
     ]
     with torch.no_grad():
-        version = CompiledRegion(region, compiler)._compile(region.typical, tensors)
+        version = CompiledRegion(region, compiler)._compile(region.example_numbers, tensors)
     assert sum(n.target is LAUNCH for n in graphs[0].graph.nodes) == launches
-    assert region.sites == 2 and len(numbers) == 2
+    assert region.instances == 2 and len(numbers) == 2
     # What one program holds of either side of a matching is a power of two.
     assert all(version.holds([tokens, r]) for tokens in (36, 50, 64) for r in (2, 5, 16)), version.condition

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import mctf_compile
 from mctf_compile import ConfigError, cli
 from mctf_compile.pictures import drawing, painting
-from mctf_compile.pictures.files import read, spread
+from mctf_compile.pictures.files import evenly_chosen, read
 from mctf_compile.testing import TinyViT, VitSpec
 
 MODEL = "test_vit"
@@ -203,7 +203,7 @@ def test_files_of_several_frames_and_folders_are_videos(photos: Path) -> None:
         assert [frame.getpixel((20, 20))[0] > 200 for frame in frames] == [True, False, True]
         assert [frame.getpixel((20, 20))[0] > 200 for frame in read(path, 2)] == [True, True]
     assert len(read(photos / "frames" / "1.png", 8)) == 1
-    assert spread(range(100), 3) == [0, 50, 99] and spread(range(5), 1) == [0]
+    assert evenly_chosen(range(100), 3) == [0, 50, 99] and evenly_chosen(range(5), 1) == [0]
 
 
 def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:

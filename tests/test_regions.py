@@ -29,12 +29,12 @@ def fresh_dynamo():
 
 @pytest.fixture
 def compilations(monkeypatch) -> list[tuple[int, int]]:
-    """Of each region that is compiled: its sites, and how many numbers are symbolic."""
+    """Of each region that is compiled: its instances, and how many numbers are symbolic."""
     made = []
     compile_one = CompiledRegion._compile
 
     def noted(self, numbers, tensors):
-        made.append((self.region.sites, len(numbers)))
+        made.append((self.region.instances, len(numbers)))
         return compile_one(self, numbers, tensors)
 
     monkeypatch.setattr(CompiledRegion, "_compile", noted)
@@ -58,7 +58,7 @@ def test_blocks_that_fuse_are_one_region(compilations, r):
         got = run(model, IMAGES, r=r)
         assert torch.equal(got, run(model, IMAGES, inner="eager", r=r))
     # Patches and the dense first block; five blocks of their own token counts; the head.
-    assert [sites for sites, _ in compilations] == [1, 5, 1]
+    assert [instances for instances, _ in compilations] == [1, 5, 1]
 
 
 @pytest.mark.parametrize("side", ["bias", "rope", "rope_patches"])
@@ -73,7 +73,7 @@ def test_blocks_that_read_tables_over_the_original_tokens_are_one_region(compila
         with torch.no_grad():
             got = run(model, *inputs, method=method, r=1)
             torch.testing.assert_close(got, run(model, *inputs, inner="eager", method=method, r=1), rtol=0, atol=1e-5)
-        made.append([sites for sites, _ in compilations])
+        made.append([instances for instances, _ in compilations])
     assert len(made[1]) == len(made[0]) and max(made[1]) == max(made[0]) + 2
 
 
@@ -122,7 +122,7 @@ def test_a_block_of_another_width_is_a_region_of_its_own(compilations):
     with torch.no_grad():
         got = run(model, IMAGES, r=2)
         assert torch.equal(got, run(model, IMAGES, inner="eager", r=2))
-    assert [sites for sites, _ in compilations] == [1, 4, 1, 1]
+    assert [instances for instances, _ in compilations] == [1, 4, 1, 1]
 
 
 def test_sizes_that_no_site_changes_stay_numbers(compilations):
@@ -193,10 +193,10 @@ def test_tokens_are_let_go_of_when_a_block_has_read_them(monkeypatch):
     """The residual stream that a block was given is in nobody's hands when the block is done."""
     run_one, alive = CompiledRegion.run, []
 
-    def watched(self, site, operands):
+    def watched(self, instance, operands):
         streams = [weakref.ref(x) for x in operands if isinstance(x, torch.Tensor) and x.dim() == 3 and x.shape[1] > 1]
-        results = run_one(self, site, operands)
-        if self.region.sites > 1:
+        results = run_one(self, instance, operands)
+        if self.region.instances > 1:
             alive.append([ref() is not None for ref in streams])
         return results
 

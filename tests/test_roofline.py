@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from mctf_compile.kernels.roofline import Block, table
+from mctf_compile.kernels.roofline import BlockShape, table
 
 README = Path(__file__).parents[1] / "kernels" / "README.md"
-SMALL = Block("DeiT-S", 384, 197, 256)
+SMALL = BlockShape("DeiT-S", 384, 197, 256)
 
 
 def test_the_readme_has_the_table():

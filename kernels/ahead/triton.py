@@ -152,9 +152,9 @@ def _add_groups(
     kept = through(keep + b * stride_kb, fused, stride_kn, m, n)
     acc = load_rows(x, kept, stride_xn, stride_xd, n, DV, PDV).to(tl.float32)  # [BM, PDV]
     for start in range(0, r, BR):
-        left = start + tl.arange(0, BR)
-        x_tile = load_rows(x, through(gone + b * stride_gb, left, stride_gn, r, n), stride_xn, stride_xd, n, DV, PDV)
-        group = through(into + b * stride_ib, left, stride_in, r, m)
+        leaving = start + tl.arange(0, BR)
+        x_tile = load_rows(x, through(gone + b * stride_gb, leaving, stride_gn, r, n), stride_xn, stride_xd, n, DV, PDV)
+        group = through(into + b * stride_ib, leaving, stride_in, r, m)
         member = (fused[:, None] == group[None, :]).to(x_tile.dtype)  # [BM, BR]
         acc = tl.dot(member, x_tile, acc, input_precision="ieee")
     store_rows(y + b * stride_yb + h * stride_yh, acc, fused, stride_yn, stride_yd, m, DV, PDV)

@@ -131,7 +131,7 @@ def keep_protected(keep, n, r, lead, tail):
 
 
 @triton.jit
-def settle(keep, gone, into, token, inside, leaves, slot, turn, goal, r):
+def store_places(keep, gone, into, token, inside, leaves, slot, turn, goal, r):
     """Tokens that leave, the ``turn``-th of all, go to new position ``goal``; the others to ``slot``."""
     tl.store(keep + tl.where(r == 0, token, slot), token, inside & (leaves == 0))
     tl.store(gone + turn, token, inside & leaves)
@@ -202,8 +202,8 @@ def _assign_image(
         goal += tl.sum(tl.where(choice[:, None] == j[None, :], chunk_of(end, i, j)[None, :], 0), 1)
 
     keep_protected(keep, n, r, lead, tail)
-    settle(keep, gone, into, first + 2 * i, i < alpha, leaves, lead + place, rank, goal, r)
-    settle(keep, gone, into, second + 2 * i, i < beta, follows, end, r1 + turn, end, r)
+    store_places(keep, gone, into, first + 2 * i, i < alpha, leaves, lead + place, rank, goal, r)
+    store_places(keep, gone, into, second + 2 * i, i < beta, follows, end, r1 + turn, end, r)
 
 
 @triton.jit(do_not_specialize=["alpha", "beta"])
@@ -310,11 +310,11 @@ def _finish(
     place = place_of(i if PROTECTED else number, rank, alpha, r1, PROTECTED, BLOCK)
     target = tl.load(choice + i, in_row, 0)
     goal = end_of(target, in_row, host, turn, rank, lead, alpha, r, r1, TWO_WAY, PROTECTED, BLOCK)
-    settle(keep, gone, into, first + 2 * i, in_row, number < r1, lead + place, number, goal, r)
+    store_places(keep, gone, into, first + 2 * i, in_row, number < r1, lead + place, number, goal, r)
     end = end_of(i, in_column, host, turn, rank, lead, alpha, r, r1, TWO_WAY, PROTECTED, BLOCK)
     number = tl.load(turn + i, in_column, 0) if TWO_WAY else i
     follows = number < (r - r1 if TWO_WAY else 0)
-    settle(keep, gone, into, second + 2 * i, in_column, follows, end, r1 + number, end, r)
+    store_places(keep, gone, into, second + 2 * i, in_column, follows, end, r1 + number, end, r)
     if tl.program_id(1) == 0:
         keep_protected(keep, n, r, lead, tail)
 

@@ -16,10 +16,10 @@ def along(index: Tensor, like: Tensor, dim: int) -> Tensor:
 def combine(y: Tensor, keep: Tensor, gone: Tensor, into: Tensor, dim: int, how: str) -> Tensor:
     """Gather the kept slices of ``y`` and add (``how="sum"``) or max the others into them."""
     kept = y.gather(dim, along(keep, y, dim))
-    left = y.gather(dim, along(gone, y, dim))
+    leaving = y.gather(dim, along(gone, y, dim))
     if how == "sum":
-        return kept.scatter_add(dim, along(into, y, dim), left)
-    return kept.scatter_reduce(dim, along(into, y, dim), left, how)
+        return kept.scatter_add(dim, along(into, y, dim), leaving)
+    return kept.scatter_reduce(dim, along(into, y, dim), leaving, how)
 
 
 def index_of(keep: Tensor, gone: Tensor, into: Tensor) -> Tensor:

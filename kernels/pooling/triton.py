@@ -52,8 +52,8 @@ def _group(
         place = start + tl.arange(0, LOOK)
         old = tl.load(gone + place, place < r, 0)
         member = tl.load(into + place, place < r, -1)[None, :] == new[:, None]  # [BM, LOOK]
-        left = tl.load(raw + old).to(tl.float32)
-        total += tl.sum(tl.where(member, tl.where(left < tiny, tiny, left)[None, :], 0.0), 1)
+        leaving = tl.load(raw + old).to(tl.float32)
+        total += tl.sum(tl.where(member, tl.where(leaving < tiny, tiny, leaving)[None, :], 0.0), 1)
         count += tl.sum(tl.where(member, tl.load(size + old).to(tl.float32)[None, :], 0.0), 1)
     tl.store(sizes + image * m + new, count, inside)
     tl.store(index + carrier, new, inside)
@@ -64,10 +64,10 @@ def _group(
         goal = tl.load(into + place, place < r, -1)
         member = (goal[None, :] == new[:, None]) & inside[:, None]
         mine = tl.max(member.to(tl.int32), 0) > 0
-        left = tl.load(raw + old).to(tl.float32)
+        leaving = tl.load(raw + old).to(tl.float32)
         tl.store(index + old, goal, mine)
         whole = tl.where(mine, tl.sum(tl.where(member, total[:, None], 0.0), 0), 1.0)
-        tl.store(weight + old, tl.where(left < tiny, tiny, left) / whole, mine)
+        tl.store(weight + old, tl.where(leaving < tiny, tiny, leaving) / whole, mine)
 
 
 def group(raw: Tensor, size: Tensor, keep: Tensor, gone: Tensor, into: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,7 +130,7 @@ def _collect(
 
 
 @triton.jit
-def _spread(
+def _expand_groups(
     y, weight, keep, gone, into, out, parts, m, n, q, r, stride_b, stride_p, stride_m, stride_q,
     BM: tl.constexpr, BQ: tl.constexpr,
 ):  # fmt: skip
@@ -146,11 +146,11 @@ def _spread(
     inside = i < n
     if keep is not None:
         carries = i < m
-        left = inside & (i >= m)
+        leaving = inside & (i >= m)
         old = tl.where(
-            carries, tl.load(keep + image * m + i, carries, 0), tl.load(gone + image * r + i - m, left, 0)
+            carries, tl.load(keep + image * m + i, carries, 0), tl.load(gone + image * r + i - m, leaving, 0)
         )  # fmt: skip
-        new = tl.where(carries, i, tl.load(into + image * r + i - m, left, 0))
+        new = tl.where(carries, i, tl.load(into + image * r + i - m, leaving, 0))
     else:
         old = i.to(tl.int64)
         new = tl.load(into + image * n + i, inside, 0)
@@ -184,17 +184,17 @@ def collect(
     return out
 
 
-def spread(
+def expand_groups(
     y: Tensor, weight: Tensor | None, keep: Tensor | None, gone: Tensor | None, into: Tensor, n: int, dim: int
 ) -> Tensor:
-    """The row of the new token that each of ``n`` old ones is in, at ``dim`` of ``y``: see ``_spread``."""
+    """The row of the new token that each of ``n`` old ones is in, at ``dim`` of ``y``: see ``_expand_groups``."""
     y4 = parted(y, dim)
     b, p, m, q = y4.shape
     weight, keep, gone = (None if t is None else t.contiguous() for t in (weight, keep, gone))
     into = into.contiguous()
     out = y.new_empty(*y.shape[:dim], n, *y.shape[dim + 1 :])
     tokens, channels = tile(q)
-    wrap_triton(_spread)[b * p, triton.cdiv(n, tokens), triton.cdiv(q, channels)](
+    wrap_triton(_expand_groups)[b * p, triton.cdiv(n, tokens), triton.cdiv(q, channels)](
         y4, weight, keep, gone, into, out, p, m, n, q, into.shape[1], *y4.stride(),
         BM=tokens, BQ=channels, num_warps=4,
     )  # fmt: skip
@@ -208,4 +208,4 @@ def pool(x: Tensor, weight: Tensor, keep: Tensor, gone: Tensor, into: Tensor, di
 
 def pool_backward(dy: Tensor, weight: Tensor, keep: Tensor, gone: Tensor, into: Tensor, dim: int) -> Tensor:
     """The gradient of ``pool`` to ``x`` from the one to its result."""
-    return spread(dy, weight, keep, gone, into, weight.shape[1], dim)
+    return expand_groups(dy, weight, keep, gone, into, weight.shape[1], dim)

@@ -7,12 +7,12 @@ from torch import Tensor
 def select(score: Tensor, count: int, lead: int, tail: int) -> tuple[Tensor, Tensor]:
     """The reference of ``torch.ops.mctf.select``; see there."""
     n = score.shape[1]
-    kept, left = [], []
+    kept, leaving = [], []
     for row in score.tolist():
         order = sorted(range(lead, n - tail), key=lambda i: -row[i])
         kept.append([*range(lead), *order[:count], *range(n - tail, n)])
-        left.append(order[count:])
-    return torch.tensor(kept), torch.tensor(left, dtype=torch.long).reshape(len(kept), -1)
+        leaving.append(order[count:])
+    return torch.tensor(kept), torch.tensor(leaving, dtype=torch.long).reshape(len(kept), -1)
 
 
 def nearest(x: Tensor, keep: Tensor, gone: Tensor, lead: int, tail: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from mctf_compile.kernels.pooling.triton import FLOATING, collect, spread
+from mctf_compile.kernels.pooling.triton import FLOATING, collect, expand_groups
 
 
 def supported(y: Tensor) -> bool:
@@ -12,7 +12,7 @@ def supported(y: Tensor) -> bool:
 
 def unmerge(y: Tensor, index: Tensor, dim: int) -> Tensor:
     """``torch.ops.mctf.unmerge``."""
-    return spread(y, None, None, None, index, index.shape[1], dim)
+    return expand_groups(y, None, None, None, index, index.shape[1], dim)
 
 
 def unmerge_backward(dx: Tensor, index: Tensor, m: int, dim: int) -> Tensor:

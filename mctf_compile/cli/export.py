@@ -90,8 +90,8 @@ def _differences(
     for batch in BATCHES:
         noise = torch.randn(batch, *images.shape[1:])
         with torch.no_grad():
-            expected, again = tensors(compiled(noise)), tensors(compiled(noise))
-        if not all(map(torch.equal, expected, again)):
+            expected, repeated = tensors(compiled(noise)), tensors(compiled(noise))
+        if not all(map(torch.equal, expected, repeated)):
             return None
         pairs = list(zip(file(noise), expected, strict=True))
         found[batch] = (

@@ -21,7 +21,7 @@ from mctf_compile.evaluating.quality import Quality, quality
 from mctf_compile.evaluating.settings import DENSE, NONE, Setting
 from mctf_compile.evaluating.sharding import ALONE, World
 from mctf_compile.measuring.bench import Progress, check_output, interleave
-from mctf_compile.measuring.isolated import peak_bytes
+from mctf_compile.measuring.fresh_process import peak_bytes
 from mctf_compile.report import Report
 
 # The name of the images as they are.

@@ -45,7 +45,7 @@ class MctfPass(CustomGraphPass):
         if any(value is None for value in values):
             return
         owner = present(graph.owning_module)
-        state, report = fuse_or_decline(flat(owner), values, self.config, whole=True)
+        state, report = fuse_or_decline(flat(owner), values, self.config, one_piece=True)
         self.reports.append(report)
         if report.fused:
             _replace(graph, owner, in_one_piece(present(state)))

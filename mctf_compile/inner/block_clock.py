@@ -62,9 +62,9 @@ class BlockClock:
         return compile_regions(cut, region_compiler(state), self._watched)
 
     def _watched(self, segment: int, run: Run) -> Run:
-        def timed(site: int, operands: list[Any]) -> Any:
+        def timed(instance: int, operands: list[Any]) -> Any:
             start = time.perf_counter()
-            result = run(site, operands)
+            result = run(instance, operands)
             self._wait()
             self._seconds[segment] += time.perf_counter() - start
             return result

@@ -43,14 +43,16 @@ class Clock:
                 "target='latency_ms=...' and profit='measure' run the model when it is compiled: give it "
                 "real inputs, or use target='speedup=...' and profit='model'."
             ) from error
-        self._fused = compile_lowered(run_passes(LOWERING, replace(state, whole=False)))
+        self._fused = compile_lowered(run_passes(LOWERING, replace(state, one_piece=False)))
         dense = dense_graph(state)
         with tracing(TracingContext(detect_fake_mode(state.inputs))):
-            self._dense = compile_lowered(run_passes(LOWERING, replace(state, result=dense, counts=None, whole=False)))
+            self._dense = compile_lowered(
+                run_passes(LOWERING, replace(state, result=dense, counts=None, one_piece=False))
+            )
 
     def seconds(self, *variants: Sequence[int] | None) -> list[float]:
         """Medians of interleaved runs; None is the dense graph."""
-        runs = [self._run(left) for left in variants]
+        runs = [self._run(remaining) for remaining in variants]
         times: list[list[float]] = [[] for _ in runs]
         devices = {x.device for x in self._inputs if isinstance(x, Tensor) and x.device.type != "cpu"}
         kind = next((device.type for device in devices), "cuda")
@@ -65,10 +67,10 @@ class Clock:
                         seconds.append(time.perf_counter() - start)
         return [statistics.median(seconds) for seconds in times]
 
-    def _run(self, left: Sequence[int] | None) -> Callable[[], Any]:
-        if left is None:
+    def _run(self, remaining: Sequence[int] | None) -> Callable[[], Any]:
+        if remaining is None:
             return lambda: self._dense(*self._inputs)
-        return lambda: self._fused(*self._inputs, *left)
+        return lambda: self._fused(*self._inputs, *remaining)
 
 
 def copies(inputs: Sequence[Any]) -> list[Any]:

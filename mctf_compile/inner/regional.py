@@ -24,7 +24,7 @@ from mctf_compile.passes.subclasses import is_wrapper, make_up
 
 # What it makes takes a list of operands, and may empty it: then nobody keeps in memory what is not read again.
 RegionCompiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[[list[Any]], Any]]
-# Runs a region at a site, on operands.
+# Runs a region at an instance, on operands.
 Run = Callable[[int, list[Any]], Any]
 
 
@@ -39,11 +39,11 @@ def compile_regions(
     for i, region in enumerate(cut.regions):
         run = CompiledRegion(region, compiler).run
         for call in outer.find_nodes(op="call_module", target=f"region_{i}"):
-            site, *operands = call.args
+            instance, *operands = call.args
             with outer.inserting_before(call):
                 boxed = outer.call_function(_boxed, tuple(operands))
                 called = run if watched is None else watched(call.meta[SEGMENT], run)
-                call.replace_all_uses_with(outer.call_function(called, (site, boxed)))
+                call.replace_all_uses_with(outer.call_function(called, (instance, boxed)))
             outer.erase_node(call)
     held = _hold(outer, cut.root)
     return partial(fx.GraphModule(nn.Module(), outer).forward, *held)
@@ -83,20 +83,20 @@ class _Version:
 class CompiledRegion:
     """A region, compiled for the operands that it meets.
 
-    The numbers that differ between its sites are symbolic. Where Inductor finds that its code holds for
+    The numbers that differ between its instances are symbolic. Where Inductor finds that its code holds for
     some of them alone, it is compiled again for the others.
     """
 
     def __init__(self, region: Region, compiler: RegionCompiler) -> None:
         self.region, self.compiler = region, compiler
-        # By what is known of a site's operands beside their sizes.
+        # By what is known of an instance's operands beside their sizes.
         self._versions: dict[tuple[Any, ...], list[_Version]] = {}
         self._known: dict[tuple[Any, ...], Callable[[list[Any]], Any]] = {}
 
-    def run(self, site: int, operands: list[Any]) -> Any:
-        """The results at one of the sites; ``operands``, the numbers first, may be empty then."""
-        count = len(self.region.typical)
-        key = (site, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *operands[:count])
+    def run(self, instance: int, operands: list[Any]) -> Any:
+        """The results at one of the instances; ``operands``, the numbers first, may be empty then."""
+        count = len(self.region.example_numbers)
+        key = (instance, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *operands[:count])
         run = self._known.get(key)
         if run is None:
             with compile_lock:
@@ -109,8 +109,8 @@ class CompiledRegion:
         for version in versions:
             if version.holds(numbers):
                 return version.run
-        # Numbers that may change are compiled for at typical ones first, which r = 0 and r = 1 are not.
-        attempts = [numbers] if versions or not self.region.adjustable else [self.region.typical, numbers]
+        # Numbers that may change are compiled for at the example's first, which r = 0 and r = 1 are not.
+        attempts = [numbers] if versions or not self.region.adjustable else [self.region.example_numbers, numbers]
         for attempt in attempts:
             versions.append(self._compile(attempt, tensors))
             if versions[-1].holds(numbers):
@@ -151,7 +151,7 @@ def _layout(x: Tensor) -> list[tuple[int, int | None]]:
 def _fake(x: Tensor, shape: list[int | SymInt]) -> Tensor:
     """A fake tensor like ``x`` with sizes of ``shape``; its strides are those of ``x`` in terms of them.
 
-    Call it under the fake mode. Subclasses that hold tensors are weights, whose sizes differ at no site.
+    Call it under the fake mode. Subclasses that hold tensors are weights, whose sizes differ at no instance.
     """
     if is_wrapper(x):
         return present(detect_fake_mode()).from_tensor(x, static_shapes=True)

@@ -336,7 +336,7 @@ def check_fused(
     found: list[float] = []
     for i in range(ATTEMPTS):
         batch = tree_map_only(Tensor, partial(_rolled, steps=i), list(inputs))
-        wanted, again, plain = (tensors_of(call(*batch)) for call in (reference, reference, dense))
+        wanted, repeated, plain = (tensors_of(call(*batch)) for call in (reference, reference, dense))
         errors, moved = relative_errors(tensors_of(fused(*batch)), wanted), relative_errors(plain, wanted)
         for error, distance in zip(errors, moved):
             if not error <= 2 * distance + tolerance:
@@ -346,7 +346,7 @@ def check_fused(
                     f"{distance:.1e}. No time is reported."
                 )
         found += errors
-        repeats = max(relative_errors(again, wanted)) <= tolerance < TOLERANCES[torch.float16]
+        repeats = max(relative_errors(repeated, wanted)) <= tolerance < TOLERANCES[torch.float16]
         if min(found) <= tolerance or not repeats:
             return statistics.median(found)
     raise WrongOutputError(

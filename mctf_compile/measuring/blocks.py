@@ -66,7 +66,7 @@ def block_times(
     config = FusionConfig.from_options(options)
 
     def take(gm: fx.GraphModule, given: Sequence[Any]) -> tuple[State, Report]:
-        return run_pipeline(gm, given, config, whole=True)
+        return run_pipeline(gm, given, config, one_piece=True)
 
     state, report = capture(model, inputs, kwargs or {}, take).largest(lambda found: found[1].macs_before)
     if not report.fused:

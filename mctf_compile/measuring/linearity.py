@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from mctf_compile.config import FusionConfig
 from mctf_compile.errors import ConfigError, MctfError, UnsupportedGraph
 from mctf_compile.narrowing import present
-from mctf_compile.options.fields import one_of, whole
+from mctf_compile.options.fields import integer, one_of
 from mctf_compile.passes import ANALYSIS, State, run_passes
 from mctf_compile.passes.analysis.dataflow import Dataflow
 from mctf_compile.passes.analysis.normalize import fake_inputs
@@ -65,7 +65,7 @@ def linearity(model: nn.Module, *inputs: Any, steps: int = 10, part: str = "bloc
         UnsupportedGraph: the compiler cannot follow the model.
         MctfError: Dynamo captures nothing of it.
     """
-    whole(2)("steps", steps)
+    integer(2)("steps", steps)
     one_of("block", "mlp")("part", part)
     if model.training:
         raise ConfigError("linearity needs a model without dropout: call model.eval() first.")

@@ -10,10 +10,10 @@ from typing import Any
 from mctf_compile.measuring.bench import DENSE, DYNAMIC, FUSED
 from mctf_compile.measuring.machine import same
 from mctf_compile.measuring.results import Result
-from mctf_compile.measuring.workload import Row
+from mctf_compile.measuring.workload import BenchmarkRow
 from mctf_compile.packages import figure_class
 
-Suites = Mapping[str, Sequence[Row]]
+Suites = Mapping[str, Sequence[BenchmarkRow]]
 
 PREFACE = """\
 # Measured

@@ -11,7 +11,7 @@ from typing import Any
 
 from mctf_compile.errors import MctfError
 from mctf_compile.measuring.machine import same
-from mctf_compile.measuring.workload import Row, Workload
+from mctf_compile.measuring.workload import BenchmarkRow, Workload
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class Result:
         date: the day, in UTC.
         machine: see ``mctf_compile.measuring.machine``.
         measured: what ``BenchResult.to_dict`` gives.
-        isolated: by candidate, the fields of ``mctf_compile.measuring.isolated.Isolated``.
+        isolated: by candidate, the fields of ``mctf_compile.measuring.fresh_process.FreshProcess``.
     """
 
     suite: str
-    row: Row
+    row: BenchmarkRow
     date: str
     machine: Mapping[str, Any]
     measured: Mapping[str, Any]
@@ -41,7 +41,7 @@ class Result:
         row = dict(values["row"])
         work = Workload(**row.pop("work"))
         candidates, isolated = (tuple(row.pop(key)) for key in ("candidates", "isolated"))
-        return cls(**{**values, "row": Row(**row, work=work, candidates=candidates, isolated=isolated)})
+        return cls(**{**values, "row": BenchmarkRow(**row, work=work, candidates=candidates, isolated=isolated)})
 
 
 def append(result: Result, folder: Path) -> Path:

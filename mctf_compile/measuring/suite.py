@@ -9,25 +9,27 @@ from dataclasses import asdict
 from typing import Any
 
 from mctf_compile.measuring.bench import Progress, bench
-from mctf_compile.measuring.child import run_in_child
-from mctf_compile.measuring.isolated import isolate
+from mctf_compile.measuring.fresh_process import isolate
 from mctf_compile.measuring.machine import machine
 from mctf_compile.measuring.results import Result
-from mctf_compile.measuring.workload import Row, Workload
+from mctf_compile.measuring.subprocesses import run_in_process
+from mctf_compile.measuring.workload import BenchmarkRow, Workload
 
 
-def measure(row: Row, suite: str, rounds: int, progress: Progress | None = None) -> Result:
+def measure_row(row: BenchmarkRow, suite: str, rounds: int, progress: Progress | None = None) -> Result:
     """Measure a row; raises ``MctfError`` where an output is not right or a process fails."""
     work = row.work
     arguments = {"work": asdict(work), "candidates": list(row.candidates), "rounds": rounds}
     with tempfile.TemporaryDirectory(prefix="mctf-") as cache:
-        found = run_in_child(f"{__name__}:compare", arguments, work.threads, cache, progress)
+        found = run_in_process(f"{__name__}:time_candidates", arguments, work.threads, cache, progress)
     isolated = {name: asdict(isolate(work, name, progress)) for name in row.isolated}
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     return Result(suite, row, today, found["machine"], found["measured"], isolated)
 
 
-def compare(work: Mapping[str, Any], candidates: Sequence[str], rounds: int, progress: Progress) -> dict[str, Any]:
+def time_candidates(
+    work: Mapping[str, Any], candidates: Sequence[str], rounds: int, progress: Progress
+) -> dict[str, Any]:
     """The comparison, for a process of its own."""
     workload = Workload(**work)
     progress(f"load {workload.model}", 0, 1)

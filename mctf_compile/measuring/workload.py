@@ -57,7 +57,7 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchmarkRow:
     """One comparison.
 
     ``name``: that of its file of results. ``candidates``: those that run in turn in one process. ``isolated``: those

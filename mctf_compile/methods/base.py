@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mctf_compile.errors import ConfigError
 from mctf_compile.methods.attached import Attached
-from mctf_compile.options.fields import Options, block_numbers, flag, option, patterns, whole
+from mctf_compile.options.fields import Options, block_numbers, flag, integer, option, patterns
 from mctf_compile.options.schedule import (
     AUTO,
     NOT_CHOSEN,
@@ -178,7 +178,7 @@ class Method(Options):
     hint: ClassVar[str] = ""
 
     layers: tuple[int, ...] | None = option(None, block_numbers)
-    protected: int | str = option("auto", whole(0, "auto"))
+    protected: int | str = option("auto", integer(0, "auto"))
     modules: tuple[str, ...] | None = option(None, patterns)
 
     @property
@@ -242,7 +242,7 @@ class Merging(Method):
     r: int | float | list[Any] | tuple[Any, ...] | str = option(16, check_r)
     target: Target | str | None = option(None, parse_target)
     schedule: TunedSchedule | str | None = option(None, read_schedule)
-    min_tokens: int = option(1, whole(1))
+    min_tokens: int = option(1, integer(1))
     proportional: bool = option(True, flag)
 
     def __post_init__(self) -> None:

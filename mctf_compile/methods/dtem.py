@@ -15,7 +15,7 @@ from mctf_compile.methods.base import Choice, Evidence, Merging, Need, Reads, Re
 from mctf_compile.methods.combining import combined
 from mctf_compile.methods.tome import match
 from mctf_compile.narrowing import present
-from mctf_compile.options.fields import one_of, option, share, whole
+from mctf_compile.options.fields import integer, one_of, option, share
 
 
 class Embedding(Attached):
@@ -49,9 +49,9 @@ class DTEM(Merging):
     needs: ClassVar[Collection[Need]] = (Need.LEARNED,)
     reads: ClassVar[Reads] = Reads.PROJECTION
 
-    features: int | None = option(None, whole(1, None))
+    features: int | None = option(None, integer(1, None))
     pooling: str = option("size", one_of("size", "mean", "mlerp"))
-    neighbours: int = option(3, whole(1))
+    neighbours: int = option(3, integer(1))
     temperature: float = option(0.1, share)
 
     def module(self, width: int, lead: int, tail: int, before: Attached | None) -> Attached:
@@ -75,10 +75,10 @@ class DTEM(Merging):
         grown = m[:, even] + received
         merged = (m[:, even, None] * x[:, even] + given.transpose(1, 2) @ x[:, odd]) / grown[..., None]
         # Rounding may leave the rest a little below 0, where the gradient goes on.
-        left = m[:, odd] * (rest + (rest.clamp(0, 1) - rest).detach())
+        staying = m[:, odd] * (rest + (rest.clamp(0, 1) - rest).detach())
 
         position = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
-        sizes = torch.cat([left, grown], 1)
+        sizes = torch.cat([staying, grown], 1)
         order = by_size(sizes)
         taking_part = torch.cat([position[:, odd], position[:, even]], 1).gather(1, order)
         ordered = torch.cat([x[:, odd], merged.to(x.dtype)], 1).gather(1, order[..., None].expand(-1, -1, x.shape[2]))

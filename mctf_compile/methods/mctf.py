@@ -11,7 +11,7 @@ import torch
 from mctf_compile.methods.base import Choice, Combine, Evidence, Merging, Need, Site, register_method
 from mctf_compile.methods.combining import combined
 from mctf_compile.narrowing import present
-from mctf_compile.options.fields import one_of, option, temperature, whole
+from mctf_compile.options.fields import integer, one_of, option, temperature
 
 SITES = {"approx": Site.AHEAD, "exact": Site.BEFORE, "current": Site.AFTER}
 
@@ -40,7 +40,7 @@ class MCTF(Merging):
     tau_sim: float = option(1.0, temperature)
     tau_info: float = option(20.0, temperature)
     tau_size: float = option(40.0, temperature)
-    min_tokens: int = option(10, whole(1))
+    min_tokens: int = option(10, integer(1))
 
     @property
     def site(self) -> Site:  # type: ignore[override]  # it depends on an option

@@ -10,7 +10,7 @@ from mctf_compile.methods.base import Choice, Combine, Evidence, Merging, Need, 
 from mctf_compile.methods.combining import combined
 from mctf_compile.methods.tome import match
 from mctf_compile.narrowing import present
-from mctf_compile.options.fields import flag, one_of, option, whole
+from mctf_compile.options.fields import flag, integer, one_of, option
 
 
 @register_method
@@ -32,7 +32,7 @@ class ToFu(Merging):
     site: ClassVar[Site] = Site.BETWEEN
     needs: ClassVar[Collection[Need]] = (Need.KEYS,)
 
-    prune_layers: int | None = option(None, whole(0, None))
+    prune_layers: int | None = option(None, integer(0, None))
     combine: str = option("mlerp", one_of("mlerp", "average"))
     weighted: bool = option(False, flag)
 

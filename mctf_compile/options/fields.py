@@ -86,7 +86,7 @@ def flag(name: str, value: Any) -> bool:
     return value
 
 
-def whole(least: int, *words: str | None) -> Check:
+def integer(least: int, *words: str | None) -> Check:
     """A whole number from ``least`` on, or one of ``words``."""
 
     def check(name: str, value: Any) -> Any:

@@ -122,7 +122,7 @@ def parse_target(name: str, target: Any) -> Target | None:
     return Target(quantity, number)
 
 
-def spread(total: int, blocks: Collection[int], depth: int) -> list[int]:
+def distribute(total: int, blocks: Collection[int], depth: int) -> list[int]:
     """``total`` tokens over some of ``depth`` blocks, as evenly as can be; later blocks remove what is left over."""
     each, over = divmod(total, max(len(blocks), 1))
     more = sorted(blocks)[len(blocks) - over :]

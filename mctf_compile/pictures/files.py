@@ -37,7 +37,7 @@ def read(path: Path, most: int) -> list[Image]:
     files = sorted(file for file in path.iterdir() if file.suffix.lower() in endings and file.is_file())
     if not files:
         raise ConfigError(f"the folder {path} has no images")
-    return [_opened(file, 1)[0] for file in spread(files, most)]
+    return [_opened(file, 1)[0] for file in evenly_chosen(files, most)]
 
 
 def _opened(path: Path, most: int) -> list[Image]:
@@ -45,7 +45,7 @@ def _opened(path: Path, most: int) -> list[Image]:
     try:
         with pillow().open(path) as image:
             frames = []
-            for number in spread(range(getattr(image, "n_frames", 1)), most):
+            for number in evenly_chosen(range(getattr(image, "n_frames", 1)), most):
                 image.seek(number)
                 frames.append(turned(image).convert("RGB"))
             return frames
@@ -56,7 +56,7 @@ def _opened(path: Path, most: int) -> list[Image]:
         raise ConfigError(f"{path} cannot be read as an image: {reason}") from error
 
 
-def spread(items: Sequence[T], most: int) -> list[T]:
+def evenly_chosen(items: Sequence[T], most: int) -> list[T]:
     """All items, or ``most`` of them at even distances, the first and the last among them."""
     if len(items) <= most:
         return list(items)

@@ -21,7 +21,7 @@ OPTIONS: dict[str, Any] = {"r": 0.15, "min_tokens": 4}
 
 
 @dataclass(frozen=True)
-class Row:
+class Surveyed:
     """What one model of the zoo did. ``error``: what it raised, else None."""
 
     entry: Entry
@@ -79,7 +79,7 @@ information taken away, r = 0.15 of the tokens per block, all blocks but the fir
 HEADINGS = ("", "model", "fused", "tokens", "MACs ratio", "r=0", "duplicates", "remarks")
 
 
-def survey(entries: Iterable[Entry]) -> Iterator[Row]:
+def survey(entries: Iterable[Entry]) -> Iterator[Surveyed]:
     """Rewrite and check each model; what one raises is its row's, and the others go on."""
     for entry in entries:
         start = time.perf_counter()
@@ -91,17 +91,17 @@ def survey(entries: Iterable[Entry]) -> Iterator[Row]:
             cause = cause_of(raised)
             error = f"{type(cause).__name__}: {next(iter(str(cause).splitlines()), '')}"[:300]
         torch._dynamo.reset()
-        yield Row(entry, found, error, time.perf_counter() - start)
+        yield Surveyed(entry, found, error, time.perf_counter() - start)
 
 
-def markdown(rows: Iterable[Row]) -> str:
+def markdown(rows: Iterable[Surveyed]) -> str:
     """The rows as a Markdown page."""
     lines = ["| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row.cells()) + " |" for row in rows]
     return PREFACE + "\n".join(lines) + "\n"
 
 
-def table(rows: Iterable[Row]) -> Table:
+def table(rows: Iterable[Surveyed]) -> Table:
     """The rows as a rich table."""
     result = Table(title="coverage")
     for heading in HEADINGS:

@@ -36,14 +36,14 @@ class GraphCase:
     ``torch.compile`` with the backend ``mctf``; ``rounding``, a program with regions of autocast, which must round when
     it is fused too; ``spelling``, tokens of which none is a copy, whose attention must fuse like
     ``scaled_dot_product_attention`` however it is written; ``tables``, such tokens again, which must fuse alike whether
-    one table serves several readers or each has an equal one. ``lifted``: what the program holds are inputs of its
+    one table serves several readers or each has an equal one. ``as_inputs``: what the program holds are inputs of its
     graph, one for all readers, as under Dynamo, and not attributes.
     """
 
     grown: Program
     options: dict[str, Any]
     way: str = "graph"
-    lifted: bool = False
+    as_inputs: bool = False
 
     def check(self) -> Soundness:
         """What fusing tokens does to the program. Raises what the program, its capture or the rewrite raises."""
@@ -106,7 +106,7 @@ class GraphCase:
         problems, error = broken(plain, fused, recorder), None
         if not recorder.reports[0].fused:
             problems += _unequal(plain, fused, "nothing was fused, and yet the output is not the dense one")
-        elif not problems and recorder.groups and recorder.spread <= DUPLICATE:
+        elif not problems and recorder.groups and recorder.largest_gap <= DUPLICATE:
             error = max(map(distance, plain, fused))
             if not error <= self.grown.tolerance:
                 problems.append(f"fusing duplicates changed the output by {error:.2e} of its largest entry")
@@ -114,8 +114,8 @@ class GraphCase:
 
     def _fused(self, recorder: Recorder, program: Program, module: nn.Module, inputs: list[Tensor]) -> list[Tensor]:
         """The outputs of a program whose tokens are fused."""
-        given = [*inputs, *(program.held_by(module) if self.lifted else ())]
-        return list(recorder(program.graph(module, self.lifted), given)(*given))
+        given = [*inputs, *(program.held_by(module) if self.as_inputs else ())]
+        return list(recorder(program.graph(module, self.as_inputs), given)(*given))
 
     def _check_rounding(self) -> Soundness:
         found, plain, fused = self._compare()

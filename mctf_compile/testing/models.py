@@ -135,7 +135,7 @@ class Side(nn.Module):
         return torch.cat([x[:, :, :first], y, x[:, :, last:]], 2) if ends else y
 
 
-class Attention(nn.Module):
+class TinyAttention(nn.Module):
     """The residual stream -> the same shape, spelled in one of ``SPELLINGS``."""
 
     def __init__(self, spec: VitSpec) -> None:
@@ -263,14 +263,14 @@ class Extra(nn.Module):
         return (weights @ v).transpose(1, 2)
 
 
-class Block(nn.Module):
+class TinyBlock(nn.Module):
     """Attention and MLP around a residual stream."""
 
     def __init__(self, spec: VitSpec) -> None:
         super().__init__()
         self.spec = spec
         self.norm1, self.norm2 = Norm(spec), Norm(spec)
-        self.attn = Attention(spec)
+        self.attn = TinyAttention(spec)
         self.mlp = None if spec.mlp == "none" else Mlp(spec)
         self.extra = None if spec.extra == "none" else Extra(spec)
         scale = torch.full((spec.width, 1, 1) if spec.layout == "bchw" else (spec.width,), 0.5)
@@ -312,7 +312,7 @@ class TinyViT(nn.Module):
         self.prefix = nn.Parameter(torch.randn(1, spec.prefix, width))
         self.suffix = nn.Parameter(torch.randn(1, spec.suffix, width))
         self.position = nn.Parameter(torch.randn(1, spec.tokens, width) * 0.2) if spec.position else None
-        self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.depth))
+        self.blocks = nn.ModuleList(TinyBlock(spec) for _ in range(spec.depth))
         self.join = nn.Linear(2 * width, width) if spec.skip == "cat" else None
         self.norm = nn.LayerNorm(width)
         self.latent = nn.Parameter(torch.randn(1, 1, width))

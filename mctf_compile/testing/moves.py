@@ -208,7 +208,7 @@ class Builder:
             if alone:
                 continue
             if self.has("integers", 40):
-                self._whole(stream)
+                self._all_of(stream)
             for _ in range(self.g.choose((1, 2, 3, 4)) if "operators" in self.features else 0):
                 self._operator()
             if self.has("feedback", 40):
@@ -344,7 +344,7 @@ class Builder:
         region: Region = self.g.choose((Region(), *plain) if self.g.gradients else plain)
         return region
 
-    def _whole(self, stream: Stream) -> None:
+    def _all_of(self, stream: Stream) -> None:
         """Whole numbers or truth values made of the tokens, and maybe what they come to."""
         g, x = self.g, stream.ref
         channels = -3 if self.layout == "bchw" else -1

@@ -258,9 +258,9 @@ class _Drawing:
         if kind == "ScalarType" or name == "dtype":
             return DTYPES
         if kind in ("int", "SymInt"):
-            return self._whole(name)
+            return self._numbers(name)
         if kind in ("List[int]", "List[SymInt]"):
-            return self._wholes(name)
+            return self._lists_of_numbers(name)
         if kind in ("float", "number"):
             return NUMBERS.get(name, (1.0, 0.5, 2, -1.5, 0) if kind == "number" else (1.0, 0.5, 2.0))
         if kind == "str":
@@ -346,7 +346,7 @@ class _Drawing:
 
     # Numbers.
 
-    def _whole(self, name: str) -> Sequence[int | None]:
+    def _numbers(self, name: str) -> Sequence[int | None]:
         if name in ORDERS:
             return ORDERS[name]
         shape = self.x.shape
@@ -369,7 +369,7 @@ class _Drawing:
             return (1, shape[1] if rank > 1 else 1)
         return (1, 2, 3, 0)
 
-    def _wholes(self, name: str) -> Sequence[list[int] | None]:
+    def _lists_of_numbers(self, name: str) -> Sequence[list[int] | None]:
         shape = list(self.x.shape)
         rank = len(shape)
         if name in ("size", "shape", "sizes"):

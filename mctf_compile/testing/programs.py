@@ -257,16 +257,16 @@ class Program:
         exec(compile(source, name, "exec"), space)
         return space["Program"]().eval(), space["inputs"]
 
-    def graph(self, module: nn.Module, lifted: bool = False) -> fx.GraphModule:
+    def graph(self, module: nn.Module, as_inputs: bool = False) -> fx.GraphModule:
         """The program as a graph like Dynamo's.
 
-        What it holds are attributes of ``module``, or, where they are ``lifted``, more inputs (see ``held_by``).
+        What it holds are attributes of ``module``, or, where they are ``as_inputs``, more inputs (see ``held_by``).
         """
         graph = fx.Graph()
         values: dict[Ref, fx.Node] = {held.ref: graph.placeholder(str(held.ref)) for held in self.inputs}
         for held in self.held:
             name = held.ref.name.removeprefix("self.")
-            values[held.ref] = graph.placeholder(f"held_{name}") if lifted else graph.get_attr(name)
+            values[held.ref] = graph.placeholder(f"held_{name}") if as_inputs else graph.get_attr(name)
         leaves: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
         for line in self.lines:
             if isinstance(line, Step):
@@ -286,7 +286,7 @@ class Program:
         return fx.GraphModule(module, graph)
 
     def held_by(self, module: nn.Module) -> list[Tensor]:
-        """What a lifted graph takes after the inputs."""
+        """What such a graph takes after the inputs."""
         return [getattr(module, held.ref.name.removeprefix("self.")) for held in self.held]
 
 

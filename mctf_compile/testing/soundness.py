@@ -30,7 +30,7 @@ class Recorder:
     """A backend that runs the rewritten graph eagerly and keeps what the fusions did.
 
     ``groups`` holds, per graph and fusion, the tensors (index [B, N], weight [B, N], size [B, M]) of the
-    last run; ``reports`` one report per graph; ``spread`` the largest difference between two values that
+    last run; ``reports`` one report per graph; ``largest_gap`` the largest difference between two values that
     the last run combined into one, relative to the largest entry: 0 where only exact duplicates were fused.
     """
 
@@ -38,7 +38,7 @@ class Recorder:
     reports: list[Report] = field(default_factory=list)
     graphs: list[fx.GraphModule] = field(default_factory=list)
     groups: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
-    spread: float = 0.0
+    largest_gap: float = 0.0
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         # What happens to tokens is read off the operators, which other kernels stand in for.
@@ -51,7 +51,7 @@ class Recorder:
     def run(self, model: nn.Module, *inputs: Any, **kwargs: Any) -> Any:
         """The model's output under this backend."""
         self.groups.clear()
-        self.spread = 0.0
+        self.largest_gap = 0.0
         torch._dynamo.reset()
         return torch.compile(model, backend=self, dynamic=False)(*inputs, **kwargs)
 
@@ -84,7 +84,7 @@ class _Watch(fx.Interpreter):
             self._note(x, keep, gone, into, dim)
         elif target is torch.ops.mctf.keep.default:
             # What was dropped is no part of the result, duplicate or not.
-            self.recorder.spread = float("inf")
+            self.recorder.largest_gap = float("inf")
         elif target is torch.ops.mctf.ahead.default:
             weights, norm, _, _, _, keep, gone, into = args[:8]
             self._note(weights * norm, keep, gone, into, 2)
@@ -93,13 +93,13 @@ class _Watch(fx.Interpreter):
     def _note(self, x: Tensor, keep: Tensor, gone: Tensor, into: Tensor, dim: int) -> None:
         """Compare each token that left with the carrier of its group."""
         x = x.detach().double()
-        left = x.gather(dim, along(gone, x, dim))
+        leaving = x.gather(dim, along(gone, x, dim))
         carrier = x.gather(dim, along(keep.gather(1, into), x, dim))
-        if left.numel():
+        if leaving.numel():
             # Two equal infinities (masks) are no difference.
-            apart = torch.where(left == carrier, 0.0, (left - carrier).abs()).amax()
+            apart = torch.where(leaving == carrier, 0.0, (leaving - carrier).abs()).amax()
             scale = x[x.isfinite()].abs().amax() if x.isfinite().any() else x.new_ones(())
-            self.recorder.spread = max(self.recorder.spread, (apart / scale.clamp(min=1e-12)).item())
+            self.recorder.largest_gap = max(self.recorder.largest_gap, (apart / scale.clamp(min=1e-12)).item())
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def check_rewrite(
     same = run("alike") if "alike" in recorders else fused
     alike = recorders.get("alike", recorder)
     error = None
-    if alike.groups and method.sized and (duplicates or (duplicates is None and alike.spread <= DUPLICATE)):
+    if alike.groups and method.sized and (duplicates or (duplicates is None and alike.largest_gap <= DUPLICATE)):
         error = max(map(distance, plain, same), default=0.0) if len(plain) == len(same) else float("inf")
         if not error <= tolerance:
             problems.append(f"fusing duplicates changed the output by {error:.2e} of its largest entry")

@@ -45,11 +45,11 @@ def find_blocks(graph: fx.Graph, axes: Axes, protected: int | None = None) -> li
     4. The batch axes are those of the residual stream that are neither tokens nor channels.
     """
     flow = Dataflow(graph)
-    sites = [site for node in graph.nodes if (site := _attention(node, axes)) is not None]
+    attentions = [attention for node in graph.nodes if (attention := _attention(node, axes)) is not None]
     blocks = []
-    for i, site in enumerate(sites):
-        following = sites[i + 1].node if i + 1 < len(sites) else None
-        blocks.append(replace(_block(site, following, flow, axes, protected), module=_module(site.node)))
+    for i, attention in enumerate(attentions):
+        following = attentions[i + 1].node if i + 1 < len(attentions) else None
+        blocks.append(replace(_block(attention, following, flow, axes, protected), module=_module(attention.node)))
     return blocks
 
 
@@ -76,18 +76,18 @@ def _attention(node: fx.Node, axes: Axes) -> Attention | None:
     if packet is aten.scaled_dot_product_attention:
         args = schema_arguments(node)
         q, k, v = args["query"], args["key"], args["value"]
-        site: Attention | None = Attention(node, q, k, v, None, None, axes.of(k)[-2], axes.of(q)[-2])
+        attention: Attention | None = Attention(node, q, k, v, None, None, axes.of(k)[-2], axes.of(q)[-2])
     elif packet is aten.softmax:
-        site = _spelled_out(node, axes)
+        attention = _spelled_out(node, axes)
     else:
         return None
-    if site is None or not site.key_axis:
+    if attention is None or not attention.key_axis:
         return None
-    keys, queries = set(atoms(site.key_axis)), set(atoms(site.query_axis))
-    tokens = _tokens(site.key_axis, None)
+    keys, queries = set(atoms(attention.key_axis)), set(atoms(attention.query_axis))
+    tokens = _tokens(attention.key_axis, None)
     over_tokens = isinstance(tokens, str) or bool(queries & set(atoms(tokens.body)))
     features = all(atom.name == FEATURES for atom in keys)
-    return site if keys & queries and over_tokens and not features else None
+    return attention if keys & queries and over_tokens and not features else None
 
 
 def _spelled_out(softmax: fx.Node, axes: Axes) -> Attention | None:
@@ -183,34 +183,34 @@ def _factors(product: fx.Node) -> Sequence[fx.Node]:
     return present(present(rule_of(product)).factors)(schema_arguments(product))
 
 
-def _block(site: Attention, following: fx.Node | None, flow: Dataflow, axes: Axes, protected: int | None) -> Block:
-    keys, queries = axes.table.canonical(site.key_axis), axes.table.canonical(site.query_axis)
+def _block(attention: Attention, following: fx.Node | None, flow: Dataflow, axes: Axes, protected: int | None) -> Block:
+    keys, queries = axes.table.canonical(attention.key_axis), axes.table.canonical(attention.query_axis)
     if keys != queries:
-        return Block(site, None, problem="queries and keys run over different tokens")
+        return Block(attention, None, problem="queries and keys run over different tokens")
     tokens = _tokens(keys, protected)
     if isinstance(tokens, str):
-        return Block(site, None, problem=tokens)
-    found = _residual(site, tokens, following, flow, axes)
+        return Block(attention, None, problem=tokens)
+    found = _residual(attention, tokens, following, flow, axes)
     if found is None:
         problem = "no residual connection leads around this attention with the tokens in its order"
-        return Block(site, None, problem=problem)
+        return Block(attention, None, problem=problem)
     entry, middle = found
     if not mentions(axes.of(entry), tokens):
-        return Block(site, None, entry, middle, problem=_remade(site.key, entry, flow, axes))
-    tokens = _with_batch(tokens, axes.of(entry), axes.of(site.query))
+        return Block(attention, None, entry, middle, problem=_remade(attention.key, entry, flow, axes))
+    tokens = _with_batch(tokens, axes.of(entry), axes.of(attention.query))
     if isinstance(tokens, str):
-        return Block(site, None, entry, middle, problem=tokens)
+        return Block(attention, None, entry, middle, problem=tokens)
     if not _ends_are_keys(axes.of(entry), keys, tokens):
         problem = "the residual stream holds protected tokens beside its others that attention does not read as keys"
-        return Block(site, None, entry, middle, problem=problem)
+        return Block(attention, None, entry, middle, problem=problem)
     end = _mlp_end(middle, following, flow, axes) or middle
     if any(map(updates_statistics, flow.between(entry, end))):
-        return Block(site, None, entry, middle, problem="batch norm in training takes statistics over the tokens")
-    return Block(site, tokens, entry, middle, end)
+        return Block(attention, None, entry, middle, problem="batch norm in training takes statistics over the tokens")
+    return Block(attention, tokens, entry, middle, end)
 
 
 def _residual(
-    site: Attention, tokens: Tokens, following: fx.Node | None, flow: Dataflow, axes: Axes
+    attention: Attention, tokens: Tokens, following: fx.Node | None, flow: Dataflow, axes: Axes
 ) -> tuple[fx.Node, fx.Node] | None:
     """(residual stream, the addition that returns to it).
 
@@ -218,12 +218,12 @@ def _residual(
     next attention, ``following``.
     """
     other = None
-    for node, a, b in _sums(flow.span(site.node, None), axes):
+    for node, a, b in _sums(flow.span(attention.node, None), axes):
         if other is not None and following is not None and flow.order[node] > flow.order[following]:
             break
         for stream, branch in ((a, b), (b, a)):
-            around = all(flow.leads(stream, n) for n in (site.query, site.key, site.value))
-            if around and (branch is site.node or flow.leads(site.node, branch)):
+            around = all(flow.leads(stream, n) for n in (attention.query, attention.key, attention.value))
+            if around and (branch is attention.node or flow.leads(attention.node, branch)):
                 if mentions(axes.of(stream), tokens):
                     return stream, node
                 other = other or (stream, node)

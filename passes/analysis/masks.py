@@ -77,7 +77,7 @@ def find_masks(
     found = []
     for block in blocks:
         batch = None if block.tokens is None else block.tokens.batch
-        kinds, told = look(_operands(block.attention), block.attention.key_axis, batch)
+        kinds, told = look(_mask_operands(block.attention), block.attention.key_axis, batch)
         padding = frozenset.intersection(*told) if told else frozenset()
         found.append(replace(block, mask=max(kinds, default=Mask.NONE), padding=padding))
     # Attention of other queries than the tokens has its masks too.
@@ -103,12 +103,12 @@ def _equal(graph: fx.Graph, written: set[fx.Node]) -> dict[fx.Node, Telling]:
     return {node: frozenset(groups[representative]) for node, representative in same.items()}
 
 
-def _operands(site: Attention) -> dict[fx.Node, fx.Node]:
+def _mask_operands(attention: Attention) -> dict[fx.Node, fx.Node]:
     """What is combined with q kᵀ before the softmax, each with the operator that does it."""
-    if site.weights is None:
-        mask = schema_arguments(site.node).get("attn_mask")
-        return {} if mask is None else {mask: site.node}
-    product = present(site.product)
+    if attention.weights is None:
+        mask = schema_arguments(attention.node).get("attn_mask")
+        return {} if mask is None else {mask: attention.node}
+    product = present(attention.product)
     inside: dict[fx.Node, bool] = {product: True}
 
     def descends(node: fx.Node) -> bool:
@@ -128,7 +128,7 @@ def _operands(site: Attention) -> dict[fx.Node, fx.Node]:
         return inside[node]
 
     found: dict[fx.Node, fx.Node] = {}
-    stack, seen = [site.weights], set()
+    stack, seen = [attention.weights], set()
     while stack:
         node = stack.pop()
         if node is product or node in seen:

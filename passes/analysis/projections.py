@@ -33,8 +33,8 @@ def run(state: State) -> None:
         return
     found: dict[fx.Node, Projection] = {}
     for planned in plan.fusing:
-        site, entry = planned.block.attention, present(planned.block.entry)
-        found |= find_projections([site.query, site.key, site.value], entry, present(state.axes))
+        attention, entry = planned.block.attention, present(planned.block.entry)
+        found |= find_projections([attention.query, attention.key, attention.value], entry, present(state.axes))
     state.plan = replace(plan, projections=found)
 
 

@@ -78,10 +78,10 @@ def _match(node: fx.Node) -> str | None:
     from mctf_compile.kernels.on_cpu import match_supported
 
     args = schema_arguments(node)
-    left = _number(node.meta["val"][0].shape[1], node.graph)
-    if left is None or not match_supported(*values(args["x"], args["kind"])):
+    remaining = _number(node.meta["val"][0].shape[1], node.graph)
+    if remaining is None or not match_supported(*values(args["x"], args["kind"])):
         return NOT_TAKEN
-    args = {**args, "r": left}
+    args = {**args, "r": remaining}
     node.target, node.args, node.kwargs = mctf.match_cpp.default, tuple(v for k, v in args.items() if k != "kind"), {}
     return None
 
@@ -133,7 +133,7 @@ def _importance(node: fx.Node) -> str | None:
         if of_reader["weight"] is None or not attention_supported(q, k, v, bias, of_reader["dropout_p"]):
             return NOT_TAKEN
 
-    whole, room = _room(node, q)
+    complete, room = _room(node, q)
     room = room if readers else 0
     arguments = (*operands, args["scale"], room)
     several = call(node, mctf.importance_cpp.default, arguments, importance(q, k, *arguments[2:]))
@@ -144,11 +144,11 @@ def _importance(node: fx.Node) -> str | None:
         of_reader = schema_arguments(reader)
         with reader.graph.inserting_before(reader):
             # What is not needed again need not stay in memory.
-            again = [None] * 4 if whole else operands
+            recomputing = [None] * 4 if complete else operands
             arguments = (
-                *again[:2],
+                *recomputing[:2],
                 of_reader["v"],
-                *again[2:],
+                *recomputing[2:],
                 args["scale"],
                 lse,
                 rows,

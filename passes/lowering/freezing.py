@@ -12,7 +12,7 @@ from torch._ops import OpOverload
 from mctf_compile.kernels.library import without_autocast
 from mctf_compile.kernels.linear.op import frozen_linear_supported
 from mctf_compile.narrowing import node_of, present
-from mctf_compile.passes.lowering.regions import stays_whole
+from mctf_compile.passes.lowering.regions import stays_in_one_piece
 from mctf_compile.passes.pipeline import State, graph_pass
 
 aten = torch.ops.aten
@@ -21,7 +21,7 @@ aten = torch.ops.aten
 @graph_pass("freezing", requires=("lowered",))
 def run(state: State) -> None:
     """Weights are operands to a region; of a graph that stays whole Inductor freezes them itself."""
-    if state.config.lowering.inductor_has("freezing") and not torch.is_grad_enabled() and not stays_whole(state):
+    if state.config.lowering.inductor_has("freezing") and not torch.is_grad_enabled() and not stays_in_one_piece(state):
         state.frozen = freeze(present(state.lowered))
 
 

@@ -26,19 +26,19 @@ aten = torch.ops.aten
 
 @graph_pass("regions", requires=("lowered",))
 def run(state: State) -> None:
-    cut = None if stays_whole(state) else split(state.frozen or present(state.lowered))
+    cut = None if stays_in_one_piece(state) else split(state.frozen or present(state.lowered))
     # Something speaks for it where blocks are alike, or numbers of tokens may change.
-    if cut is not None and any(region.sites > 1 or region.adjustable for region in cut.regions):
+    if cut is not None and any(region.instances > 1 or region.adjustable for region in cut.regions):
         state.cut = cut
 
 
-def stays_whole(state: State) -> bool:
+def stays_in_one_piece(state: State) -> bool:
     """Whether the inner compiler is to see the graph in one piece.
 
     CUDA graphs record one set of addresses; with an interpreter there is nothing to share.
     """
     lowering = state.config.lowering
-    if state.whole or lowering.inner == "eager":
+    if state.one_piece or lowering.inner == "eager":
         return True
     recorders = {device_of(x.device).recorder for x in state.inputs if isinstance(x, Tensor)}
     return state.counts is None and any(lowering.inductor_has(name) for name in recorders if name is not None)
@@ -46,27 +46,26 @@ def stays_whole(state: State) -> bool:
 
 @dataclass(frozen=True)
 class Symbol:
-    """The ``index``-th of the numbers that differ between the sites of a region."""
+    """The ``index``-th of the numbers that differ between the instances of a region."""
 
     index: int
 
 
 @dataclass(frozen=True)
 class Region:
-    """A part of a graph that runs at one or more sites, on other operands each time.
+    """A part of a graph that runs at one or more instances, on other operands each time.
 
-    ``body`` takes first the numbers that differ between its sites (token counts), then tensors; ``typical`` are those
-    numbers as they were traced.
-    ``shapes`` has the dimensions of each tensor operand, ``results`` the places among its nodes of what is read
-    after it at one site or another; ``sites`` is how many there are. ``adjustable``: whether a site's numbers may
-    change between calls.
+    ``body`` takes first the numbers that differ between its instances (token counts), then tensors;
+    ``example_numbers`` are those numbers as they were traced. ``shapes`` has the dimensions of each tensor operand,
+    ``results`` the places among its nodes of what is read after it at one instance or another; ``instances`` is how
+    many there are. ``adjustable``: whether an instance's numbers may change between calls.
     """
 
     body: fx.GraphModule
-    typical: list[int]
+    example_numbers: list[int]
     shapes: list[list[int | Symbol]]
     results: list[int]
-    sites: int
+    instances: int
     adjustable: bool
 
 
@@ -74,7 +73,7 @@ class Region:
 class Cut:
     """A graph in regions.
 
-    ``outer`` calls the submodule ``region_<i>`` with the number of the site and its operands, and takes a tuple of
+    ``outer`` calls the submodule ``region_<i>`` with the number of the instance and its operands, and takes a tuple of
     results; each call carries ``SEGMENT``. It reads the attributes of ``root``.
     """
 
@@ -91,10 +90,10 @@ def split(gm: fx.GraphModule, joined: bool = True) -> Cut | None:
     Before::  block 1, block 2, block 3, ... each with its own number of tokens
     After::   region_1(0, *sizes, *operands), region_1(1, *sizes, *operands), ...
 
-    Two segments are sites of one region where their nodes are the same, up to the sizes of activations and the
-    numbers that operators take for sizes. What differs among the sites is a symbol; numbers that are equal to each
-    other at every site are one symbol. Each site runs what its own segment says, so nothing rests on a guess at how
-    sizes are related.
+    Two segments are instances of one region where their nodes are the same, up to the sizes of activations and the
+    numbers that operators take for sizes. What differs among the instances is a symbol; numbers that are equal to each
+    other at every instance are one symbol. Each instance runs what its own segment says, so nothing rests on a guess at
+    how sizes are related.
     """
     if any(isinstance(n.target, HigherOrderOperator) or n.op in ("call_module", "call_method") for n in gm.graph.nodes):
         return None
@@ -113,7 +112,7 @@ def split(gm: fx.GraphModule, joined: bool = True) -> Cut | None:
 
 
 def _take_apart(node: fx.Node) -> None:
-    """Name all results of an operator that has several: some may be read at one site of a region alone."""
+    """Name all results of an operator that has several: some may be read at one instance of a region alone."""
     values = node.meta.get("val")
     if node.op != "call_function" or not isinstance(values, (tuple, list)):
         return
@@ -161,7 +160,7 @@ def _is_number(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymBool, torch.SymFloat))
 
 
-# A number at a site: itself, the node that computes it, or a tensor and its dimension.
+# A number at an instance: itself, the node that computes it, or a tensor and its dimension.
 Number = int | fx.Node | tuple[fx.Node, int]
 
 
@@ -177,7 +176,7 @@ def _known(number: Number) -> int | torch.SymInt:
 class _Segment:
     """Consecutive nodes, what they read from outside, and what is read of them later.
 
-    ``numbers`` are those that may differ between sites of one region, in the order in which they are met;
+    ``numbers`` are those that may differ between instances of one region, in the order in which they are met;
     ``key`` is all the rest.
     """
 
@@ -223,7 +222,7 @@ class _Segment:
 
 
 def _varies(node: fx.Node, size: int | torch.SymInt) -> bool:
-    """Whether a size of an operand may differ between sites; that of a weight may not."""
+    """Whether a size of an operand may differ between instances; that of a weight may not."""
     return isinstance(size, torch.SymInt) or (size > 1 and node.op == "call_function")
 
 
@@ -259,8 +258,8 @@ def _region(gm: fx.GraphModule, segments: list[_Segment]) -> tuple[Region, list[
     body = fx.GraphModule(gm, _body(first, results, len(index), left))
     keep_autocast_out(body, devices_of((*first.inputs, *first.nodes)))
     adjustable = any(not isinstance(e, int) for vector in index for e in vector)
-    typical = [hint_of(_known(first.numbers[i])) for i in first_at]
-    return Region(body, typical, shapes, results, len(segments), adjustable), operands
+    example_numbers = [hint_of(_known(first.numbers[i])) for i in first_at]
+    return Region(body, example_numbers, shapes, results, len(segments), adjustable), operands
 
 
 def _body(segment: _Segment, results: list[int], symbols: int, known: Iterator[int | Symbol]) -> fx.Graph:
@@ -303,9 +302,9 @@ def _outer(
             env[node] = outer.node_copy(node, env.__getitem__)
     met = dict.fromkeys(keys, 0)
     for segment in segments:
-        which, site = keys.index(segment.key), met[segment.key]
+        which, instance = keys.index(segment.key), met[segment.key]
         met[segment.key] += 1
-        results = outer.call_module(f"region_{which}", (site, *map(number, operands[which][site])))
+        results = outer.call_module(f"region_{which}", (instance, *map(number, operands[which][instance])))
         results.meta[SEGMENT] = segment.nodes[0].meta[SEGMENT]
         for i, position in enumerate(regions[which].results):
             if position in segment.results:

@@ -1,4 +1,4 @@
-"""Pass: settle what the options leave open: ``r`` for a target, and the blocks where fusing does not pay."""
+"""Pass: decide what the options leave open: ``r`` for a target, and the blocks where fusing does not pay."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 
 from mctf_compile.errors import ConfigError
 from mctf_compile.narrowing import present
-from mctf_compile.options.schedule import GMACS, LATENCY, SPEEDUP, Target, least, spread
+from mctf_compile.options.schedule import GMACS, LATENCY, SPEEDUP, Target, distribute, least
 from mctf_compile.passes.axes import hint_of
 from mctf_compile.passes.pipeline import State, graph_pass
 from mctf_compile.passes.planning.costs import Clock, Measure, measured, nominal, unprofitable
 from mctf_compile.passes.planning.macs import count_macs, macs_by_counts
-from mctf_compile.passes.planning.plan import tokens_left
+from mctf_compile.passes.planning.plan import tokens_remaining
 
 # Refinements of a latency, and how close to the goal is good enough.
 ATTEMPTS, CLOSE = 4, 0.97
@@ -21,7 +21,7 @@ ATTEMPTS, CLOSE = 4, 0.97
 
 @graph_pass("budget", requires=("result",))
 def run(state: State) -> str | None:
-    if not state.unsettled:
+    if not state.undecided:
         return None
     if state.counts is None:
         raise ConfigError(
@@ -29,13 +29,13 @@ def run(state: State) -> str | None:
             "set r while it trains."
         )
     declined = state.findings.declined
-    settle(state)
+    choose_counts(state)
     # Where blocks dropped out, what a target takes is found anew without them.
-    state.unsettled = state.unsolved is not None
+    state.undecided = state.unsolved is not None
     return None if state.adjustable and state.findings.declined == declined else "plan"
 
 
-def settle(state: State) -> None:
+def choose_counts(state: State) -> None:
     """Put into ``state.findings`` what the options leave open, as far as they ask for it.
 
     That is the ``r`` that meets the target, and the blocks where fusing takes longer than it saves. ``state`` has an
@@ -81,9 +81,9 @@ def _for_macs(state: State, target: Target, macs: Measure) -> Solution | str:
     goal = {GMACS: lambda: target.value * 1e9 * images, SPEEDUP: lambda: dense / target.value}[target.quantity]()
     if dense <= goal:
         return f"the dense model meets the target {target}"
-    found = solve(state, lambda left: macs(left) <= goal)
+    found = solve(state, lambda remaining: macs(remaining) <= goal)
     if found is None:
-        reached = macs(tokens_left(state, requests=everything(state)))
+        reached = macs(tokens_remaining(state, requests=everything(state)))
         name = present(state.plan).method.name
         raise ConfigError(
             f"target={str(target)!r} is out of reach: the most tokens that method {name!r} can "
@@ -96,8 +96,8 @@ def _for_latency(state: State, target: Target, clock: Clock, macs: Measure) -> S
     """As ``_for_macs``, for a latency: time is about linear in multiply-accumulates."""
     goal = target.value / 1e3
     none, most = ([0] * len(present(state.blocks)), everything(state))
-    lefts = [tokens_left(state, requests=r) for r in (none, most)]
-    dense, slow, fast = clock.seconds(None, *lefts)
+    counts = [tokens_remaining(state, requests=r) for r in (none, most)]
+    dense, slow, fast = clock.seconds(None, *counts)
     if dense <= goal:
         return f"the dense model meets the target {target}: {1e3 * dense:.2f} ms"
     if fast > goal:
@@ -105,29 +105,29 @@ def _for_latency(state: State, target: Target, clock: Clock, macs: Measure) -> S
             f"target={str(target)!r} is out of reach: with the most tokens that method "
             f"{present(state.plan).method.name!r} can remove, a call takes {1e3 * fast:.2f} ms."
         )
-    high, low = map(macs, lefts)
+    high, low = map(macs, counts)
     per_mac = max(slow - fast, 0.0) / max(high - low, 1)
     best, taken, offset = most, fast, fast - per_mac * low
     for _ in range(ATTEMPTS):
 
-        def meets(left: Sequence[int], offset: float = offset) -> bool:
-            return offset + per_mac * macs(left) <= goal
+        def meets(remaining: Sequence[int], offset: float = offset) -> bool:
+            return offset + per_mac * macs(remaining) <= goal
 
         found = solve(state, meets) or most
-        left = tokens_left(state, requests=found)
-        (seconds,) = clock.seconds(left)
+        remaining = tokens_remaining(state, requests=found)
+        (seconds,) = clock.seconds(remaining)
         if seconds <= goal and sum(found) < sum(best):
             best, taken = found, seconds
         if CLOSE * goal <= seconds <= goal:
             break
-        offset = seconds - per_mac * macs(left)
+        offset = seconds - per_mac * macs(remaining)
     return Solution(best, f"{target}: {1e3 * taken:.2f} ms measured")
 
 
 def solve(state: State, meets: Callable[[Sequence[int]], bool]) -> list[int] | None:
     """The evenest removal per block, of the fewest tokens in all, that meets a goal; None where none does."""
     per_tower = max(sum(b.tower == t for b in present(state.plan).fusing) for t in range(len(present(state.towers))))
-    total = least(lambda k: meets(tokens_left(state, requests=evenly(state, k))), most_of_any(state) * per_tower)
+    total = least(lambda k: meets(tokens_remaining(state, requests=evenly(state, k))), most_of_any(state) * per_tower)
     return None if total is None else evenly(state, total)
 
 
@@ -136,7 +136,7 @@ def evenly(state: State, total: int) -> list[int]:
     requests = [0] * len(present(state.blocks))
     for t, tower in enumerate(present(state.towers)):
         fusing = [b.number for b in present(state.plan).fusing if b.tower == t]
-        for i, request in zip(tower.blocks, spread(total, fusing, len(tower.blocks))):
+        for i, request in zip(tower.blocks, distribute(total, fusing, len(tower.blocks))):
             requests[i] = request
     return requests
 

@@ -12,7 +12,7 @@ from mctf_compile.kernels.device import device_of
 from mctf_compile.narrowing import present
 from mctf_compile.passes.axes import hint_of
 from mctf_compile.passes.pipeline import State
-from mctf_compile.passes.planning.plan import PlannedBlock, make_plan, tokens_left
+from mctf_compile.passes.planning.plan import PlannedBlock, make_plan, tokens_remaining
 
 # Of a run, from the tokens that each fusing block leaves: multiply-accumulates, or seconds.
 Measure = Callable[[Sequence[int]], float]
@@ -72,9 +72,9 @@ def _map_bytes(planned: PlannedBlock) -> float:
 def measured(state: State, clock: Clock, macs: Measure) -> Costs:
     """Costs from three runs: dense, with fusions of no token, and as planned."""
     fusing = present(state.plan).fusing
-    lefts = [tokens_left(state, requests=r) for r in ([0] * len(present(state.blocks)), state.findings.r)]
-    dense, none, planned = clock.seconds(None, *lefts)
-    more, fewer = map(macs, lefts)
+    counts = [tokens_remaining(state, requests=r) for r in ([0] * len(present(state.blocks)), state.findings.r)]
+    dense, none, planned = clock.seconds(None, *counts)
+    more, fewer = map(macs, counts)
     each = max(none - dense, 0.0) / len(fusing)
     return Costs(max(none - planned, 0.0) / max(more - fewer, 1), {b.index: each for b in fusing}, "measured")
 
@@ -85,11 +85,11 @@ def unprofitable(state: State, macs: Measure, costs: Costs) -> dict[int, str]:
     removed = [block.removed for block in planned.blocks]
     declined: dict[int, str] = {}
     while any(removed):
-        now = macs(tokens_left(state, requests=removed))
+        now = macs(tokens_remaining(state, requests=removed))
         verdicts = []
         for i in (i for i, r in enumerate(removed) if r):
             without = [0 if j == i else r for j, r in enumerate(removed)]
-            saved = (macs(tokens_left(state, requests=without)) - now) * costs.per_mac
+            saved = (macs(tokens_remaining(state, requests=without)) - now) * costs.per_mac
             verdicts.append((saved - costs.fusion[i], i, saved))
         balance, i, saved = min(verdicts)
         if balance >= 0:

@@ -26,15 +26,15 @@ class Counts:
 
     Attributes:
         inputs: fake tensors and sizes as given, their symbols replaced by new ones.
-        left: per fusing block, the tokens that it leaves (protected ones included).
+        remaining: per fusing block, the tokens that it leaves (protected ones included).
     """
 
-    def __init__(self, inputs: Sequence[Any], left: Sequence[int]) -> None:
+    def __init__(self, inputs: Sequence[Any], remaining: Sequence[int]) -> None:
         self.env = WatchedShapeEnv(duck_shape=False)
         self.mode = FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=True)
         self._of: dict[sympy.Symbol, SymInt] = {}
         self.inputs = [self._own(value) for value in inputs]
-        self.left = [new_symbol(self.env, f"left_{i}", count) for i, count in enumerate(left)]
+        self.remaining = [new_symbol(self.env, f"remaining_{i}", count) for i, count in enumerate(remaining)]
 
     def original(self, expression: sympy.Expr) -> sympy.Expr:
         """An expression of these symbols in those of the captured graph."""
@@ -44,7 +44,7 @@ class Counts:
         """Raise ``ConfigError`` where a method chose by the numbers themselves: its graph holds for no others."""
         if self.env.decisions:
             where = f"it decides by their number ({self.env.decisions[0]})"
-        elif any(self.env.replace(size.node.expr).is_number for size in self.left):
+        elif any(self.env.replace(size.node.expr).is_number for size in self.remaining):
             where = "an operator that it calls is compiled for one number of tokens"
         else:
             return

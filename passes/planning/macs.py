@@ -85,11 +85,11 @@ def _flops_by_counts(gm: fx.GraphModule, counts: Counts) -> dict[fx.Node, sympy.
     Raises ``PassError`` where an operator takes those for plain numbers: the count would hold for one of each alone.
     """
     inputs = [n.meta.get("val") for n in gm.graph.nodes if n.op == "placeholder"]
-    given = len(inputs) - len(counts.left)
+    given = len(inputs) - len(counts.remaining)
     # Some operators compute the shapes of their results with plain numbers, and in Python with symbols.
     with compile_lock, enable_python_dispatcher(), counts.mode:
         found = _counted(gm, [*map(_concrete, inputs[:given]), *inputs[given:]])
-    if any(counts.env.replace(size.node.expr).is_number for size in counts.left):
+    if any(counts.env.replace(size.node.expr).is_number for size in counts.remaining):
         raise PassError("work cannot be counted: an operator takes the number of tokens for a plain one")
     return {node: flops.node.expr if isinstance(flops, SymInt) else flops for node, flops in found.items()}
 
@@ -120,16 +120,16 @@ def work_by_counts(
         if index is not None:
             parts[index].append(count)
     total = _evaluated(flops.values(), counts)
-    of_blocks = {index: _evaluated(part, counts) for index, part in parts.items()}
-    return lambda left: (total(left), [of_blocks[i](left) if i in of_blocks else None for i in range(len(blocks))])
+    shares = [_evaluated(parts[i], counts) if i in parts else None for i in range(len(blocks))]
+    return lambda remaining: (total(remaining), [share and share(remaining) for share in shares])
 
 
 def _evaluated(flops: Iterable[sympy.Expr], counts: Counts) -> Callable[[Sequence[int]], int]:
     """MACs of some nodes together, as a function of the tokens that fusing blocks leave."""
-    whole, symbols = sympy.Add(*flops), [size.node.expr for size in counts.left]
+    expression, symbols = sympy.Add(*flops), [size.node.expr for size in counts.remaining]
 
-    def macs(left: Sequence[int]) -> int:
-        return int(whole.xreplace(dict(zip(symbols, map(sympy.Integer, left), strict=True)))) // 2
+    def macs(remaining: Sequence[int]) -> int:
+        return int(expression.xreplace(dict(zip(symbols, map(sympy.Integer, remaining), strict=True)))) // 2
 
     return macs
 

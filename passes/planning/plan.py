@@ -26,10 +26,11 @@ from mctf_compile.passes.rules.attention import head_layout
 
 @graph_pass("plan", requires=("blocks", "masks", "towers"), ensures=("plan",))
 def run(state: State) -> None:
-    counted = state.adjustable or state.unsettled
+    counted = state.adjustable or state.undecided
     method, requests = state.config.method, state.findings.r
     if counted:
-        method, requests = typical(cast(Merging, method), present(state.blocks), present(state.towers)), None
+        requests = None
+        method = with_representative_r(cast(Merging, method), present(state.blocks), present(state.towers))
     relaxed = any(o.state == "training" for o in present(state.observations))
     state.plan = make_plan(state, method, requests, relaxed, counted)
 
@@ -141,7 +142,7 @@ class _TowerPlanner:
         block, findings = self.blocks[index], self.findings
         planned = PlannedBlock(index, block, None, None, tower=self.number, number=number, depth=self.depth)
         reason = block.problem or findings.declined.get(index) or _unsupported(block, self.axes)
-        reason = reason or _left_out(block, self.method.modules)
+        reason = reason or _excluded(block, self.method.modules)
         if reason is None and number in self.chosen:
             reason = _unmet(block, self.axes, self.method)
         if reason is not None:
@@ -149,7 +150,7 @@ class _TowerPlanner:
             return replace(planned, tokens_in=size, tokens_out=size, reason=reason, tokens=self._size(block, {}))
         entry, axis = present(block.entry), present(block.tokens)
         (place,) = present(places(self.axes.of(entry), axis))
-        if index in findings.whole:
+        if index in findings.uncut:
             self.counts[axis.body] = axis.size
         body = self.counts.setdefault(axis.body, axis.size)
         tokens, dense = place.lead + body + place.tail, place.lead + axis.size + place.tail
@@ -166,12 +167,12 @@ class _TowerPlanner:
             self.entries[entry] = number
             if self.method.site is not Site.AROUND:
                 self.counts[axis.body] = body - outcome.r
-        left = tokens if reason is not None else tokens - outcome.r
+        remaining = tokens if reason is not None else tokens - outcome.r
         notes = [outcome.note, _exposed(block, self.method)]
         return replace(
             planned,
             tokens_in=tokens,
-            tokens_out=left,
+            tokens_out=remaining,
             reason=reason,
             note="; ".join(n for n in notes if n) or None,
             lead=lead,
@@ -221,7 +222,7 @@ def stretches(graph: fx.Graph, blocks: Sequence[PlannedBlock], streams: Mapping[
     return result
 
 
-def tokens_left(state: State, method: Method | None = None, requests: Sequence[int] | None = None) -> list[int]:
+def tokens_remaining(state: State, method: Method | None = None, requests: Sequence[int] | None = None) -> list[int]:
     """The tokens that each fusing block of an adjustable result leaves: its last inputs.
 
     ``method`` and ``requests``: as for ``make_plan``; those of the options where None.
@@ -230,7 +231,7 @@ def tokens_left(state: State, method: Method | None = None, requests: Sequence[i
     return [present(blocks[b.index].tokens_out) for b in present(state.plan).fusing]
 
 
-def typical(method: Merging, blocks: Sequence[Block], towers: Sequence[Tower]) -> Merging:
+def with_representative_r(method: Merging, blocks: Sequence[Block], towers: Sequence[Tower]) -> Merging:
     """The method with an ``r`` at which every block removes two tokens or more, where there are so many.
 
     Symbolic sizes are traced at such numbers: code for none or one token would hold for nothing else.
@@ -247,7 +248,7 @@ def _check_layers(method: Method, blocks: Sequence[Block], towers: Sequence[Towe
     free = [
         t
         for t in towers
-        if any(blocks[i].problem is None and not _left_out(blocks[i], method.modules) for i in t.blocks)
+        if any(blocks[i].problem is None and not _excluded(blocks[i], method.modules) for i in t.blocks)
     ]
     depths = sorted({len(tower.blocks) for tower in free or towers})
     beyond = [i for i in method.layers or () if depths and i >= depths[-1]]
@@ -263,7 +264,7 @@ def _check_layers(method: Method, blocks: Sequence[Block], towers: Sequence[Towe
         )
 
 
-def _left_out(block: Block, modules: Sequence[str] | None) -> str | None:
+def _excluded(block: Block, modules: Sequence[str] | None) -> str | None:
     """Why the option ``modules`` leaves a block out, if it does: it names neither its module nor one around it."""
     if modules is None:
         return None
@@ -298,7 +299,7 @@ def _unmet(block: Block, axes: Axes, method: Method) -> str | None:
 
 def _unsupported(block: Block, axes: Axes) -> str | None:
     """Attention that the fused operators do not compute."""
-    site = block.attention
+    attention = block.attention
     if block.mask is Mask.GIVEN:
         return (
             "the attention mask is an input of the graph with a number for every pair of tokens, so that whether it "
@@ -306,11 +307,11 @@ def _unsupported(block: Block, axes: Axes) -> str | None:
         )
     if block.mask is Mask.PAIRS:
         return "attention is masked by pairs of tokens (causal or block by block), which cannot be fused"
-    if site.weights is not None:
+    if attention.weights is not None:
         return None
-    args = schema_arguments(site.node)
+    args = schema_arguments(attention.node)
     if args.get("is_causal"):
         return "causal attention needs the order of the original tokens"
-    if head_layout(axes.of(site.query), present(block.tokens)) is None:
+    if head_layout(axes.of(attention.query), present(block.tokens)) is None:
         return "attention numbers its images otherwise than the residual stream does (windows or frames)"
     return None

@@ -20,11 +20,11 @@ SEGMENT = "mctf_segment"
 def ends(blocks: Sequence[Block]) -> set[fx.Node]:
     """The nodes behind which a graph is cut: the residual streams that blocks read, and those that they leave."""
     entries = {block.entry for block in blocks}
-    found = entries | {block.exit for block in blocks} | {left(block, entries) for block in blocks}
+    found = entries | {block.exit for block in blocks} | {end_of(block, entries) for block in blocks}
     return {node for node in found if node is not None}
 
 
-def left(block: Block, entries: set[fx.Node | None]) -> fx.Node | None:
+def end_of(block: Block, entries: set[fx.Node | None]) -> fx.Node | None:
     """The residual stream behind a block and its MLP; None where no residual stream leads around its attention.
 
     An MLP that stands beside attention, or works on the tokens in another layout, is not what ``exit`` looks for: one
@@ -72,6 +72,6 @@ def owners(graph: fx.Graph, blocks: Sequence[Block]) -> dict[int, int]:
     entries = {block.entry for block in blocks}
     for index, block in enumerate(blocks):
         if block.entry is not None:
-            for number in range(numbers[block.entry] + 1, numbers[present(left(block, entries))] + 1):
+            for number in range(numbers[block.entry] + 1, numbers[present(end_of(block, entries))] + 1):
                 found.setdefault(number, index)
     return found

@@ -30,7 +30,7 @@ class Program(Protocol):
     axes: Axes
     plan: Plan
 
-    def lift(
+    def in_generation(
         self, node: fx.Node, value: Value, stream: Stream, generation: int, like: Callable[[], Value]
     ) -> Value: ...
 
@@ -74,16 +74,16 @@ class FusedCall:
         first = self.call.tensors()[0]
         return next(name for name, value in self.args.items() if value is first)
 
-    def lifted(self, node: fx.Node) -> Value:
+    def operand_value(self, node: fx.Node) -> Value:
         """The value of a node in the generation of this call."""
-        value = self.program.lift(node, self.env[node], self.stream, self.generation, self._like)
+        value = self.program.in_generation(node, self.env[node], self.stream, self.generation, self._like)
         if len(value.dims) != len(self.env[node].dims) and not self.rule.broadcasts:
             raise Declined("a value without the batch axis meets fused tokens in another layout")
         return value
 
     def value(self, name: str) -> Value:
         """A tensor argument in the generation of this call."""
-        return self.lifted(self.args[name])
+        return self.operand_value(self.args[name])
 
     def intensive(self, name: str) -> Value:
         """A tensor argument, attention weights turned into those of one copy of each token."""
@@ -144,13 +144,13 @@ class FusedCall:
         """Whether a token at a place counts for itself alone."""
         return self.stream.fusion(self.generation, place.lead, place.tail).whole_to_itself
 
-    def spread(self, per_token: Tensor, value: Value, place: Place) -> Tensor:
+    def factor(self, per_token: Tensor, value: Value, place: Place) -> Tensor:
         """[B, M] numbers of the tokens at a place of a value, as a factor for it."""
-        return self.stream.spread(per_token, value, place)
+        return self.stream.factor(per_token, value, place)
 
     def sizes(self, value: Value, place: Place) -> Tensor:
         """The sizes of the tokens at a place of a value, as a factor for it."""
-        return self.spread(self.size(place), value, place)
+        return self.factor(self.size(place), value, place)
 
     def weighted(self, value: Value, place: Place) -> Value:
         """A value times the sizes of its tokens, rounded once, and exact for whole numbers.
@@ -158,10 +158,10 @@ class FusedCall:
         It is in its own dtype but for float16, which has no room for the sizes: that becomes float32.
         """
         x, size = value.tensor, self.sizes(value, place)
-        size = size if x.is_floating_point() or x.is_complex() else self.whole(size)
+        size = size if x.is_floating_point() or x.is_complex() else self.as_integers(size)
         return replace(value, tensor=(x * size).to(torch.float32 if x.dtype is torch.float16 else x.dtype))
 
-    def whole(self, size: Tensor) -> Tensor:
+    def as_integers(self, size: Tensor) -> Tensor:
         """Sizes as whole numbers."""
         if self.relaxed:
             raise Declined("in training tokens count by fractions, and whole numbers have none")
@@ -201,14 +201,14 @@ class FusedCall:
         return [table.canonical_dims(d) for d in (out if isinstance(out, list) else [out])]
 
     def emit(self) -> Any:
-        """Run the operator as it is, on lifted operands, with the sizes among its arguments shrunk."""
+        """Run the operator as it is, on operands of its generation, with the sizes among its arguments shrunk."""
         all_dims = self.out_dims()
         vals = self.node.meta["val"]
         vals = vals if isinstance(vals, (tuple, list)) else [vals]
         shapes = [self.expected_shape(d, v.shape) for d, v in zip(all_dims, vals)]
         if any(shape is None for shape in shapes):
             raise Declined(regrouped(self.node, vals[0].shape))
-        mass = self._mass(all_dims)
+        weights_dim = self._weights_dim(all_dims)
         read = set(sources(self.node))
 
         def operand(n: fx.Node) -> Any:
@@ -220,8 +220,8 @@ class FusedCall:
             if n not in read:
                 return value.tensor
             self.places_of(n)
-            lifted = self.lifted(n)
-            return (lifted if mass is not None else self.stream.intensive(lifted)).tensor
+            operand = self.operand_value(n)
+            return (operand if weights_dim is not None else self.stream.intensive(operand)).tensor
 
         args, kwargs = fx.node.map_arg((self.node.args, self.node.kwargs), operand)
         if self.rule.resized is not None:
@@ -229,21 +229,21 @@ class FusedCall:
         else:
             result = call(self.target, args, kwargs)
         results = result if isinstance(result, (tuple, list)) else [result]
-        values = [self.result(r, mass, index=i) for i, r in enumerate(results)]
+        values = [self.result(r, weights_dim, index=i) for i, r in enumerate(results)]
         return values if isinstance(result, (tuple, list)) else values[0]
 
-    def _mass(self, out: list[Dims]) -> int | None:
+    def _weights_dim(self, out: list[Dims]) -> int | None:
         """The dimension of attention weights in the result, where the operator leaves them what they are."""
         values = [v for v in (self.env[n] for n in self.node.all_input_nodes) if isinstance(v, Value)]
-        held = [v for v in values if v.mass is not None]
+        held = [v for v in values if v.weights_dim is not None]
         if len(held) != 1 or values[0] is not held[0] or len(out) != 1 or self.rule.elements not in MASS_KEEPING:
             return None
         if not self.node.meta["val"].is_floating_point():
             return None
         (value,) = held
-        last = value.mass == len(value.dims) - 1 and out[0][-1:] == value.dims[-1:]
+        last = value.weights_dim == len(value.dims) - 1 and out[0][-1:] == value.dims[-1:]
         if out[0] == value.dims:
-            return value.mass
+            return value.weights_dim
         return len(out[0]) - 1 if last else None
 
     def _resize(self, args: tuple[Any, ...], shape: list[Any], dims: Dims) -> Tensor:
@@ -297,7 +297,7 @@ class FusedCall:
         args, kwargs = fx.node.map_arg((self.node.args, self.node.kwargs), held)
         return Value(self.target(*args, **kwargs), self.out_dims()[0])
 
-    def result(self, tensor: Tensor, mass: int | None = None, index: int = 0) -> Value:
+    def result(self, tensor: Tensor, weights_dim: int | None = None, index: int = 0) -> Value:
         """A value of this call's generation, where its axes hold the tokens; else an ordinary one.
 
         ``index``: which of several results it is.
@@ -311,7 +311,7 @@ class FusedCall:
         if not has_batch(dims, self.tokens):
             raise Declined("the images are regrouped")
         stream = self.stream if self.generation else None
-        return Value(tensor, dims, stream, self.generation, mass if self.generation else None)
+        return Value(tensor, dims, stream, self.generation, weights_dim if self.generation else None)
 
 
 def flat_values(values: Any) -> list[Value]:

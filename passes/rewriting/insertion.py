@@ -27,23 +27,24 @@ from mctf_compile.passes.rewriting.following import Reduction
 from mctf_compile.passes.rewriting.fused_call import FusedCall
 from mctf_compile.passes.rewriting.stream import Fusion, Stream, Value
 from mctf_compile.passes.rules import rule_of
-from mctf_compile.passes.rules.attention import HeadLayout, additive, operands, scale_of
+from mctf_compile.passes.rules.attention import HeadLayout, additive, attention_operands, scale_of
 from mctf_compile.passes.rules.base import wrap
 
 
 class Program(fused_call.Program, Protocol):
     """The rewritten program, as far as attention in it is planned.
 
-    ``env``: the values of its nodes. ``left``: by block the number of tokens that it leaves, where that is an input.
+    ``env``: the values of its nodes. ``remaining``: by block the number of tokens that it leaves, where that is an
+    input.
     """
 
     env: dict[fx.Node, Any]
-    left: dict[int, torch.SymInt]
+    remaining: dict[int, torch.SymInt]
 
     def evaluate(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
         """Run one node on the values of ``env``."""
 
-    def again(self, node: fx.Node, replacements: dict[fx.Node, Value]) -> Any:
+    def recomputed(self, node: fx.Node, replacements: dict[fx.Node, Value]) -> Any:
         """The value of ``node`` had others been the ``replacements``."""
 
 
@@ -60,7 +61,7 @@ class Insertion:
     """Runs the planned attentions of a rewrite, and reduces their tokens.
 
     ``fused`` and ``sources`` keep, for each generation that a residual stream was fused into, that stream
-    and its node: values derived from it before are derived again. ``reductions`` are those made so far, ``whole``
+    and its node: values derived from it before are derived again. ``reductions`` are those made so far, ``uncut``
     collects the blocks that turned out to get the original tokens, ``undone`` those that could not be fused, with the
     reason.
     """
@@ -71,7 +72,7 @@ class Insertion:
         self.sources: dict[tuple[Stream, int], fx.Node] = {}
         self.fused: dict[fx.Node, Value] = {}
         self.reductions: list[Reduction] = []
-        self.whole: set[int] = set()
+        self.uncut: set[int] = set()
         self.undone: dict[int, str] = {}
         self._seen: dict[int, dict[str, Tensor]] = {}
         self._at_node = {b.block.attention.node: b for b in self.plan.fusing}
@@ -132,11 +133,11 @@ class Insertion:
 
     def _attend(self, node: fx.Node, block: PlannedBlock) -> Value:
         """The value of a planned attention."""
-        site, entry = block.block.attention, present(block.block.entry)
+        attention, entry = block.block.attention, present(block.block.entry)
         call: FusedCall | None = None
         seen: Map | None = None
         value: Value
-        if site.weights is None:
+        if attention.weights is None:
             stream, generation = self._stream(block), self._entry(block).generation
             call = FusedCall(self.program, present(rule_of(node)), node, stream, generation, self.program.env)
             try:
@@ -146,7 +147,7 @@ class Insertion:
                 value = self.program.evaluate(node, self.program.env)
                 return value
         if self.plan.site is Site.BEFORE:
-            value = self.program.again(node, {entry: self._fuse(block, self._entry(block))})
+            value = self.program.recomputed(node, {entry: self._fuse(block, self._entry(block))})
             return value
         if self.plan.site is Site.AROUND:
             return self._attend_chosen(node, block)
@@ -162,11 +163,11 @@ class Insertion:
 
     def _attend_ahead(self, node: fx.Node, block: PlannedBlock, call: FusedCall | None, seen: Map | None) -> Value:
         """A' V: the values of the fused tokens under the map of the unfused ones."""
-        site, entry = block.block.attention, present(block.block.entry)
+        attention, entry = block.block.attention, present(block.block.entry)
         x = self._fuse(block, self._entry(block))
         stream = present(x.stream)
         fusion = stream.fusions[-1]
-        v = stream.raise_to(self.program.again(site.value, {entry: x}), x.generation)
+        v = stream.raise_to(self.program.recomputed(attention.value, {entry: x}), x.generation)
         if seen is not None and call is not None:
             keys = self._keys(call)
             fusion = stream.fusion(x.generation, keys.lead, keys.tail)
@@ -185,28 +186,28 @@ class Insertion:
         if fusion.combine is Combine.MAX:
             return self._attend_by_maxima(node, block, v)
         repeated = stream.lower_to(v, x.generation - 1)
-        out = self.program.evaluate(node, ChainMap({site.value: repeated}, self.program.env))
+        out = self.program.evaluate(node, ChainMap({attention.value: repeated}, self.program.env))
         return stream.raise_to(out, x.generation)
 
     def _attend_by_maxima(self, node: fx.Node, block: PlannedBlock, v: Value) -> Value:
         """The pooled map itself times the values: maxima over rows are no linear map."""
-        site = block.block.attention
-        factor = next(n for n in node.all_input_nodes if n is not site.value)
+        attention = block.block.attention
+        factor = next(n for n in node.all_input_nodes if n is not attention.value)
         weights, stream = self.program.env[factor], present(v.stream)
-        if weights.mass is None:
+        if weights.weights_dim is None:
             # The keys of what multiplies the values run along its last dimension.
             weights = stream.extensive(weights, len(weights.dims) - 1)
-        pooled = {site.value: v, factor: stream.pooled_map(weights)}
+        pooled = {attention.value: v, factor: stream.pooled_map(weights)}
         value: Value = self.program.evaluate(node, ChainMap(pooled, self.program.env))
         return value
 
     def _attend_chosen(self, node: fx.Node, block: PlannedBlock) -> Value:
         """Attention among the chosen tokens: their own query, key and value, which are computed already."""
-        site = block.block.attention
+        attention = block.block.attention
         x = self._fuse(block, self._entry(block))
-        operands = {n: self.program.env[n] for n in (site.query, site.key, site.value)}
+        operands = {n: self.program.env[n] for n in (attention.query, attention.key, attention.value)}
         stream = present(x.stream)
-        value: Value = self.program.again(
+        value: Value = self.program.recomputed(
             node, {n: stream.raise_to(replace(v, stream=stream), x.generation) for n, v in operands.items()}
         )
         return value
@@ -216,7 +217,7 @@ class Insertion:
     def _look_at_operands(self, call: FusedCall, block: PlannedBlock) -> Map | None:
         """Note what scaled_dot_product_attention tells; returns its map where that was made."""
         needs, seen = set(self.plan.method.needs), self._seen.setdefault(block.index, {})
-        given, keys = operands(call, "query", "key"), self._keys(call)
+        given, keys = attention_operands(call, "query", "key"), self._keys(call)
         if block.padded:
             columns = max(call.places_of(call.args["attn_mask"]), key=lambda p: p.dim)
             seen["padding"] = self._masked(call.intensive("attn_mask"), columns, call.stream)
@@ -249,15 +250,15 @@ class Insertion:
         """What a softmax over tokens tells, spelled out in the graph."""
         needs = set(self.plan.method.needs)
         seen: dict[str, Tensor] = {}
-        stream, site = self._stream(block), block.block.attention
-        softmax = present(site.weights)
+        stream, attention = self._stream(block), block.block.attention
+        softmax = present(attention.weights)
         dim = wrap(cast(int, softmax.args[1]), len(weights.dims))
         keys = next(p for p in stream.places(weights.dims) if p.dim == dim)
         logits = self.program.env[node_of(softmax.args[0])]
         if block.padded:
             seen["padding"] = self._masked(logits, keys, stream)
         if Need.KEYS in needs:
-            seen["keys"] = self._mean_key(site, stream)
+            seen["keys"] = self._mean_key(attention, stream)
         if Need.CLASS_LOGITS in needs:
             seen["class_logits"] = self._mean_row(logits, keys, stream, block.first)
         if Need.CLASS_ATTENTION in needs:
@@ -273,14 +274,14 @@ class Insertion:
             queries = next(p for p in stream.places(dims) if p.dim != keys.dim)
             tensor = tensor.narrow(queries.dim, query, 1)
             dims = tuple(() if d == queries.dim else dim for d, dim in enumerate(dims))
-        wide = Value(tensor.to(working_dtype(tensor.dtype)), dims, stream, weights.generation, weights.mass)
+        wide = Value(tensor.to(working_dtype(tensor.dtype)), dims, stream, weights.generation, weights.weights_dim)
         return stream.canonical(wide, keys).mean(-1)
 
-    def _mean_key(self, site: Attention, stream: Stream) -> Tensor:
+    def _mean_key(self, attention: Attention, stream: Stream) -> Tensor:
         """[B, N, D] mean over heads of the keys, in any layout."""
-        value = self.program.env[site.key]
+        value = self.program.env[attention.key]
         (place,) = stream.places(value.dims)
-        shared = {atom for dim in self.program.axes.of(present(site.product)) for atom in atoms(dim)}
+        shared = {atom for dim in self.program.axes.of(present(attention.product)) for atom in atoms(dim)}
         tokens = value.dims[place.dim][len(place.before) : len(value.dims[place.dim]) - len(place.after)]
         # An axis that was cut into single positions has no atoms.
         own = {*stream.tokens.batch, *atoms(stream.tokens.batch), *tokens, *atoms(tokens)}
@@ -337,7 +338,7 @@ class Insertion:
         found = hint_of(stream.body(x.generation)) + place.lead + place.tail
         # A block whose tokens an earlier one has fused gets right numbers when the plan of that one is made again.
         if not self.plan.relaxed and x.generation == 0 and found != block.tokens_in:
-            self.whole.add(block.index)
+            self.uncut.add(block.index)
         x = Value(x.tensor, x.dims, stream, x.generation)
         tokens = stream.canonical(x, place)
         size = stream.size(x.generation, place.lead, place.tail)
@@ -352,17 +353,17 @@ class Insertion:
 
     def _reduce(self, block: PlannedBlock, x: Value, evidence: Evidence, place: Place) -> Value:
         """``x`` with fewer tokens."""
-        left, stream = self.program.left.get(block.index), present(x.stream)
+        remaining, stream = self.program.remaining.get(block.index), present(x.stream)
         # Where it is an input of the graph it is a SymInt, which methods take as they take an int.
-        r = block.removed if left is None else cast(int, evidence.x.shape[1] - left)
-        env = None if left is None else cast(WatchedShapeEnv, left.node.shape_env)
+        r = block.removed if remaining is None else cast(int, evidence.x.shape[1] - remaining)
+        env = None if remaining is None else cast(WatchedShapeEnv, remaining.node.shape_env)
         with nullcontext() if env is None else env.watched():
             choice = self._choose(evidence, r)
         stream.fusions.append(replace(self._fusion(choice, evidence, place), padding=block.block.padding))
         fused = stream.raise_to(x, x.generation + 1)
         if choice.gain is None:
             return fused
-        gain = stream.spread(choice.gain.to(fused.tensor.dtype), fused, place)
+        gain = stream.factor(choice.gain.to(fused.tensor.dtype), fused, place)
         return replace(fused, tensor=fused.tensor * gain)
 
     def _relax(self, block: PlannedBlock, x: Value, evidence: Evidence, place: Place) -> Value:

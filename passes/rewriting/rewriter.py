@@ -43,7 +43,7 @@ Env = Mapping[fx.Node, Any]
 def run(state: State) -> str | None:
     state.counts = None
     plan, normal = present(state.plan), present(state.normal)
-    if (state.adjustable or state.unsettled) and not plan.relaxed:
+    if (state.adjustable or state.undecided) and not plan.relaxed:
         state.counts = Counts(state.inputs, [present(b.tokens_out) for b in plan.fusing])
     outcome = rewrite_graph(normal, state.inputs, present(state.axes), plan, state.counts)
     state.result, state.unmerges = outcome.graph, outcome.unmerges
@@ -51,7 +51,7 @@ def run(state: State) -> str | None:
     declined = known.declined | outcome.wasted
     if outcome.unmerges and not outcome.wasted:
         declined = declined | _losing(normal, plan, outcome)
-    state.findings = replace(known, declined=declined, whole=known.whole | outcome.whole)
+    state.findings = replace(known, declined=declined, uncut=known.uncut | outcome.uncut)
     return None if state.findings == known else "plan"
 
 
@@ -83,7 +83,7 @@ class Unmerge:
 class Outcome:
     """A rewritten graph and what was learned on the way.
 
-    ``wasted``: blocks whose fusion was undone before their MLP had run, with the reason; ``whole``:
+    ``wasted``: blocks whose fusion was undone before their MLP had run, with the reason; ``uncut``:
     blocks that got the original tokens back although an earlier block had fused them; ``streams``: by block, the number
     of the stream whose tokens it fused; ``given_back``: those of which all tokens were given back to an operator.
     """
@@ -91,7 +91,7 @@ class Outcome:
     graph: fx.GraphModule
     unmerges: list[Unmerge]
     wasted: dict[int, str]
-    whole: frozenset[int]
+    uncut: frozenset[int]
     streams: dict[int, int]
     given_back: set[int]
 
@@ -132,7 +132,7 @@ def rewrite_graph(
         elif counts is None:
             result = trace(rewriter.run, inputs)
         else:
-            result = trace(partial(rewriter.run_counted, len(inputs)), [*counts.inputs, *counts.left])
+            result = trace(partial(rewriter.run_counted, len(inputs)), [*counts.inputs, *counts.remaining])
             counts.refuse_decisions(plan.method.name)
     rewriter.close(result.graph)
     # What was computed of the old tokens alone and is read no more.
@@ -141,8 +141,8 @@ def rewrite_graph(
     numbers: dict[Stream, int] = {}
     streams = {r.block.index: numbers.setdefault(r.stream, len(numbers)) for r in rewriter.insertion.reductions}
     given_back = {numbers[stream] for stream in rewriter.given_back}
-    whole = frozenset(rewriter.insertion.whole)
-    return Outcome(result, rewriter.unmerges, rewriter.wasted(), whole, streams, given_back)
+    uncut = frozenset(rewriter.insertion.uncut)
+    return Outcome(result, rewriter.unmerges, rewriter.wasted(), uncut, streams, given_back)
 
 
 class Rewriter:
@@ -156,7 +156,7 @@ class Rewriter:
         self.env: dict[fx.Node, Any] = _Values(self._emit)
         self._segment = 0
         # By block, the number of tokens that it leaves, where that is an input of the graph.
-        self.left: dict[int, SymInt] = {}
+        self.remaining: dict[int, SymInt] = {}
         self.insertion = Insertion(self)
         self._projector = Projector(axes, plan)
         self._read = self._nodes_read()
@@ -175,7 +175,7 @@ class Rewriter:
 
     def run_counted(self, given: int, *inputs: Any) -> Any:
         """``run`` on the first ``given`` inputs; the others are the tokens that the fusing blocks leave."""
-        self.left = {block.index: left for block, left in zip(self.plan.fusing, inputs[given:], strict=True)}
+        self.remaining = {block.index: count for block, count in zip(self.plan.fusing, inputs[given:], strict=True)}
         return self.run(*inputs[:given])
 
     def run_followed(self, *inputs: Any) -> tuple[Any, dict[int, dict[str, Tensor]]]:
@@ -215,8 +215,8 @@ class Rewriter:
         ahead derives from the fused tokens.
         """
         read = {b.block.learned for b in self.plan.fusing if b.block.learned is not None}
-        sites = (b.block.attention for b in self.plan.fusing) if self.plan.site is Site.AHEAD else ()
-        anew = {site.node: site.value for site in sites}
+        attentions = (b.block.attention for b in self.plan.fusing) if self.plan.site is Site.AHEAD else ()
+        anew = {attention.node: attention.value for attention in attentions}
         for node in reversed(self.gm.graph.nodes):
             if node in read or node.is_impure():
                 read.update((node, *(n for n in self._sources(node) if n is not anew.get(node))))
@@ -295,7 +295,7 @@ class Rewriter:
             raise Declined(f"{name_of(node)} mixes the original tokens")
         return rule.fused(fused)
 
-    def again(self, node: fx.Node, replacements: dict[fx.Node, Value]) -> Any:
+    def recomputed(self, node: fx.Node, replacements: dict[fx.Node, Value]) -> Any:
         """The value of ``node`` had others been the ``replacements``; only what lies between is run again."""
         between, stack = set(), [node]
         first = min(self.order[n] for n in replacements)
@@ -324,7 +324,9 @@ class Rewriter:
 
     # Moving values between generations.
 
-    def lift(self, node: fx.Node, value: Value, stream: Stream, generation: int, like: Callable[[], Value]) -> Value:
+    def in_generation(
+        self, node: fx.Node, value: Value, stream: Stream, generation: int, like: Callable[[], Value]
+    ) -> Value:
         """``value`` in ``generation``; unchanged where it has no token axis. ``like()`` shows where images are."""
         if value.generation == generation or not mentions(value.dims, stream.tokens):
             return value
@@ -340,7 +342,7 @@ class Rewriter:
                     value = fused
                 elif self._descends(node, source):
                     # What was derived from the tokens before they were fused is derived from the fused ones.
-                    value = self.again(node, {source: fused})
+                    value = self.recomputed(node, {source: fused})
                 if value.generation == generation:
                     self._raised[key] = value
                     return value
@@ -406,4 +408,4 @@ def _with_images(value: Value, stream: Stream, like: Value) -> Value:
     shape = [-1] * rank
     shape[batch] = like.tensor.shape[batch]
     dims = (*dims[:batch], stream.tokens.batch, *dims[batch + 1 :])
-    return Value(tensor.expand(shape), dims, value.stream, value.generation, value.mass)
+    return Value(tensor.expand(shape), dims, value.stream, value.generation, value.weights_dim)

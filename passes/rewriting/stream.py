@@ -21,7 +21,7 @@ class Value:
     """A tensor of the rewritten graph.
 
     ``generation`` counts the fusions that its tokens have been through (0: the original tokens).
-    ``mass`` is the dimension along which it holds attention weights, each that of all copies of a
+    ``weights_dim`` is the dimension along which it holds attention weights, each that of all copies of a
     token together; None for ordinary values, which are those of one copy.
     """
 
@@ -29,7 +29,7 @@ class Value:
     dims: Dims
     stream: Stream | None = None
     generation: int = 0
-    mass: int | None = None
+    weights_dim: int | None = None
 
 
 @dataclass(frozen=True)
@@ -203,11 +203,11 @@ class Stream:
 
         def pool(x: Tensor, dim: int, place: Place) -> Tensor:
             f = self.fusion(generation, place.lead, place.tail)
-            how = "sum" if place.dim == weights.mass else "amax"
+            how = "sum" if place.dim == weights.weights_dim else "amax"
             return combine(x, f.keep, f.gone, f.into, dim, how)
 
-        keys_first = sorted(self.places(weights.dims), key=lambda p: p.dim != weights.mass)
-        return Value(self._each_place(weights, pool, keys_first), weights.dims, self, generation, weights.mass)
+        keys_first = sorted(self.places(weights.dims), key=lambda p: p.dim != weights.weights_dim)
+        return Value(self._each_place(weights, pool, keys_first), weights.dims, self, generation, weights.weights_dim)
 
     def lower_to(self, value: Value, generation: int) -> Value:
         """Give a younger value's tokens back as they were in ``generation``: every member its group's value."""
@@ -233,28 +233,28 @@ class Stream:
         index = index_of(fusion.keep, fusion.gone, torch.zeros_like(fusion.gone))
         chosen = torch.zeros_like(index, dtype=torch.bool).scatter(1, fusion.keep, True)
         tensor = self._each_place(value, lambda x, dim, _: torch.ops.mctf.unmerge(x, index, dim))
-        spread = Value(tensor, value.dims, self, entry.generation)
+        known = Value(tensor, value.dims, self, entry.generation)
         off_grid = self._off_grid(entry).tensor
-        tensor = torch.where(self.spread(chosen, spread, place), tensor, off_grid)
+        tensor = torch.where(self.factor(chosen, known, place), tensor, off_grid)
         return replace(entry, tensor=tensor if entry.generation else _regrid(tensor, place, value.dims))
 
     def intensive(self, value: Value) -> Value:
         """Turn attention weights into those of one copy of each token."""
-        if value.mass is None:
+        if value.weights_dim is None:
             return value
-        place = next(p for p in self.places(value.dims) if p.dim == value.mass)
+        place = next(p for p in self.places(value.dims) if p.dim == value.weights_dim)
         size = self.fusion(value.generation, place.lead, place.tail).size
-        tensor = (value.tensor / self.spread(size, value, place)).to(value.tensor.dtype)
+        tensor = (value.tensor / self.factor(size, value, place)).to(value.tensor.dtype)
         return Value(tensor, value.dims, self, value.generation)
 
     def extensive(self, value: Value, dim: int) -> Value:
         """Turn weights of one copy of each token at ``dim`` into those of all its copies together."""
         if not value.generation:
-            return replace(value, mass=dim)
+            return replace(value, weights_dim=dim)
         place = next(p for p in self.places(value.dims) if p.dim == dim)
         size = self.fusion(value.generation, place.lead, place.tail).size
-        tensor = (value.tensor * self.spread(size, value, place)).to(value.tensor.dtype)
-        return replace(value, tensor=tensor, mass=dim)
+        tensor = (value.tensor * self.factor(size, value, place)).to(value.tensor.dtype)
+        return replace(value, tensor=tensor, weights_dim=dim)
 
     def places(self, dims: Dims) -> list[Place]:
         found = places(dims, self.tokens)
@@ -272,7 +272,7 @@ class Stream:
         """The dimension that holds the images, where it holds nothing else."""
         return next((d for d, dim in enumerate(dims) if self.tokens.batch and dim == self.tokens.batch), None)
 
-    def spread(self, per_token: Tensor, value: Value, place: Place) -> Tensor:
+    def factor(self, per_token: Tensor, value: Value, place: Place) -> Tensor:
         """[B, M] as a factor for ``value``: the images and the tokens at their places, 1 elsewhere."""
         shape, joined, batch, token = self._pieces(value, place)
         full = [1] * len(shape)

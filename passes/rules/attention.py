@@ -67,7 +67,7 @@ class Operands:
     bias: Tensor | None
 
 
-def operands(call: Fused[V], *names: str) -> Operands:
+def attention_operands(call: Fused[V], *names: str) -> Operands:
     """The operands named, in the generation of ``call``, with the bias."""
     if call.args.get("is_causal"):
         raise Declined("causal attention needs the order of the original tokens")
@@ -101,7 +101,7 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 def sized_attention(call: Fused[V]) -> V:
     """Attention in which key j occurs s_j times: ``mctf.attention``."""
-    given = operands(call, "query", "key", "value")
+    given = attention_operands(call, "query", "key", "value")
     last = len(call.dims("key")) - 2
     keys = next((p for p in call.places_of(call.args["key"]) if p.dim == last), None)
     log_size = None

@@ -74,7 +74,7 @@ def schema_arguments(node: fx.Node) -> dict[str, Any]:
 class Operand(Protocol):
     """A tensor of the rewritten program, with its axes.
 
-    ``generation``: how many times its tokens were fused. ``mass``: the dimension along which it holds attention
+    ``generation``: how many times its tokens were fused. ``weights_dim``: the dimension along which it holds attention
     weights, each that of all copies of a token together.
     """
 
@@ -85,7 +85,7 @@ class Operand(Protocol):
     @property
     def generation(self) -> int: ...
     @property
-    def mass(self) -> int | None: ...
+    def weights_dim(self) -> int | None: ...
 
 
 V = TypeVar("V", bound=Operand)
@@ -122,7 +122,7 @@ class Fused(Protocol[V]):
 
     # Operands.
 
-    def lifted(self, node: fx.Node) -> V:
+    def operand_value(self, node: fx.Node) -> V:
         """The value of a node on the tokens of this call."""
 
     def value(self, name: str) -> V:
@@ -168,7 +168,7 @@ class Fused(Protocol[V]):
     def log_sizes(self, place: Place, dtype: torch.dtype = ...) -> Tensor | None:
         """[B, M] log sizes of the tokens at a place, in ``dtype`` or wider; None where sizes count for nothing."""
 
-    def spread(self, per_token: Tensor, value: V, place: Place) -> Tensor:
+    def factor(self, per_token: Tensor, value: V, place: Place) -> Tensor:
         """[B, M] numbers of the tokens at a place of a value, as a factor for it."""
 
     def sizes(self, value: V, place: Place) -> Tensor:
@@ -177,7 +177,7 @@ class Fused(Protocol[V]):
     def weighted(self, value: V, place: Place) -> V:
         """A value times the sizes of its tokens."""
 
-    def whole(self, size: Tensor) -> Tensor:
+    def as_integers(self, size: Tensor) -> Tensor:
         """Sizes as whole numbers."""
 
     def to_itself(self, place: Place) -> bool:
@@ -194,5 +194,5 @@ class Fused(Protocol[V]):
     def original(self) -> V:
         """What the original program computes, where no value of the operands is read."""
 
-    def result(self, tensor: Tensor, mass: int | None = None, index: int = 0) -> V:
+    def result(self, tensor: Tensor, weights_dim: int | None = None, index: int = 0) -> V:
         """A tensor as the value of this call; ``index``: which of several results it is."""

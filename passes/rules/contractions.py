@@ -13,7 +13,7 @@ from mctf_compile.passes.rules.base import rule
 from mctf_compile.passes.rules.call import Arguments, Call, Flow, Fused, V
 
 
-def operands(names: Iterable[str]) -> tuple[str, str]:
+def factor_names(names: Iterable[str]) -> tuple[str, str]:
     """The names of the two factors among an operator's arguments."""
     if "batch1" in names:
         return "batch1", "batch2"
@@ -24,7 +24,7 @@ def operands(names: Iterable[str]) -> tuple[str, str]:
 
 def contracted(call: Fused[V]) -> V:
     """Σ_t s_t x_t y_t. Attention weights hold the sizes already: they are the mass of all copies."""
-    left, right = operands(call.args)
+    left, right = factor_names(call.args)
     x, y = call.value(left), call.value(right)
     if any(len(call.dims(name)) == 1 < len(v.dims) for name, v in ((left, x), (right, y))):
         raise Declined("a product with a vector over the tokens has an entry for each of the original ones")
@@ -32,7 +32,8 @@ def contracted(call: Fused[V]) -> V:
     place_x, place_y = call.place_in(x, inner_x), call.place_in(y, inner_y)
     if place_x.before or place_x.after or (place_x.lead, place_x.tail) != (place_y.lead, place_y.tail):
         raise Declined("a matrix product contracts the token axis together with other axes")
-    if not ((x.mass == inner_x and y.mass is None) or (y.mass == inner_y and x.mass is None)):
+    # Of two maps of weights, neither says how many copies a token has.
+    if (x.weights_dim, y.weights_dim) not in ((inner_x, None), (None, inner_y)):
         x, y = call.intensive(left), call.intensive(right)
         y = call.weighted(y, place_y)
     tensors = [x.tensor.to(y.tensor.dtype), y.tensor]
@@ -45,7 +46,7 @@ def contracted(call: Fused[V]) -> V:
 
 def factors(arguments: Arguments) -> list[fx.Node]:
     """The two operands of a product."""
-    return [arguments[name] for name in operands(arguments)]
+    return [arguments[name] for name in factor_names(arguments)]
 
 
 @rule("_int_mm", reads="self mat2")
@@ -53,7 +54,7 @@ def factors(arguments: Arguments) -> list[fx.Node]:
 @rule("bmm", "baddbmm", reads="self mat2 batch1 batch2 beta alpha", fused=contracted, layer=True, factors=factors)
 @rule("mm", "mv", "addmm", reads="self mat1 mat2 vec beta alpha", fused=contracted, layer=True)
 def matmul(call: Call) -> Flow:
-    left, right = (call.dims(name) for name in operands(call.args))
+    left, right = (call.dims(name) for name in factor_names(call.args))
     x = left if len(left) > 1 else ((), *left)
     y = right if len(right) > 1 else (*right, ())
     mixed = (x[-1], y[-2], *call.table.align(x[-1], y[-2]))
@@ -73,7 +74,7 @@ def matmul(call: Call) -> Flow:
 def contracted_einsum(call: Fused[V]) -> V:
     """An einsum that contracts the token axis of two operands, by the same rule as a matrix product."""
     nodes = list(call.args["tensors"])
-    values = [call.lifted(node) for node in nodes]
+    values = [call.operand_value(node) for node in nodes]
     terms, out = letters(call.args["equation"], [len(value.dims) for value in values])
     inner = set()
     for term, value in zip(terms, values):
@@ -90,8 +91,8 @@ def contracted_einsum(call: Fused[V]) -> V:
     (letter,) = inner
     if not all(letter in term for term in terms):
         raise Declined("an einsum sums one of its operands over the tokens before it multiplies")
-    mass = [v.mass is not None and term[v.mass] == letter for v, term in zip(values, terms)]
-    if any(v.mass is not None and not m for v, m in zip(values, mass)) or all(mass):
+    mass = [v.weights_dim is not None and term[v.weights_dim] == letter for v, term in zip(values, terms)]
+    if any(v.weights_dim is not None and not m for v, m in zip(values, mass)) or all(mass):
         raise Declined("an einsum meets attention weights along another axis than theirs")
     tensors = [value.tensor for value in values]
     if not any(mass):

@@ -73,7 +73,7 @@ class Sized:
             wide = torch.promote_types(x.dtype, size.dtype)
             x, size = x.to(wide), size.to(wide.to_real())
         else:
-            x, size = x.to(torch.int64), call.whole(size)
+            x, size = x.to(torch.int64), call.as_integers(size)
         return cls(x, size, dims, count, call.args.get("keepdim", False))
 
     def total(self, x: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ def total(call: Call) -> Flow:
 def weighted_count(call: Fused[V]) -> V:
     """Σ s over the positions that are not 0."""
     given = Sized.of(call)
-    return call.result(given.without(((given.x != 0) * call.whole(given.size)).sum(given.dims, True)))
+    return call.result(given.without(((given.x != 0) * call.as_integers(given.size)).sum(given.dims, True)))
 
 
 @rule("count_nonzero", "count_nonzero.dim_IntList", reads="self dim", fused=weighted_count)
@@ -369,8 +369,8 @@ def weighted_softmax(call: Fused[V]) -> V:
         )
     log_size = call.log_sizes(place, logits.dtype)
     if log_size is not None:
-        logits = logits + call.spread(log_size, call.value("self"), place)
-    return call.result(aten.softmax(logits, dim).to(call.dtype), mass=dim)
+        logits = logits + call.factor(log_size, call.value("self"), place)
+    return call.result(aten.softmax(logits, dim).to(call.dtype), weights_dim=dim)
 
 
 @rule("softmax.int", reads="self dim dtype", fused=weighted_softmax, called="attention within windows")

@@ -3,13 +3,13 @@
 import json
 
 from benchmarks import gpu
-from mctf_compile.kernels.roofline import Block
+from mctf_compile.kernels.roofline import BlockShape
 
 
 def test_every_kernel_is_checked_and_timed(tmp_path):
     assert gpu.main(["--device", "cpu", "--tiny", "--output", str(tmp_path)]) == 0
     kept = json.loads((tmp_path / "kernels" / "cpu.json").read_text())
-    assert {row["kernel"] for row in kept["rows"]} == set(Block("tiny", 128, 37, 2).kernels())
+    assert {row["kernel"] for row in kept["rows"]} == set(BlockShape("tiny", 128, 37, 2).kernels())
     assert kept["failed"] == [] and kept["machine"] and all(row["ms"] > 0 for row in kept["rows"])
 
 

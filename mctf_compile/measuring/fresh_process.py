@@ -15,7 +15,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from mctf_compile.measuring.bench import Call, Progress, candidate, compiling, inference, label, timed
-from mctf_compile.measuring.child import run_in_child
+from mctf_compile.measuring.subprocesses import run_in_process
 from mctf_compile.measuring.workload import Workload
 
 # Processes that start with filled caches, for their median: of some seconds, one in six was 40 % longer.
@@ -23,7 +23,7 @@ WARM = 3
 
 
 @dataclass(frozen=True)
-class Isolated:
+class FreshProcess:
     """One candidate alone.
 
     Attributes:
@@ -42,14 +42,14 @@ class Isolated:
     misses: int
 
 
-def isolate(work: Workload, name: str, progress: Progress | None = None) -> Isolated:
+def isolate(work: Workload, name: str, progress: Progress | None = None) -> FreshProcess:
     """Measure a candidate of ``bench.CANDIDATES`` in ``1 + WARM`` processes, one after the other.
 
     Raises ``MctfError`` where one of them fails.
     """
     with tempfile.TemporaryDirectory(prefix="mctf-") as cache:
         cold, *warm = (
-            run_in_child(
+            run_in_process(
                 f"{__name__}:first_call",
                 {"work": asdict(work), "name": name, "state": state},
                 work.threads,
@@ -58,7 +58,7 @@ def isolate(work: Workload, name: str, progress: Progress | None = None) -> Isol
             )
             for state in ("cold", *["warm"] * WARM)
         )
-    return Isolated(
+    return FreshProcess(
         cold["seconds"],
         statistics.median(found["seconds"] for found in warm),
         max(found["peak_bytes"] for found in warm),

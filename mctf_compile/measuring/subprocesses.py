@@ -19,7 +19,7 @@ from mctf_compile.errors import MctfError
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
-def run_in_child(
+def run_in_process(
     function: str,
     arguments: Mapping[str, Any],
     threads: int,
@@ -48,7 +48,7 @@ def run_in_child(
     with (
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(
-            [sys.executable, "-m", "mctf_compile.measuring.child", function],
+            [sys.executable, "-m", "mctf_compile.measuring.subprocesses", function],
             env=environment,
             text=True,
             start_new_session=True,
