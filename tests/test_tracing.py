@@ -54,3 +54,13 @@ def test_a_linear_of_other_channels_is_an_error():
         fake = [torch.empty(4, 6), torch.empty(5, 7)]
     with pytest.raises(RuntimeError, match="linear of"):
         trace(F.linear, fake)
+
+
+def test_a_vector_of_integers_under_autocast_promises_the_dtype_of_the_weight():
+    vector, weight = torch.arange(6, dtype=torch.int32), torch.randn(5, 6)
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(t) for t in (vector, weight)]
+    with torch.autocast("cpu", torch.bfloat16):
+        gm = trace(F.linear, fake)
+        (node,) = gm.graph.find_nodes(op="call_function", target=aten.linear.default)
+        assert node.meta["val"].dtype == F.linear(vector, weight).dtype == torch.bfloat16
