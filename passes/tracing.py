@@ -50,8 +50,6 @@ def trace(function: Callable[..., Any], inputs: Sequence[Any]) -> fx.GraphModule
 def _linear_shapes(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """An empty result of ``linear``, which has a gradient where that has one."""
     torch._check(input.shape[-1] == weight.shape[-1], lambda: f"linear of {input.shape} with {weight.shape}")
-    # A vector of integers is taken under autocast too, which casts the weight alone.
-    dtype = autocast_dtype(input if input.is_floating_point() else weight)
-    result = input.new_empty((*input.shape[:-1], *weight.shape[:-1]), dtype=dtype)
+    result = input.new_empty((*input.shape[:-1], *weight.shape[:-1]), dtype=autocast_dtype(input))
     recorded = any(x is not None and x.requires_grad for x in (input, weight, bias))
     return result.requires_grad_(recorded and torch.is_grad_enabled())
