@@ -13,7 +13,7 @@ from mctf_compile.errors import ConfigError
 from mctf_compile.methods import Count, Merging, Method, Need, Site
 from mctf_compile.methods.base import OF_CLASS_TOKEN
 from mctf_compile.narrowing import present
-from mctf_compile.options.schedule import NOT_CHOSEN, PerBlock, Removal
+from mctf_compile.options.schedule import ALONE, NOT_CHOSEN, PerBlock, Removal
 from mctf_compile.passes.analysis.projections import Projection
 from mctf_compile.passes.analysis.structure import Block, Mask, Tower
 from mctf_compile.passes.analysis.token_axes import Axes
@@ -184,7 +184,8 @@ class _TowerPlanner:
 
     def _removal(self, number: int, count: Count) -> Removal:
         if number not in self.chosen:
-            return Removal(0, NOT_CHOSEN)
+            alone = self.depth == 1 and self.method.layers is None
+            return Removal(0, ALONE if alone else NOT_CHOSEN)
         outcome = self.method.removal(number, self.depth, count)
         if outcome.r >= count.free > 0:
             # The tokens that left need one that stands for them.
