@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 from digits import load, make_model, train
-from rich.console import Console
 
 from mctf_compile.cli.arguments import positive
-from mctf_compile.cli.console import stages
-from mctf_compile.measuring.compare import Setting, chosen_methods, compare, draw, sweep, table
+from mctf_compile.cli.console import stages, wide_console
+from mctf_compile.evaluating.result import draw, table
+from mctf_compile.evaluating.run import evaluate
+from mctf_compile.evaluating.settings import Setting, chosen_methods, sweep
 
 TITLE = "A small ViT on digits, reduced without retraining"
 
@@ -34,16 +35,16 @@ def main() -> None:
     data, model = load(), make_model(class_token=True)
     with stages() as progress:
         train(model, data, progress)
-        rows = compare(
+        found = evaluate(
             model, data.test, data.test_labels, settings(), batch=args.batch, rounds=args.rounds, progress=progress
         )
     caption = (
-        f"Top-1 over {len(data.test)} test images; change in percent points. ms: of a batch of {args.batch} "
-        f"(inner=eager, threads=1), median of {args.rounds} interleaved rounds."
+        f"{len(data.test)} test images; change: of top-1 in percent points, with {found.confidence:.0%} confidence. "
+        f"ms: of a batch of {args.batch} (inner=eager, threads=1), median of {args.rounds} interleaved rounds."
     )
-    console = Console()
-    console.print(table(rows, TITLE, caption))
-    draw(rows, args.output / "compare.png", TITLE)
+    console = wide_console()
+    console.print(table(found, TITLE, caption))
+    draw(found, args.output / "compare.png", TITLE)
     console.print(f"Accuracy against multiply-accumulates: {args.output / 'compare.png'}")
 
 

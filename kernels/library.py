@@ -125,7 +125,8 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype that autocast gives ``x`` as an operand of a product; its own where autocast is off."""
     device = x.device.type
     enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if enabled and x.dtype is not torch.float64 else x.dtype
+    cast = enabled and x.is_floating_point() and x.dtype is not torch.float64
+    return torch.get_autocast_dtype(device) if cast else x.dtype
 
 
 def without_autocast() -> AbstractContextManager[Any]:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from mctf_compile.assumed import Checked
-from mctf_compile.compat import unwrapped
+from mctf_compile.compat import break_behind, unwrapped
 from mctf_compile.compiler import fuse_or_decline
 from mctf_compile.config import FusionConfig
 from mctf_compile.dynamic import Adjustable
@@ -61,6 +61,9 @@ def _compiled(
             warnings.warn(SPLIT_BY_DDP, stacklevel=2)
         elif report.reason is not None:
             warnings.warn(f"mctf: the graph stays dense: {report.reason}", stacklevel=2)
+        broken = break_behind(gm)
+        if broken is not None and report.blocks:
+            warnings.warn(f"mctf: {IN_PIECES.format(broken)}", stacklevel=2)
     if report.reason is not None:
         return inner_compiler(config)(gm, example_inputs)
     last = last_size(gm, example_inputs)
@@ -73,6 +76,10 @@ def _compiled(
     return Checked(run, found.assumed) if found.assumed else run
 
 
+IN_PIECES = (
+    "Dynamo cuts the model by a graph break at {}, and tokens are given back there; without the break they fuse "
+    "throughout."
+)
 SPLIT_BY_DDP = (
     "mctf: DistributedDataParallel cuts the model into a graph per gradient bucket, and every cut gives the "
     "tokens back; set torch._dynamo.config.optimize_ddp = False to fuse them throughout."

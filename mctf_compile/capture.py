@@ -7,7 +7,7 @@ import random
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType
@@ -20,7 +20,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
-from mctf_compile.compat import compiled_apart, counters_restored, forget_compilations, parameters_gathered
+from mctf_compile.compat import (
+    GraphBreak,
+    break_behind,
+    break_in,
+    compiled_apart,
+    counters_restored,
+    forget_compilations,
+    parameters_gathered,
+)
 from mctf_compile.errors import MctfError
 
 T = TypeVar("T")
@@ -30,12 +38,17 @@ Take = Callable[[fx.GraphModule, Sequence[Any]], T]
 
 @dataclass(frozen=True)
 class Captured(Generic[T]):
-    """What was made of each graph, and why the capture ended before the model did, if so."""
+    """What was made of each graph.
+
+    ``breaks``: where graphs end before the model does, in the order met. ``stopped``: why the capture ended before the
+    model did, if so.
+    """
 
     found: list[T]
+    breaks: Sequence[GraphBreak] = ()
     stopped: str | None = None
 
-    def largest(self, size: Callable[[T], int]) -> T:
+    def largest(self, size: Callable[[T], Any]) -> T:
         """The one of the greatest size. Raises ``MctfError`` where no graph was captured."""
         if not self.found:
             raise MctfError(f"Dynamo captured no graph of this model: {self.stopped or NOTHING_TO_COMPILE}.")
@@ -53,35 +66,57 @@ def capture(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str,
     """What ``take`` makes of each graph that Dynamo captures of ``model(*args, **kwargs)`` with static shapes.
 
     A model that is one graph is not run at all. One with graph breaks is run on fake tensors, and what it sets of its
-    modules meanwhile is set back; that ends where the model asks for the values of its tensors.
+    modules meanwhile is set back. Where it asks for the values of its tensors, a copy of it is run on copies of the
+    inputs; of what cannot be copied, and of a function, the capture ends there.
 
     Raises what ``take`` raises, and what ``torch.compile`` raises of the model.
     """
     with counters_restored(), parameters_gathered(model):
         found = _one_graph(model, args, kwargs, take)
-        return _pieces(model, args, kwargs, take) if found is None else found
+        if isinstance(found, Captured):
+            return found
+        pieces = _pieces(model, args, kwargs, take, found, _NoData)
+        if pieces.stopped is None or not isinstance(model, nn.Module):
+            return pieces
+        try:
+            model, args, kwargs = copy.deepcopy((model, args, kwargs))
+        except Exception:
+            return pieces
+        return _pieces(model, args, kwargs, take, found, nullcontext)
 
 
 def _one_graph(
     model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], take: Take[T]
-) -> Captured[T] | None:
-    """The graph of a model without graph breaks; None for any other."""
+) -> Captured[T] | list[GraphBreak]:
+    """The graph of a model without graph breaks; of any other, the first of those where that is known."""
     backend = _Backend(take)
     try:
         torch.compile(_call(), backend=backend, fullgraph=True, dynamic=False)(model, args, kwargs)
     except _Stop:
         return Captured(backend.found)
-    except Exception:
+    except Exception as error:
         backend.raise_failure()
-    return None
+        found = break_in(error)
+        return [] if found is None else [found]
+    return []
 
 
-def _pieces(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], take: Take[T]) -> Captured[T]:
-    """The graphs of a model that is run on fake tensors, as far as that goes."""
+def _pieces(
+    model: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    take: Take[T],
+    breaks: Sequence[GraphBreak],
+    values: Callable[[], AbstractContextManager[Any]],
+) -> Captured[T]:
+    """The graphs of a model that is run, with ``values`` (or none), as far as that goes.
+
+    ``breaks``: graph breaks that are known.
+    """
     backend = _Backend(take, run=True)
     compiled = torch.compile(_call(), backend=backend, dynamic=False, **compiled_apart())
     stopped = None
-    with forget_compilations(backend), _random_state_restored(), _modules_restored(model), _NoData():
+    with forget_compilations(backend), _random_state_restored(), _modules_restored(model), values():
         try:
             compiled(model, args, kwargs)
         except Exception as error:
@@ -89,7 +124,8 @@ def _pieces(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str,
             if not _needs_data(error):
                 raise
             stopped = f"{_place(error)} needs the values of tensors"
-    return Captured(backend.found, stopped)
+    places = {found.place: found for found in reversed([*breaks, *backend.breaks])}
+    return Captured(backend.found, list(reversed(places.values())), stopped)
 
 
 class _Backend(Generic[T]):
@@ -98,6 +134,7 @@ class _Backend(Generic[T]):
     def __init__(self, take: Take[T], run: bool = False) -> None:
         self.take, self.run = take, run
         self.found: list[T] = []
+        self.breaks: list[GraphBreak] = []
         self.failure: Exception | None = None
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -107,6 +144,8 @@ class _Backend(Generic[T]):
         except Exception as error:
             self.failure = error
             raise
+        here = break_behind(gm)
+        self.breaks.extend([here] if here is not None else [])
         return gm.forward if self.run else _stop
 
     def raise_failure(self) -> None:

@@ -8,9 +8,11 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
+from traceback import FrameSummary
 from types import CodeType, FrameType
 from typing import Any
 
@@ -47,6 +49,38 @@ def trace_artifact(name: str, encoding: str, payload: Callable[[], str]) -> None
         payload_fn=payload,
         expect_trace_id=False,
     )
+
+
+@dataclass(frozen=True)
+class GraphBreak:
+    """A line of the user's program that Dynamo does not follow, and the first line of what it says to that."""
+
+    place: str
+    why: str
+
+    @classmethod
+    def of(cls, reason: str, stack: Sequence[FrameSummary]) -> GraphBreak:
+        frames = [frame for frame in stack if not frame.filename.startswith(_TORCH + os.sep)]
+        place = f"line {frames[-1].lineno} of {frames[-1].filename}" if frames else "the model"
+        why = reason.strip().splitlines()[0].rstrip(".")
+        # What Dynamo calls a branch among the reasons of graphs.
+        return cls(place, "Data-dependent branching" if why.startswith("generic_jump") else why)
+
+    def __str__(self) -> str:
+        return f"{self.place} ({self.why})"
+
+
+def break_behind(gm: fx.GraphModule) -> GraphBreak | None:
+    """The graph break that Dynamo's graph ends in; None where it ends with the function that is compiled."""
+    reason: Any = getattr(gm, "compile_subgraph_reason", None)
+    return GraphBreak.of(reason.reason, reason.user_stack) if getattr(reason, "graph_break", False) else None
+
+
+def break_in(error: BaseException) -> GraphBreak | None:
+    """The graph break that made a capture without any fail; None for another failure."""
+    from torch._dynamo.exc import Unsupported
+
+    return GraphBreak.of(error.msg, error.real_stack) if isinstance(error, Unsupported) else None
 
 
 def unwrapped(error: MctfError) -> MctfError:

@@ -14,7 +14,7 @@ from torch import fx
 from torch._dynamo.convert_frame import compile_lock
 
 import mctf_compile.kernels  # noqa: F401  registers torch.ops.mctf
-from mctf_compile.capture import capture
+from mctf_compile.capture import Captured, capture
 from mctf_compile.config import FusionConfig
 from mctf_compile.errors import NothingFusedError, PassError, UnsupportedGraph
 from mctf_compile.inner.clock import Clock
@@ -29,6 +29,9 @@ from mctf_compile.passes.planning.macs import count_macs, macs_by_block, macs_by
 from mctf_compile.passes.planning.plan import make_plan, tokens_remaining
 from mctf_compile.report import Report
 from mctf_compile.tradeoff import block_reports, tradeoff
+
+# Graph breaks that a report names.
+SHOWN = 3
 
 
 def rewrite(
@@ -186,7 +189,7 @@ def _count(state: State) -> tuple[int, int]:
     if not present(state.plan).fusing:
         return dense, dense
     result, counts = present(state.result), state.counts
-    fused = count_macs(result) if counts is None else macs_by_counts(result, counts)(_left(state))
+    fused = count_macs(result) if counts is None else macs_by_counts(result, counts)(_remaining(state))
     return dense, fused
 
 
@@ -196,7 +199,7 @@ def _count_blocks(state: State) -> list[tuple[int, int] | None]:
     blocks = [b.block for b in plan.blocks]
     if not plan.fusing or state.counts is None:
         return macs_by_block(normal, state.result if plan.fusing else None, blocks)
-    fused = work_by_counts(normal, present(state.result), blocks, state.counts)(_left(state))[1]
+    fused = work_by_counts(normal, present(state.result), blocks, state.counts)(_remaining(state))[1]
     dense = macs_by_block(normal, None, blocks)
     return [None if a is None or b is None else (a[0], b) for a, b in zip(dense, fused, strict=True)]
 
@@ -210,8 +213,8 @@ def explain(model: torch.nn.Module, *inputs: Any, kwargs: Mapping[str, Any] | No
     """Report what ``torch.compile(model, backend="mctf", options=options)`` would do; compiles nothing.
 
     The model is captured in its present mode and not run: it, the random state and what Dynamo has compiled stay as
-    they are. One with graph breaks is run on tensors without data, as far as that goes. With
-    ``target="latency_ms=..."`` or ``profit="measure"`` its graph is compiled and timed, on copies of the inputs.
+    they are. One with graph breaks is run on tensors without data; where it asks for their values, a copy of it is run.
+    With ``target="latency_ms=..."`` or ``profit="measure"`` its graph is compiled and timed, on copies of the inputs.
 
     Args:
         model: any module or function.
@@ -220,7 +223,8 @@ def explain(model: torch.nn.Module, *inputs: Any, kwargs: Mapping[str, Any] | No
         options: as for the backend.
 
     Returns:
-        The report; with graph breaks, that of the graph with the most multiply-accumulates.
+        The report; with graph breaks, that of the graph of those with attention which has the most
+        multiply-accumulates. Its ``remarks`` say how many graphs there are, and where they break.
 
     Raises:
         ConfigError: an option is wrong, or does not fit the model.
@@ -229,7 +233,21 @@ def explain(model: torch.nn.Module, *inputs: Any, kwargs: Mapping[str, Any] | No
     """
     config = FusionConfig.from_options(options)
     captured = capture(model, inputs, kwargs or {}, lambda gm, given: fuse_or_decline(gm, given, config)[1])
-    report = captured.largest(lambda report: report.macs_before)
-    if captured.stopped is None:
-        return report
-    return replace(report, remarks=[*report.remarks, f"looked at up to a graph break alone: {captured.stopped}"])
+    report = captured.largest(lambda report: (bool(report.blocks), report.macs_before))
+    return replace(report, remarks=[*report.remarks, *_in_pieces(captured)])
+
+
+def _in_pieces(captured: Captured[Report]) -> list[str]:
+    """What is to be said of a model that is several graphs."""
+    graphs, with_attention = len(captured.found), sum(bool(report.blocks) for report in captured.found)
+    remarks = []
+    if graphs > 1:
+        named, more = "; ".join(map(str, captured.breaks[:SHOWN])), len(captured.breaks) - SHOWN
+        breaks = f", with a graph break at {named}" + (f" and {more} more" if more > 0 else "") if named else ""
+        remarks.append(
+            f"Dynamo makes {graphs} graphs of the model, {with_attention} of them with attention{breaks}; "
+            "this is one of them, and each gives its tokens back at its end"
+        )
+    if captured.stopped is not None:
+        remarks.append(f"looked at up to a graph break alone: {captured.stopped}")
+    return remarks

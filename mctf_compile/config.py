@@ -10,6 +10,7 @@ from mctf_compile.errors import ConfigError
 from mctf_compile.methods import METHODS, Merging, Method, get_method
 from mctf_compile.options.fields import Frozen, Options, flag, hint, nearest, one_of, option
 from mctf_compile.options.schedule import AUTO, LATENCY
+from mctf_compile.options.tuned import read_schedule
 
 
 def _patches(name: str, value: Any) -> Mapping[str, Any]:
@@ -72,7 +73,7 @@ class FusionConfig:
     """How tokens are reduced and what compiles the result: ``method`` and ``lowering``.
 
     Args:
-        method: reduction method, by registry name.
+        method: reduction method, by registry name; None for that of the option ``schedule``, or ``mctf``.
         options: those of the method (see its class: ``mctf_compile.METHODS[name]``) and of ``Lowering``.
 
     Every option is an attribute too. Configs do not change; equal ones have equal hashes. Raises ``ConfigError`` that
@@ -82,8 +83,12 @@ class FusionConfig:
     method: Method
     lowering: Lowering
 
-    def __init__(self, method: str = "mctf", **options: Any) -> None:
-        chosen = get_method(method)
+    def __init__(self, method: str | None = None, **options: Any) -> None:
+        tuned = read_schedule("schedule", options.get("schedule"))
+        if tuned is not None:
+            options = tuned.completing(options if method is None else {**options, "method": method})
+            method = options.pop("method", method)
+        chosen = get_method("mctf" if method is None else method)
         given = {name: options.pop(name) for name in Lowering.option_names() if name in options}
         for name in options:
             if name not in chosen.option_names():

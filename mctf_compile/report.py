@@ -52,13 +52,13 @@ class AtR:
     """What another ``r`` would do to the same graph.
 
     Attributes:
-        r: the tokens that each block is to remove.
+        r: as the option ``r``: the tokens that each block is to remove, or another form of it.
         blocks: as in the report; those that remove none have a reason.
         macs: multiply-accumulates of one run at the inputs' batch size.
         macs_by_block: of each block; None where that is not known.
     """
 
-    r: int
+    r: Any
     blocks: list[BlockReport]
     macs: int
     macs_by_block: list[int | None]
@@ -73,11 +73,13 @@ class AtR:
 class Tradeoff:
     """What each ``r`` would save: counted from plans and from one graph, without running the model.
 
-    ``points`` are in the order of ``r``, from 0; ``reason`` says why there are none, if so.
+    ``points`` are in the order of ``r``, from 0; ``reason`` says why there are none, if so. ``at`` gives that of any
+    other ``r``, a list with an entry per block among them.
     """
 
     points: list[AtR]
     reason: str | None = None
+    at: Callable[[Any], AtR] | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -36,7 +36,8 @@ def tradeoff(state: State) -> Tradeoff:
             return Tradeoff([], "no block can fuse")
         if planned.counts is None:
             return Tradeoff([], "a model in training keeps all its tokens")
-        return Tradeoff(list(_points(planned, method)))
+        at = _AtAnyR(planned, method)
+        return Tradeoff([at(r) for r in _chosen(most_of_any(planned), method.r)], at=at)
 
 
 def _afresh(state: State) -> State:
@@ -47,18 +48,25 @@ def _afresh(state: State) -> State:
     )
 
 
-def _points(state: State, method: Merging) -> Iterator[AtR]:
-    normal, fusing = present(state.normal), [b.index for b in present(state.plan).fusing]
-    found = [b.block for b in present(state.plan).blocks]
-    work = work_by_counts(normal, present(state.result), found, present(state.counts))
-    for r in _chosen(most_of_any(state), method.r):
-        planned = make_plan(state, replace(method, r=r, target=None)).blocks
+class _AtAnyR:
+    """What any ``r`` would do to a graph whose numbers of tokens are symbols."""
+
+    def __init__(self, state: State, method: Merging) -> None:
+        self.state, self.method = state, method
+        self.normal = present(state.normal)
+        self.fusing = [b.index for b in present(state.plan).fusing]
+        self.found = [b.block for b in present(state.plan).blocks]
+        self.work = work_by_counts(self.normal, present(state.result), self.found, present(state.counts))
+
+    def __call__(self, r: Any) -> AtR:
+        """Raises ``ConfigError`` for an ``r`` that is not valid, or does not fit the model."""
+        planned = make_plan(self.state, replace(self.method, r=r, target=None)).blocks
         if any(block.removed for block in planned):
-            macs, by_block = work([present(planned[i].tokens_out) for i in fusing])
+            macs, by_block = self.work([present(planned[i].tokens_out) for i in self.fusing])
         else:
-            macs = count_macs(normal)
-            by_block = [of_block and of_block[0] for of_block in macs_by_block(normal, None, found)]
-        yield AtR(r, block_reports(planned), macs, by_block)
+            macs = count_macs(self.normal)
+            by_block = [of_block and of_block[0] for of_block in macs_by_block(self.normal, None, self.found)]
+        return AtR(r, block_reports(planned), macs, by_block)
 
 
 def _chosen(most: int, asked: Any) -> list[int]:

@@ -109,9 +109,10 @@ def atoms(dim: Dim) -> Iterable[Atom]:
 
 
 class AxisTable:
-    """Births, refinements and identifications of the axes of one graph."""
+    """Births, refinements and identifications of the axes of one graph; ``clashes``: what could not be identified."""
 
     def __init__(self) -> None:
+        self.clashes: list[Dim] = []
         self._ids = count()
         self._refined: dict[Atom, Dim] = {}
 
@@ -174,9 +175,13 @@ class AxisTable:
     def align(self, a: Dim, b: Dim) -> tuple[Dim, ...]:
         """Identify two dimensions whose positions meet one to one; one of size 1 is spread over the other.
 
-        Returns both where their structures do not agree: then neither can be followed beyond this point.
+        Returns both where their structures do not agree: then neither can be followed beyond this point. They are
+        among ``clashes`` then.
         """
-        return () if not a or not b or self.unify(a, b) else (a, b)
+        if not a or not b or self.unify(a, b):
+            return ()
+        self.clashes += a, b
+        return a, b
 
     def reshape(self, dims: Dims, sizes: Sequence[Size]) -> tuple[Dims, tuple[Dim, ...]]:
         """Distribute the axes of ``dims`` over new sizes, in row-major order.

@@ -13,9 +13,11 @@ import timm
 import torch
 
 from benchmarks import __main__ as command
+from benchmarks import accuracy
 from benchmarks.suites import QUICK, SUITES, BenchmarkRow
 from mctf_compile import FusionConfig, Report
 from mctf_compile.errors import ConfigError, MctfError
+from mctf_compile.evaluating.outcomes import Outcomes
 from mctf_compile.measuring import fresh_process
 from mctf_compile.measuring import suite as measuring
 from mctf_compile.measuring.bench import BenchResult, Timing, WrongOutputError, check_candidates
@@ -25,6 +27,7 @@ from mctf_compile.measuring.page import markdown, write
 from mctf_compile.measuring.results import Result, append, latest, read
 from mctf_compile.measuring.subprocesses import run_in_process
 from mctf_compile.measuring.workload import Workload
+from mctf_compile.tuning.contract import Contract
 
 MACHINE = {
     "cpu": "Made Up 9000",
@@ -321,3 +324,38 @@ def test_a_row_whose_outputs_are_wrong_has_no_result(
 def test_a_mistake_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def outcomes(classes: torch.Tensor) -> Outcomes:
+    return Outcomes(classes[:, None], torch.ones(len(classes)))
+
+
+def test_a_contract_is_tried_on_halves() -> None:
+    labels = torch.arange(400) % 7
+    dense = outcomes(labels)
+    # Three schedules that lose 0, 4 and 200 of 400 images: the last one fails wherever it is certified.
+    chain = [
+        (gmacs, outcomes(torch.where(torch.arange(400) % every == 1, labels + 1, labels)))
+        for gmacs, every in ((1.0, 401 * 2), (0.8, 100), (0.5, 2))
+    ]
+    found = accuracy.splits(Contract("agreement", 0.05), chain, dense, labels, halves=6)
+    assert (found.halves, found.certified, found.kept) == (6, 6, 6) and found.gmacs == pytest.approx(0.8)
+    none = accuracy.splits(Contract("agreement", 0.05), chain[2:], dense, labels, halves=6)
+    assert (none.certified, none.kept, none.gmacs) == (0, 0, None)
+
+
+def test_the_page_of_accuracies() -> None:
+    quality = {"top1": 0.8, "agreement": 0.9, "lost": 5, "won": 1, "interval": [-0.02, 0.01], "calibration": 0.1}
+    dense = {**quality, "top1": 0.82, "agreement": 1.0}
+    rows = [
+        {"label": "dense", "method": "dense", "gmacs": 1.25, "reason": None, "quality": {"clean": dense}},
+        {"label": "mctf r=16", "method": "mctf", "gmacs": 0.7, "reason": None, "quality": {"clean": quality}},
+        {"label": "broken", "method": "mctf", "gmacs": None, "reason": "it is", "quality": {}},
+    ]
+    schedule = {"gmacs": 0.71, "options": {"method": "mctf", "r": [0, 1]}}
+    tried = {"measure": "top1", "tolerance": 0.03, "confidence": 0.95, "halves": 20, "certified": 20, "kept": 19}
+    result = {"model": "vit", "set": "photos", "images": 100, "rows": rows, "schedules": [schedule]}
+    lines = accuracy.page([{**result, "splits": [{**tried, "gmacs": None}]}]).splitlines()
+    assert "| `mctf r=16` | 0.700 | 80.0% | -2.0 [-2.0, +1.0] | 5/1 | 90.0% | 10.0% |" in lines
+    assert "| 3% of top1 | 95% | 20 of 20 | 19 | - |" in lines and not any("broken" in line for line in lines)
+    assert '`tuned for 0.71 GMACs`: `{"method": "mctf", "r": [0, 1]}`' in lines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 
 import numpy
 import pytest
@@ -128,13 +129,72 @@ def test_graph_breaks_are_looked_past():
     assert len(whole) == 1 and len(found) > 1 and max(found) < whole[0]
 
 
+def test_a_report_says_where_the_model_breaks():
+    report = mctf_compile.explain(Net(graph_break), TOKENS, r=2)
+    (remark,) = report.remarks
+    # Two blocks before the break, one behind it.
+    assert len(report.blocks) == 2 and "2 graphs of the model, 2 of them with attention" in remark
+    line = 1 + open(__file__).read().splitlines().index("        self.between(self, x)")
+    assert f"a graph break at line {line} of {__file__} (Skip" in remark
+
+
+def test_the_graph_with_attention_is_the_one_reported():
+    """Whatever else there is more of."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.net = nn.Linear(16, 100_000), Net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.wide(x).sum(-1, keepdim=True)
+            nowhere()
+            return self.net(x)
+
+    report = mctf_compile.explain(Model(), TOKENS, r=2)
+    assert len(report.blocks) == 3 and "2 graphs of the model, 1 of them with attention" in report.remarks[0]
+
+
+@torch.compiler.disable
+def nowhere() -> None:
+    pass
+
+
+def test_a_model_that_asks_for_values_is_followed_on_a_copy():
+    """A break in a branch that only values decide; the model itself is left as it was, as the look above has it."""
+
+    def branch(model: nn.Module, x: Tensor) -> None:
+        if x.abs().sum() > 0:
+            model.seen.append("taken")
+
+    model = Net(branch)
+    found = capture(model, (TOKENS,), {}, lambda gm, inputs: gm)
+    assert found.stopped is None and len(found.found) > 2
+    (at,) = found.breaks
+    assert __file__ in at.place and at.why == "Data-dependent branching"
+    assert model.seen == []
+
+
 def test_a_look_that_ends_before_the_model_says_where():
     model = Net(asks_for_a_value)
-    report = mctf_compile.explain(model, TOKENS, r=2)
+    # A function may hold what it likes, and is not copied.
+    report = mctf_compile.explain(lambda x: model(x), TOKENS, r=2)
     # Of the two blocks before it.
     assert len(report.blocks) == 2
-    (remark,) = report.remarks
+    remark = report.remarks[-1]
     assert __file__ in remark and "needs the values of tensors" in remark and "up to a graph break" in remark
+
+
+def test_compiling_names_the_break():
+    model = Net(graph_break).eval()
+    with torch.no_grad(), pytest.warns(UserWarning, match=r"cuts the model by a graph break at line \d+ of .*test_cap"):
+        torch.compile(model, backend="mctf", options={"r": 2, "inner": "eager"})(TOKENS)
+
+
+def test_a_block_that_is_compiled_alone_says_how_to_fuse_it():
+    model = Net().eval()
+    reports = [mctf_compile.explain(partial(model.block, 0), TOKENS, r=2, **layers) for layers in ({}, {"layers": [0]})]
+    assert "compile the model as one, or give layers=[0]" in reports[0].blocks[0].reason and reports[1].fused
 
 
 def test_what_cannot_be_followed_at_all_is_an_error():

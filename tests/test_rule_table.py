@@ -21,8 +21,8 @@ from mctf_compile.testing.operators import DTYPES, ruled_operators
 
 aten = torch.ops.aten
 
-# Calls that are drawn of an operator until tokens meet in one, at one position and in one dtype.
-TRIES = 120
+# Calls that are drawn of an operator until tokens meet in one at a position: in one dtype, and then in each other.
+TRIES, MORE_TRIES = 120, 12
 
 # Operators that no call can be made of here, each with the reason.
 WITHOUT_CALLS = {
@@ -93,18 +93,20 @@ def row(target: OpOverload) -> Row:
             found.add(layout, form, True)
     if rule.fused is None and not _reduces(target):
         return found
+    tries = dict.fromkeys(POSITIONS, TRIES)
     for position, dtype in product(POSITIONS, found.dtypes):
         met = found.at(position, dtype)
         ran = any(o.weighted and o.dtype is dtype for o in found.outcomes)
         if any(o.weighted for o in met) or (met and (ran or rule.fused is None)) or (ran and position not in range(4)):
             continue
         tried = None
-        for layout, form in draw_forms(target, [position], TRIES, [dtype]):
+        for layout, form in draw_forms(target, [position], tries[position], [dtype]):
             outcomes = [o for o in program(dtype, True, layout).run(form.call) if o.mixes and o.dtype is dtype]
             tried = tried or (outcomes and (layout, form))
             if outcomes and (rule.fused is None or any(o.weighted for o in outcomes)):
                 tried = layout, form
                 break
+        tries[position] = MORE_TRIES
         if tried:
             found.add(*tried, True)
     return found
@@ -128,16 +130,23 @@ def table() -> dict[str, Row]:
     return {_name(target): row(target) for target in ruled_operators()}
 
 
+# What shares the table runs in one process.
+shares_the_table = pytest.mark.xdist_group("rule_table")
+
+
+@shares_the_table
 def test_on_fused_copies_an_operator_gives_what_it_gives_on_all_or_declines(table):
     assert [f"{name}: {problem}" for name, found in table.items() for problem in found.problems] == []
 
 
+@shares_the_table
 def test_every_rule_is_exercised(table):
     assert {name for name, found in table.items() if not found.outcomes} == set(WITHOUT_CALLS)
     fused = {name for name, found in table.items() if found.outcomes and find_rule(_overload(name)).fused is not None}
     assert {name for name in fused if not table[name].weighted} == set(NEVER_WEIGHTED)
 
 
+@shares_the_table
 def test_tokens_meet_at_every_position_in_every_dtype(table):
     """In reductions and products; what moves axes about or works token by token may let them meet nowhere."""
     missing = {}
@@ -185,6 +194,7 @@ def test_a_broken_rule_is_seen(name, fused, dtype):
     assert {PLACE[o.layout] for o in wrong} & {0, 1, 2, 3}
 
 
+@shares_the_table
 def test_an_operator_without_calls_is_missed(table):
     without = {**table, "sum.default": Row()}
     with pytest.raises(AssertionError, match=r"sum\.default"):

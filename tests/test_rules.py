@@ -160,8 +160,27 @@ UNMERGED = {
     "group norm": (lambda x: F.group_norm(x.mT, 2), "group_norm mixes the original tokens"),
     "no rule": (lambda x: torch.fft.rfft(x).real, "fft_rfft has no rule for fused tokens"),
     "embedding of positions": (lambda x: F.embedding(x.argmax(1), torch.ones(N, C)), "argmax mixes"),
+    "attention within rows": (lambda x: attend(x.reshape(B, 4, 4, C)), "rows and columns of the token grid"),
+    "attention within columns": (
+        lambda x: attend(x.reshape(B, 4, 4, C).transpose(1, 2)),
+        "the tokens are reshaped",
+    ),
+    "beside a grid": (
+        lambda x: torch.cat([x - x[:, :1], grid_of_ones()], 0),
+        "together with positions that are numbered",
+    ),
+    "times a grid": (lambda x: (x - x[:, :1]).mT @ grid_of_ones(), "together with positions that are numbered"),
     "index of the maximum": (lambda x: x.max(1).indices, "position of the max among the original tokens is read"),
 }
+
+
+def attend(x: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(x, x.flip(-1), x)
+
+
+def grid_of_ones() -> Tensor:
+    """[B, N, C] made of a grid: of these positions the first cannot be told from the others, as that of tokens can."""
+    return torch.ones(B, C, 4, 4).flatten(2).mT
 
 
 class After(nn.Module):

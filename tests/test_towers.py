@@ -331,3 +331,57 @@ def test_the_class_token_of_joint_attention_is_its_own_streams() -> None:
     for patches, chosen in zip(got[0][:, 1:], kept):
         assert {tuple(row) for row in patches.tolist()} == {tuple(row) for row in patches[chosen].tolist()}
         assert len(patches[chosen].unique(dim=0)) == 12
+
+
+class Beside(nn.Module):
+    """Two blocks, and between them an attention with no residual connection, which is added to their stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = TinyViT(VitSpec(depth=2)).blocks
+
+    def forward(self, x: Tensor) -> Tensor:
+        other = x.relu()
+        x = self.first(x, None)
+        x = x + F.scaled_dot_product_attention(other, other, other).tanh()
+        return self.second(x, None).mean(1)
+
+
+def test_attention_beside_a_residual_stream_ends_no_tower() -> None:
+    _, report = fused(Beside(), torch.randn(2, 17, VitSpec().width), method="tome", r=3)
+    assert [(b.tower, b.tokens_in, b.tokens_out) for b in report.blocks if b.reason is None] == [
+        (0, 17, 14),
+        (0, 14, 11),
+    ]
+
+
+class GivenBackWithin(nn.Module):
+    """What stands between attention and the end of a block needs the tokens in their grid."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv = nn.ModuleList(nn.Linear(16, 48) for _ in range(3))
+        self.mlp = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, (qkv, mlp) in enumerate(zip(self.qkv, self.mlp)):
+            q, k, v = qkv(x).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+            x = x + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            x = x + (mlp(x) if i != 1 else mlp(x).roll(1, 1) + x.roll(2, 1))
+        return x.mean(1)
+
+
+@pytest.mark.parametrize("options", METHODS, ids=str)
+def test_what_was_seen_of_fused_tokens_fuses_no_others(options: dict[str, Any]) -> None:
+    if "evit" in str(options) or "idlevit" in str(options):
+        pytest.skip("the model has no class token, which this method reads")
+    x = torch.randn(2, 3, 16).repeat(1, 8, 1)
+    options = {**options, "layers": [0, 1, 2]} | ({"tau_info": 0, "tau_size": 0} if "method" not in options else {})
+    model = GivenBackWithin().eval()
+    got, report = fused(model, x, **options)
+    assert report.blocks[1].reason is not None and "within the block" in report.blocks[1].reason
+    if options.get("method") != "tofu":
+        with torch.no_grad():
+            torch.testing.assert_close(got, model(x), rtol=1e-4, atol=1e-5)

@@ -21,12 +21,12 @@ FORMS = {"function": F.linear, "packet": aten.linear, "overload": aten.linear.de
         (torch.bfloat16, False),
         (torch.float64, False),
         (torch.float32, True),
+        (torch.float64, True),
+        (torch.int32, True),
     ],
 )
 def test_a_traced_linear_promises_what_it_gives(form, bias, shape, dtype, autocast):
-    operands = [torch.randn(shape, dtype=dtype), torch.randn(5, 6, dtype=dtype)]
-    if bias:
-        operands.append(torch.randn(5, dtype=dtype))
+    operands = [torch.randn(of).to(dtype) for of in (shape, (5, 6), (5,))[: 2 + bias]]
     with FakeTensorMode() as mode:
         fake = [mode.from_tensor(x) for x in operands]
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):

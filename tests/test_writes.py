@@ -50,6 +50,13 @@ def view_read_later(x):
     return first.sum(-1), rest, flat, y.mT
 
 
+def viewed_by_what_comes_later(x):
+    y = x.clone()
+    y.add_(1)
+    like = x[:, :3].flip(0)
+    return y[:, :3].reshape_as(like), y.to(like), y.expand_as(x * 2)
+
+
 def through_transposes(x):
     y = x.clone()
     y.mT[:, 0].copy_(x[:, :, 1])
@@ -104,6 +111,7 @@ PROGRAMS = [
     masked,
     strided,
     view_read_later,
+    viewed_by_what_comes_later,
     through_transposes,
     through_parts,
     reshaped,

@@ -12,6 +12,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from mctf_compile.packages import MissingPackage
 
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+# Columns for what is printed to a file or a pipe.
+WIDE = 140
 
 
 class CommandError(Exception):
@@ -64,3 +66,9 @@ def stages() -> Iterator[Callable[[str, int, int], None]]:
 
         yield progress
         finish()
+
+
+def wide_console() -> Console:
+    """Where wide tables are printed: as wide as the terminal, and wide enough for them where there is none."""
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, WIDE))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import tempfile
 import time
@@ -105,6 +106,8 @@ def peak_bytes(call: Call, device: str = "cpu") -> int:
         torch.cuda.reset_peak_memory_stats()
         timed(call, device)
         return torch.cuda.max_memory_reserved()
+    # Else it tells stderr of every start and stop.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         # The output lives until the record ends.
         output = call()

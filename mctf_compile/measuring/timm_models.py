@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mctf_compile import packages
@@ -62,3 +63,20 @@ def evaluation_transform(model: nn.Module, img_size: int | None) -> Callable[[An
     config = data.resolve_model_data_config(model, {"input_size": input_size(model, img_size)})
     transform: Callable[[Any], Tensor] = data.create_transform(**config, is_training=False)
     return transform
+
+
+def corrupted(
+    transform: Any, corrupt: Callable[[Tensor, int], Tensor]
+) -> tuple[Callable[[Any], Tensor], Callable[[Tensor, int], Tensor]]:
+    """An ``evaluation_transform`` in two: up to an image of values from 0 to 1; ``corrupt``, and on to the end."""
+    from torchvision.transforms import Compose, Normalize
+
+    steps = transform.transforms
+    at = next(i for i, step in enumerate(steps) if isinstance(step, Normalize))
+    before, after = Compose(steps[:at]), Compose(steps[at:])
+
+    def altered(image: Tensor, number: int) -> Tensor:
+        normalized: Tensor = after(corrupt(image.to(torch.float32), number))
+        return normalized
+
+    return before, altered

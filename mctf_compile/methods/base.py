@@ -24,6 +24,7 @@ from mctf_compile.options.schedule import (
     parse_target,
     removal,
 )
+from mctf_compile.options.tuned import TunedSchedule, read_schedule
 
 
 class Site(enum.Enum):
@@ -198,6 +199,9 @@ class Method(Options):
         """The blocks of ``depth`` that it acts on, in order: those of the option ``layers``, or its default."""
         return sorted(self.default_layers(depth) if self.layers is None else self.layers)
 
+    def check_model(self, depth: int, tokens: object) -> None:
+        """Raise ``ConfigError`` where the options are for a model of another depth, or of other tokens in a block."""
+
     def removal(self, index: int, depth: int, count: Count) -> Removal:
         """How many tokens block ``index`` of a tower of ``depth`` removes.
 
@@ -230,12 +234,14 @@ class Merging(Method):
             block, ``(r, inflection)``, a preset name (``"fast"``), or ``"auto"``: the least that meets ``target``.
         target: for ``r="auto"``: ``"gmacs=2.6"`` (per image), ``"speedup=1.5"`` (times fewer multiply-accumulates) or
             ``"latency_ms=20"`` (per call, measured when it is compiled).
+        schedule: a file that ``mctf tune`` wrote, which says ``r`` and the method, for the model that it was found for.
         min_tokens: no block leaves fewer tokens than this (protected ones included).
         proportional: add log size to the logits of attention over fused tokens.
     """
 
     r: int | float | list[Any] | tuple[Any, ...] | str = option(16, check_r)
     target: Target | str | None = option(None, parse_target)
+    schedule: TunedSchedule | str | None = option(None, read_schedule)
     min_tokens: int = option(1, integer(1))
     proportional: bool = option(True, flag)
 
@@ -250,20 +256,24 @@ class Merging(Method):
         return self.target if self.r == AUTO and isinstance(self.target, Target) else None
 
     @cached_property
-    def schedule(self) -> Schedule:
+    def requested(self) -> Schedule:
         return parse_r(self.r)
 
     @property
     def active(self) -> bool:
-        return self.solved_for is not None or self.schedule.asks_for_fusion
+        return self.solved_for is not None or self.requested.asks_for_fusion
 
     @property
     def counts_sizes(self) -> bool:
         return self.sized and self.proportional
 
+    def check_model(self, depth: int, tokens: object) -> None:
+        if isinstance(self.schedule, TunedSchedule):
+            self.schedule.check(depth, tokens)
+
     def removal(self, index: int, depth: int, count: Count) -> Removal:
-        request = self.schedule.per_block(depth)[index]
-        preset = self.schedule.layers(depth)
+        request = self.requested.per_block(depth)[index]
+        preset = self.requested.layers(depth)
         if preset is not None and self.layers is None and index not in preset:
             return Removal(0, NOT_CHOSEN)
         return removal(request, count.now, count.protected, self.min_tokens, count.spare)

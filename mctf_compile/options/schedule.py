@@ -17,6 +17,10 @@ PRESETS: dict[str, tuple[float, tuple[float, ...]]] = {
 
 # Why a block fuses nothing that no option asked for.
 NOT_CHOSEN = "not among the layers that fuse"
+ALONE = (
+    "the only block of its tower, and by default the first one stays dense; compile the model as one, or give "
+    "layers=[0]"
+)
 
 # The ``r`` that is solved for a target.
 AUTO = "auto"

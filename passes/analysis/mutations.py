@@ -121,18 +121,18 @@ class _Own:
         return None if step is None else (*before, step)
 
     def write(self, node: fx.Node) -> None:
-        """Replace a write: the whole is made anew, and of it every view that is read later."""
+        """Replace a write: the whole is made anew, and of it every view before the write that is read behind it."""
         target = node_of(node.args[0])
         steps = self.steps[target]
-        following = [name for name in self.steps if any(self._is_later(node, user) for user in name.users)]
+        before = [name for name in self.steps if not self._is_later(node, name)]
+        following = [name for name in before if any(self._is_later(node, user) for user in name.users)]
         unknown = [name for name in following if self.steps[name] is None]
         if steps is None or unknown or any(step.undone is None for step in steps):
             raise UnsupportedGraph(f"{node.target} writes into a view that cannot be followed")
         result = _pure(self.graph, node)
         if result is node:
             # What is made of it behind the write, by another write say, reads what was written.
-            before = [name for name in following if self.order.get(name, -1) <= self.order[node]]
-            if any(self.steps[name] or name not in (node, target) for name in before):
+            if any(self.steps[name] or name not in (node, target) for name in following):
                 raise UnsupportedGraph(f"{node.target} writes into a tensor of which a view is read afterwards")
             self._replace(target, node, node)
             return

@@ -22,6 +22,7 @@ class Axes:
     table: AxisTable
     dims: dict[fx.Node, Dims | list[Dims]]
     mixed: dict[fx.Node, Dims]
+    clashing: dict[fx.Node, Dims]
 
     def of(self, node: fx.Node) -> Dims:
         """The dims of a node with one tensor."""
@@ -30,6 +31,10 @@ class Axes:
     def mixed_by(self, node: fx.Node) -> Dims:
         """The dims whose positions meet in a node; for one without a rule, all of its operands'."""
         return self.table.canonical_dims(self.mixed[node])
+
+    def clashes_of(self, node: fx.Node) -> Dims:
+        """Those of them that meet one to one although one is numbered otherwise than the other."""
+        return self.table.canonical_dims(self.clashing.get(node, ()))
 
     def call(self, node: fx.Node) -> Call:
         return Call(node, self.table, self.of)
@@ -49,7 +54,7 @@ def token_axes(graph: fx.Graph) -> Axes:
     3. Identification works backwards too (a position embedding gets the tokens' axis), so dims are
        read through ``Axes.of``, in the form they have after the whole graph has been seen.
     """
-    axes = Axes(AxisTable(), {}, {})
+    axes = Axes(AxisTable(), {}, {}, {})
     for node in graph.nodes:
         value = node.meta.get("val")
         if node.op in ("placeholder", "get_attr"):
@@ -60,4 +65,6 @@ def token_axes(graph: fx.Graph) -> Axes:
             if flow is not None:
                 axes.dims[node] = flow.out
                 axes.mixed[node] = flow.mixed
+            axes.clashing[node] = tuple(axes.table.clashes)
+            axes.table.clashes.clear()
     return axes

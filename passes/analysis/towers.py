@@ -27,7 +27,7 @@ def find_towers(blocks: Sequence[Block], axes: Axes, graph: fx.Graph) -> list[To
     """The blocks of a graph as chains along residual streams, in the order of their first blocks.
 
     1. A block goes on with the last block before it from which a way around every layer leads to its entry: the
-       residual stream.
+       residual stream. An attention beside the stream, which is added to it, comes after those that work on one.
     2. Where all ways lead through layers, a block at no more positions is in the same tower: layers mix the tokens or
        take them to the next stage of a pyramid. At more positions a tower begins, as a decoder does that adds tokens.
     3. A block whose residual stream was not found goes on with the last block that leads to it. One to which no block
@@ -63,7 +63,8 @@ def _predecessor(blocks: Sequence[Block], j: int, flow: Dataflow, axes: Axes, ch
         return next((i for i in reversed(range(j)) if _start(blocks[i]) is start), None)
     if blocks[j].entry is None:
         return leading[0]
-    around = next((i for i in leading if _leads_around_layers(_end(blocks[i]), start, flow)), None)
+    on_streams = sorted(leading, key=lambda i: blocks[i].entry is None)
+    around = next((i for i in on_streams if _leads_around_layers(_end(blocks[i]), start, flow)), None)
     if around is not None:
         return around
     more = _positions(start, axes, channels) > _positions(_end(blocks[leading[0]]), axes, channels)

@@ -14,7 +14,7 @@ from mctf_compile.errors import ConfigError
 from mctf_compile.methods import Count, Merging, Method, Need, Site
 from mctf_compile.methods.base import OF_CLASS_TOKEN
 from mctf_compile.narrowing import present
-from mctf_compile.options.schedule import NOT_CHOSEN, PerBlock, Removal
+from mctf_compile.options.schedule import ALONE, NOT_CHOSEN, PerBlock, Removal
 from mctf_compile.passes.analysis.projections import Projection
 from mctf_compile.passes.analysis.structure import Block, Mask, Tower
 from mctf_compile.passes.analysis.token_axes import Axes
@@ -177,7 +177,8 @@ class _TowerPlanner:
         if index in findings.uncut:
             self.counts[axis.body] = size
         body = self.counts.setdefault(axis.body, size)
-        tokens = place.lead + body + place.tail
+        tokens, dense = place.lead + body + place.tail, place.lead + size + place.tail
+        self.method.check_model(self.depth, dense)
         lead = place.lead if isinstance(self.method.protected, str) else self.method.protected
         # Padding may leave one token of either kind without a partner of its own.
         spare = 2 if block.mask is Mask.TOKENS else 0
@@ -203,7 +204,7 @@ class _TowerPlanner:
             tail=place.tail,
             first=axis.lead - place.lead,
             last=axis.tail - place.tail,
-            tokens=place.lead + size + place.tail,
+            tokens=dense,
             keys=axis.lead + size + axis.tail,
             idle=idle,
         )
@@ -220,7 +221,8 @@ class _TowerPlanner:
 
     def _removal(self, number: int, count: Count) -> Removal:
         if number not in self.chosen:
-            return Removal(0, NOT_CHOSEN)
+            alone = self.depth == 1 and self.method.layers is None
+            return Removal(0, ALONE if alone else NOT_CHOSEN)
         outcome = self.method.removal(number, self.depth, count)
         if outcome.r >= count.free > 0:
             # The tokens that left need one that stands for them.

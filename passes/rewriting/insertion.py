@@ -100,6 +100,10 @@ class Insertion:
             planned = self._at_end[node]
             if self.plan.site is Site.AROUND:
                 return result.stream.put_back(result, self._entry(planned))
+            if result.generation != self._entry(planned).generation:
+                # What was seen of the fused tokens says nothing of the original ones.
+                self.undone[planned.index] = "the original tokens are given back within the block"
+                return result
             result = self._fuse(planned, result)
         return result
 
@@ -336,9 +340,12 @@ class Insertion:
         stream = self._stream(block)
         (place,) = stream.places(x.dims)
         found = hint_of(stream.body(x.generation)) + place.lead + place.tail
-        # A block whose tokens an earlier one has fused gets right numbers when the plan of that one is made again.
-        if not self.plan.relaxed and x.generation == 0 and found != block.tokens_in:
-            self.uncut.add(block.index)
+        if not self.plan.relaxed and found != block.tokens_in:
+            if x.generation == 0:
+                self.uncut.add(block.index)
+            elif not self.uncut and not self.undone:
+                # Else it gets right numbers when the plan of the blocks before it is made again.
+                self.undone[block.index] = "its tokens are fused by a block of another tower"
         x = Value(x.tensor, x.dims, stream, x.generation)
         tokens = stream.canonical(x, place)
         size = stream.size(x.generation, place.lead, place.tail)

@@ -39,6 +39,10 @@ aten = torch.ops.aten
 Env = Mapping[fx.Node, Any]
 
 
+# Why a block that could fuse stays dense.
+LOSES = "giving the original tokens back for later operators costs more than the fusion saves"
+
+
 @graph_pass("rewrite", requires=("plan",), ensures=("result",))
 def run(state: State) -> str | None:
     state.counts = None
@@ -61,7 +65,6 @@ def _losing(normal: fx.GraphModule, plan: Plan, outcome: Outcome) -> dict[int, s
 
     What a stretch saves is its own affair: thin blocks that do not pay keep no wide ones behind them from fusing.
     """
-    reason = "giving the original tokens back for later operators costs more than the fusion saves"
     stretch = stretches(normal.graph, plan.blocks, outcome.streams)
     numbers = segments(normal.graph, [b.block for b in plan.blocks])
     before, after = (
@@ -69,7 +72,7 @@ def _losing(normal: fx.GraphModule, plan: Plan, outcome: Outcome) -> dict[int, s
         macs_by(outcome.graph, lambda n: stretch[n.meta[SEGMENT]]),
     )
     losing = {stream for stream in outcome.given_back if after[stream] >= before[stream]}
-    return {block: reason for block, stream in outcome.streams.items() if stream in losing}
+    return {block: LOSES for block, stream in outcome.streams.items() if stream in losing}
 
 
 @dataclass(frozen=True)
@@ -296,6 +299,8 @@ class Rewriter:
             return fused.emit()
         if rule.fused is None:
             raise Declined(f"{name_of(node)} mixes the original tokens")
+        if mentions(self.axes.clashes_of(node), stream.tokens):
+            raise Declined(f"{name_of(node)} takes the tokens together with positions that are numbered otherwise")
         return rule.fused(fused)
 
     def recomputed(self, node: fx.Node, replacements: dict[fx.Node, Value]) -> Any:

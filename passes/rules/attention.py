@@ -103,10 +103,10 @@ def sized_attention(call: Fused[V]) -> V:
     """Attention in which key j occurs s_j times: ``mctf.attention``."""
     given = attention_operands(call, "query", "key", "value")
     last = len(call.dims("key")) - 2
-    keys = next((p for p in call.places_of(call.args["key"]) if p.dim == last), None)
     log_size = None
-    if keys is not None:
-        if keys.before or keys.after or keys.rest:
+    if any(last in (p.dim, *p.rest) for p in call.places_of(call.args["key"])):
+        keys = call.place("key", last)
+        if keys.before or keys.after:
             raise Declined("attention meets the token axis inside a product of axes")
         if call.to_itself(keys):
             if given.bias is not None or given.query.shape[2] != given.key.shape[2]:

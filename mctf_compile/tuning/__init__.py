@@ -1,0 +1,1 @@
+"""A schedule that keeps a promise: found on one half of some images, certified on the other."""
