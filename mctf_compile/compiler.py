@@ -204,7 +204,7 @@ def _count_blocks(state: State) -> list[tuple[int, int] | None]:
     return [None if a is None or b is None else (a[0], b) for a, b in zip(dense, fused, strict=True)]
 
 
-def _left(state: State) -> list[int]:
+def _remaining(state: State) -> list[int]:
     """What each fusing block leaves of an adjustable result, for the example and the options."""
     return tokens_remaining(state, requests=state.findings.r)
 
