@@ -123,7 +123,7 @@ def counts_by_axis(monkeypatch):
 
     def unheard(self, rewriter):
         insert(self, rewriter)
-        self.whole = Unheard()
+        self.uncut = Unheard()
 
     monkeypatch.setattr(_TowerPlanner, "__init__", wrong)
     monkeypatch.setattr(Insertion, "__init__", unheard)
