@@ -219,7 +219,7 @@ def planned(model: nn.Module, size: tuple[int, int] = (4, 6), **options: object)
 @pytest.mark.parametrize("request_", [3, 0.35, 0.1, 1 / 3, [2, 0.29, 0.57]], ids=str)
 def test_what_is_left_is_whole_numbers_at_every_size(request_):
     state, _ = planned(Resizing(), method="tome", r=request_, min_tokens=6)
-    left = Adjustable(state, lambda: None, lambda: None).left
+    remaining = Adjustable(state, lambda: None, lambda: None).remaining
     for rows in range(2, 40, 3):
         for columns in range(2, 40, 5):
             tokens, want = 1 + rows * columns, []
@@ -228,7 +228,7 @@ def test_what_is_left_is_whole_numbers_at_every_size(request_):
                 r = int(r * free) if isinstance(r, float) else r
                 tokens -= max(min(r, free // 2, tokens - 6), 0)
                 want.append(tokens)
-            assert left(request_, (rows * PATCH, columns * PATCH)) == want, (rows, columns)
+            assert remaining(request_, (rows * PATCH, columns * PATCH)) == want, (rows, columns)
 
 
 def test_the_report_is_of_the_size_of_the_example():
