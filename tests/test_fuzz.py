@@ -64,7 +64,7 @@ def test_a_broken_rule_is_found_within_200_examples(breakage, monkeypatch):
 
 
 def unweighted_whole_numbers(monkeypatch):
-    monkeypatch.setattr(FusedCall, "whole", lambda self, sizes: torch.ones_like(sizes, dtype=torch.int64))
+    monkeypatch.setattr(FusedCall, "as_integers", lambda self, sizes: torch.ones_like(sizes, dtype=torch.int64))
 
 
 def forgotten_region(monkeypatch):

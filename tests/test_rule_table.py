@@ -21,7 +21,8 @@ from mctf_compile.testing.operators import DTYPES, ruled_operators
 
 aten = torch.ops.aten
 
-# Calls that are drawn of an operator until tokens meet in one at a position: in one dtype, and then in each other.
+# Calls that are drawn of an operator until tokens meet in one at a position and in a dtype, and until one that they
+# meet in runs on fused tokens; where none did in one dtype, so many more in each other.
 TRIES, MORE_TRIES = 120, 12
 
 # Operators that no call can be made of here, each with the reason.
@@ -100,7 +101,7 @@ def row(target: OpOverload) -> Row:
         if any(o.weighted for o in met) or (met and (ran or rule.fused is None)) or (ran and position not in range(4)):
             continue
         tried = None
-        for layout, form in draw_forms(target, [position], tries[position], [dtype]):
+        for layout, form in draw_forms(target, [position], tries[position] if met else TRIES, [dtype]):
             outcomes = [o for o in program(dtype, True, layout).run(form.call) if o.mixes and o.dtype is dtype]
             tried = tried or (outcomes and (layout, form))
             if outcomes and (rule.fused is None or any(o.weighted for o in outcomes)):
