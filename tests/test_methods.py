@@ -750,3 +750,14 @@ def test_a_method_of_ones_own():
             mctf_compile.register_method(example.Longest)
     finally:
         METHODS.pop("longest", None)
+
+
+def test_random_drops_padding_first():
+    padding = torch.tensor([[False] * 4 + [True] * 8, [True] * 6 + [False] * 6])
+    evidence = Evidence(torch.randn(2, 12, 4), torch.ones(2, 12), 0, 0, 0, 3, padding=padding)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        keep = METHODS["random"](r=6).choose(evidence, 6).keep
+        assert [set(row.tolist()) >= set(real.nonzero().flatten().tolist()) for row, real in zip(keep, ~padding)] == [
+            True
+        ] * 2

@@ -16,7 +16,7 @@ from mctf_compile.options.schedule import Removal
 @register_method
 @dataclass(frozen=True)
 class Random(Merging):
-    """Drops tokens at random, others at every call (``torch.manual_seed`` repeats them)."""
+    """Drops tokens at random, others at every call (``torch.manual_seed`` repeats them), and padding first."""
 
     name: ClassVar[str] = "random"
     source: ClassVar[str] = "a control"
@@ -24,7 +24,9 @@ class Random(Merging):
     sized: ClassVar[bool] = False
 
     def choose(self, evidence: Evidence, r: int) -> Choice:
-        return highest(torch.rand_like(evidence.size), evidence, r)
+        score = torch.rand_like(evidence.size)
+        # An image of which padding alone stays is none.
+        return highest(score if evidence.padding is None else score + ~evidence.padding, evidence, r)
 
 
 @register_method
