@@ -131,23 +131,16 @@ def table() -> dict[str, Row]:
     return {_name(target): row(target) for target in ruled_operators()}
 
 
-# What shares the table runs in one process.
-shares_the_table = pytest.mark.xdist_group("rule_table")
-
-
-@shares_the_table
 def test_on_fused_copies_an_operator_gives_what_it_gives_on_all_or_declines(table):
     assert [f"{name}: {problem}" for name, found in table.items() for problem in found.problems] == []
 
 
-@shares_the_table
 def test_every_rule_is_exercised(table):
     assert {name for name, found in table.items() if not found.outcomes} == set(WITHOUT_CALLS)
     fused = {name for name, found in table.items() if found.outcomes and find_rule(_overload(name)).fused is not None}
     assert {name for name in fused if not table[name].weighted} == set(NEVER_WEIGHTED)
 
 
-@shares_the_table
 def test_tokens_meet_at_every_position_in_every_dtype(table):
     """In reductions and products; what moves axes about or works token by token may let them meet nowhere."""
     missing = {}
@@ -195,7 +188,6 @@ def test_a_broken_rule_is_seen(name, fused, dtype):
     assert {PLACE[o.layout] for o in wrong} & {0, 1, 2, 3}
 
 
-@shares_the_table
 def test_an_operator_without_calls_is_missed(table):
     without = {**table, "sum.default": Row()}
     with pytest.raises(AssertionError, match=r"sum\.default"):
