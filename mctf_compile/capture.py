@@ -9,7 +9,6 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from types import FunctionType
 from typing import Any, Generic, TypeVar
 
@@ -27,6 +26,7 @@ from mctf_compile.compat import (
     compiled_apart,
     counters_restored,
     forget_compilations,
+    line_of_users,
     parameters_gathered,
 )
 from mctf_compile.errors import MctfError
@@ -145,7 +145,8 @@ class _Backend(Generic[T]):
             self.failure = error
             raise
         here = break_behind(gm)
-        self.breaks.extend([here] if here is not None else [])
+        if here is not None:
+            self.breaks.append(here)
         return gm.forward if self.run else _stop
 
     def raise_failure(self) -> None:
@@ -167,13 +168,7 @@ def _needs_data(error: Exception) -> bool:
 
 def _place(error: Exception) -> str:
     """The line of the model's own code that an error comes from."""
-    torch_folder = str(Path(torch.__file__).parent)
-    frames = [
-        f
-        for f in traceback.extract_tb(error.__traceback__)
-        if f.filename != __file__ and not f.filename.startswith(torch_folder)
-    ]
-    return f"line {frames[-1].lineno} of {frames[-1].filename}" if frames else "the model"
+    return line_of_users(f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__)
 
 
 def _stop(*inputs: Any) -> Any:

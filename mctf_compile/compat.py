@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -60,14 +60,18 @@ class GraphBreak:
 
     @classmethod
     def of(cls, reason: str, stack: Sequence[FrameSummary]) -> GraphBreak:
-        frames = [frame for frame in stack if not frame.filename.startswith(_TORCH + os.sep)]
-        place = f"line {frames[-1].lineno} of {frames[-1].filename}" if frames else "the model"
         why = reason.strip().splitlines()[0].rstrip(".")
         # What Dynamo calls a branch among the reasons of graphs.
-        return cls(place, "Data-dependent branching" if why.startswith("generic_jump") else why)
+        return cls(line_of_users(stack), "Data-dependent branching" if why.startswith("generic_jump") else why)
 
     def __str__(self) -> str:
         return f"{self.place} ({self.why})"
+
+
+def line_of_users(stack: Iterable[FrameSummary]) -> str:
+    """The innermost line of a stack that is no part of PyTorch."""
+    frames = [frame for frame in stack if not frame.filename.startswith(_TORCH + os.sep)]
+    return f"line {frames[-1].lineno} of {frames[-1].filename}" if frames else "the model"
 
 
 def break_behind(gm: fx.GraphModule) -> GraphBreak | None:

@@ -258,11 +258,11 @@ def _region(gm: fx.GraphModule, segments: list[_Segment]) -> tuple[Region, list[
             index[vector] = Symbol(len(index))
             first_at.append(i)
         known.append(index[vector])
-    first, left = segments[0], iter(known)
-    shapes = [[next(left) if _varies(n, s) else s for s in n.meta["val"].shape] for n in first.inputs]
+    first, unread = segments[0], iter(known)
+    shapes = [[next(unread) if _varies(n, s) else s for s in n.meta["val"].shape] for n in first.inputs]
     operands = [[*(s.numbers[i] for i in first_at), *s.inputs] for s in segments]
     results = sorted(set().union(*(s.results for s in segments)))
-    body = fx.GraphModule(gm, _body(first, results, len(index), left))
+    body = fx.GraphModule(gm, _body(first, results, len(index), unread))
     keep_autocast_out(body, devices_of((*first.inputs, *first.nodes)))
     adjustable = any(not isinstance(e, int) for vector in index for e in vector)
     example_numbers = [hint_of(_known(first.numbers[i])) for i in first_at]

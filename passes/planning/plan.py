@@ -184,8 +184,10 @@ class _TowerPlanner:
         spare = 2 if block.mask is Mask.TOKENS else 0
         outcome = self._removal(number, Count(tokens, lead + place.tail, size + place.lead - lead, spare))
         idle = outcome.r == 0 and not outcome.acts
-        if self.adjustable or idle:
-            reason = self._never_removes(number) if self.adjustable else outcome.note
+        if self.adjustable:
+            reason = self._never_removes(number)
+        elif idle:
+            reason = outcome.note
         if reason is None and entry in self.entries:
             reason = f"reads the same tokens as block {self.entries[entry]}, which fuses them"
         if reason is None:

@@ -21,7 +21,7 @@ from mctf_compile.passes.rules.base import wrap
 from mctf_compile.passes.subclasses import call
 
 # What attention weights stay under, up to scaling or layout.
-MASS_KEEPING = (Elements.REGROUPED, Elements.CONVERTED, Elements.THINNED, Elements.REPEATED)
+WEIGHTS_KEEPING = (Elements.REGROUPED, Elements.CONVERTED, Elements.THINNED, Elements.REPEATED)
 
 
 class Program(Protocol):
@@ -251,7 +251,7 @@ class FusedCall:
         """The dimension of attention weights in the result, where the operator leaves them what they are."""
         values = [v for v in (self.env[n] for n in self.node.all_input_nodes) if isinstance(v, Value)]
         held = [v for v in values if v.weights_dim is not None]
-        if len(held) != 1 or values[0] is not held[0] or len(out) != 1 or self.rule.elements not in MASS_KEEPING:
+        if len(held) != 1 or values[0] is not held[0] or len(out) != 1 or self.rule.elements not in WEIGHTS_KEEPING:
             return None
         if not self.node.meta["val"].is_floating_point():
             return None

@@ -23,7 +23,7 @@ def factor_names(names: Iterable[str]) -> tuple[str, str]:
 
 
 def contracted(call: Fused[V]) -> V:
-    """Σ_t s_t x_t y_t. Attention weights hold the sizes already: they are the mass of all copies."""
+    """Σ_t s_t x_t y_t. Attention weights hold the sizes already: each is that of all copies."""
     left, right = factor_names(call.args)
     x, y = call.value(left), call.value(right)
     if any(len(call.dims(name)) == 1 < len(v.dims) for name, v in ((left, x), (right, y))):
@@ -91,11 +91,11 @@ def contracted_einsum(call: Fused[V]) -> V:
     (letter,) = inner
     if not all(letter in term for term in terms):
         raise Declined("an einsum sums one of its operands over the tokens before it multiplies")
-    mass = [v.weights_dim is not None and term[v.weights_dim] == letter for v, term in zip(values, terms)]
-    if any(v.weights_dim is not None and not m for v, m in zip(values, mass)) or all(mass):
+    along = [v.weights_dim is not None and term[v.weights_dim] == letter for v, term in zip(values, terms)]
+    if any(v.weights_dim is not None and not a for v, a in zip(values, along)) or all(along):
         raise Declined("an einsum meets attention weights along another axis than theirs")
     tensors = [value.tensor for value in values]
-    if not any(mass):
+    if not any(along):
         tensors[1] = call.weighted(values[1], call.place_in(values[1], terms[1].index(letter))).tensor
         tensors[0] = tensors[0].to(tensors[1].dtype)
     return call.result(call.target(call.args["equation"], tensors).to(call.dtype))
