@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         Site,
         register_method,
     )
+    from mctf_compile.outputs import FusedTokens, fused_tokens
     from mctf_compile.pictures.drawing import Drawing, visualize
     from mctf_compile.provenance import BlockTrace, Trace, trace
     from mctf_compile.report import AtR, BlockReport, Report, Tradeoff
@@ -53,6 +54,7 @@ __all__ = [
     "Count",
     "Drawing",
     "Evidence",
+    "FusedTokens",
     "FusionConfig",
     "MctfError",
     "MctfPass",
@@ -73,6 +75,7 @@ __all__ = [
     "cause_of",
     "explain",
     "export",
+    "fused_tokens",
     "losses",
     "register_method",
     "rewrite",
@@ -90,6 +93,7 @@ _HOMES = {
     "errors": ("ConfigError", "MctfError", "NothingFusedError", "PassError", "cause_of"),
     "exporting.graph_pass": ("MctfPass",),
     "exporting.program": ("export",),
+    "outputs": ("FusedTokens", "fused_tokens"),
     "pictures.drawing": ("Drawing", "visualize"),
     "provenance": ("BlockTrace", "Trace", "trace"),
     "report": ("AtR", "BlockReport", "Report", "Tradeoff"),

@@ -16,6 +16,7 @@ from mctf_compile.dynamic import Adjustable
 from mctf_compile.errors import MctfError
 from mctf_compile.inner.lowering import compile_lowered, inner_compiler
 from mctf_compile.narrowing import present
+from mctf_compile.outputs import Noted
 from mctf_compile.recompiling import last_size
 
 
@@ -73,7 +74,9 @@ def _compiled(
     run = compile_lowered(found)
     if found.counts is not None:
         run = Adjustable(found, run, gm.forward, options if config.lowering.dynamic_r else None)
-    return Checked(run, found.assumed) if found.assumed else run
+    if found.assumed:
+        run = Checked(run, found.assumed)
+    return Noted(run, found.kept_fused) if found.kept_fused else run
 
 
 IN_PIECES = (

@@ -51,7 +51,8 @@ def rewrite(
 
     Returns:
         The rewritten graph in one piece (``gm`` itself where nothing fuses) and the report. Outputs have the
-        shapes, dtypes and devices of the original's.
+        shapes, dtypes and devices of the original's; with ``outputs="fused"``, those that the report names have fewer
+        tokens, and behind all follow the sizes [B, M] and the sources [B, N] of these (see ``FusedTokens``).
 
     Raises:
         ConfigError: an option does not fit the model.
@@ -151,6 +152,7 @@ def make_report(state: State) -> Report:
         towers=_tower_names(state),
         count=partial(_count, bare),
         unmerged=list(dict.fromkeys(f"{u.node.name}: {u.reason}" for u in state.unmerges)),
+        kept_fused=[fused.output for fused in state.kept_fused] if fused else [],
         reason=reason,
         method=plan.method.name,
         target=state.findings.met,

@@ -36,6 +36,8 @@ class Lowering(Options):
             dense, by an estimate or by running the model when it is compiled; ``off`` fuses it all the same.
         padding: what becomes of a mask [B, 1, N, N] that the model is given, which does not show how it was made:
             ``read`` fuses no tokens under it; ``assume`` takes it for padding, which the first call checks.
+        outputs: what becomes of tensors with a token axis that the graph returns: ``dense`` gives them all their tokens
+            back; ``fused`` leaves them as they are, and ``mctf_compile.fused_tokens`` says what each token stands for.
     """
 
     inner: str = option("inductor", one_of("inductor", "aot_eager", "eager"))
@@ -45,6 +47,7 @@ class Lowering(Options):
     dynamic_r: bool = option(False, flag)
     profit: str = option("off", one_of("off", "model", "measure"))
     padding: str = option("read", one_of("read", "assume"))
+    outputs: str = option("dense", one_of("dense", "fused"))
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -90,6 +90,7 @@ class Report:
         blocks: one entry per self-attention, in order of execution.
         count: gives the multiply-accumulates of one run at the inputs' batch size, before and after.
         unmerged: where, and why, the original tokens were given back before an operator.
+        kept_fused: the numbers of the graph's outputs that keep their fused tokens, with ``outputs="fused"``.
         towers: what to call each chain of blocks along one residual stream; their numbers start at 0 in each.
         reason: why the whole graph stayed dense, or None.
         method: the reduction method.
@@ -112,6 +113,7 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     count_blocks: Callable[[], list[tuple[int, int] | None]] | None = field(default=None, repr=False)
     count_tradeoff: Callable[[], Tradeoff] | None = field(default=None, repr=False)
+    kept_fused: list[int] = field(default_factory=list)
 
     @cached_property
     def _macs(self) -> tuple[int, int]:
@@ -170,6 +172,13 @@ class Report:
             + (f", for {self.target}" if self.target else "")
         )
 
+    @property
+    def lines(self) -> list[str]:
+        """What is to be said beside the blocks."""
+        kept = ", ".join(map(str, self.kept_fused))
+        outputs = [f"returned with fused tokens: output {kept} of the graph"] if kept else []
+        return [*(f"unmerged before {line}" for line in self.unmerged), *outputs, *self.remarks]
+
     def by_tower(self) -> list[tuple[str, list[BlockReport]]]:
         """The name of each tower, with its blocks."""
         return [(name, [b for b in self.blocks if b.tower == t]) for t, name in enumerate(self.towers or [""])]
@@ -180,8 +189,7 @@ class Report:
             if len(self.towers) > 1:
                 lines.append(f"  {name}")
             lines.extend(f"  {block}" for block in blocks)
-        lines.extend(f"  unmerged before {line}" for line in self.unmerged)
-        lines.extend(f"  {line}" for line in self.remarks)
+        lines.extend(f"  {line}" for line in self.lines)
         return "\n".join(lines)
 
     def table(self) -> Table:
@@ -208,9 +216,8 @@ class Report:
                     str(b.tokens_out or "?"),
                     escape(remark),
                 )
-        lines = [*(f"unmerged before {line}" for line in self.unmerged), *self.remarks]
-        if lines:
-            table.caption, table.caption_justify = escape("\n".join(lines)), "left"
+        if self.lines:
+            table.caption, table.caption_justify = escape("\n".join(self.lines)), "left"
         return table
 
     def to_dict(self) -> dict[str, Any]:
@@ -241,6 +248,7 @@ class Report:
             "towers": self.towers,
             "blocks": blocks,
             "unmerged": self.unmerged,
+            "kept_fused": self.kept_fused,
             "remarks": self.remarks,
             "seconds": self.seconds,
         }

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mctf_compile.passes.planning.costs import Clock
     from mctf_compile.passes.planning.counts import Counts
     from mctf_compile.passes.planning.plan import Plan
-    from mctf_compile.passes.rewriting.rewriter import Unmerge
+    from mctf_compile.passes.rewriting.rewriter import FusedOutput, Unmerge
 
 
 log = logging.getLogger(__name__)
@@ -83,6 +83,8 @@ class State:
     # The rewritten graph, in operators whose work can be counted.
     result: fx.GraphModule | None = None
     unmerges: list[Unmerge] = field(default_factory=list)
+    # The outputs that keep their fused tokens.
+    kept_fused: tuple[FusedOutput, ...] = ()
     # The same with its kernels; then with what is computed of frozen weights alone; then in pieces.
     lowered: fx.GraphModule | None = None
     remarks: list[str] = field(default_factory=list)

@@ -14,6 +14,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import mctf_compile
 from mctf_compile.compiler import fuse_or_decline, in_one_piece
+from mctf_compile.errors import ConfigError
 from mctf_compile.exporting.program import config_of_graph, flat, put
 from mctf_compile.narrowing import present
 from mctf_compile.report import Report
@@ -37,6 +38,8 @@ class MctfPass(CustomGraphPass):
 
     def __init__(self, **options: Any) -> None:
         self.config = config_of_graph(options)
+        if self.config.lowering.outputs != "dense":
+            raise ConfigError("outputs='fused' would change the shapes of a graph that others call; leave it out.")
         self.reports: list[Report] = []
 
     def __call__(self, graph: fx.Graph) -> None:

@@ -6,14 +6,14 @@ import copy
 import operator
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.fx.graph import CodeGen
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only, tree_structure, tree_unflatten
 
 from mctf_compile.compiler import rewrite
 from mctf_compile.config import FusionConfig
@@ -33,7 +33,10 @@ def export(
     """The model with its tokens fused, for every tool that takes what ``torch.export`` gives.
 
     Its graph has ATen operators alone (and those of the user's own): this package is not needed to load or to run it.
-    Inputs, outputs and the names of weights are those of the model; outputs have the shapes that the model's have.
+    Inputs, outputs and the names of weights are those of the model; outputs have the shapes that the model's have. With
+    ``outputs="fused"`` some have fewer tokens, and the program returns two things: what the model returns, and a list
+    of ``{"size": [B, M], "source": [B, N]}``, one for each fusion of tokens that an output is left in (see
+    ``FusedTokens``), most often one.
 
     Args:
         model: a module in eval mode, which stays as it is.
@@ -150,7 +153,7 @@ def flat(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _as_called(fused: fx.GraphModule, module: fx.GraphModule) -> fx.GraphModule:
-    """The fused graph with the inputs, outputs and names of weights that ``module`` has."""
+    """The fused graph with the inputs, outputs and names of weights that ``module`` has; see ``export``."""
     names = {id(t): name for name, t in (*module.named_parameters(), *module.named_buffers())}
     root = nn.Module()
     graph = copy.deepcopy(fused.graph)
@@ -158,7 +161,13 @@ def _as_called(fused: fx.GraphModule, module: fx.GraphModule) -> fx.GraphModule:
         value = operator.attrgetter(str(node.target))(fused)
         node.target = names.get(id(value), str(node.target))
         put(root, node.target, value)
-    graph.set_codegen(module.graph._codegen)
+    codegen: Any = copy.copy(module.graph._codegen)
+    extra = len(cast("list[Any]", graph.output_node().args[0])) - codegen.pytree_info.out_spec.num_leaves
+    if extra:
+        returned = tree_unflatten(range(codegen.pytree_info.out_spec.num_leaves), codegen.pytree_info.out_spec)
+        known = [{"size": 0, "source": 0}] * (extra // 2)
+        codegen.pytree_info = codegen.pytree_info._replace(out_spec=tree_structure((returned, known)))
+    graph.set_codegen(codegen)
     return fx.GraphModule(root, graph).eval()
 
 

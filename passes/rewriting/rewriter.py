@@ -21,7 +21,7 @@ from mctf_compile.narrowing import function_of, node_of, operator_of, present
 from mctf_compile.passes.analysis.projections import read_by
 from mctf_compile.passes.analysis.reasons import name_of
 from mctf_compile.passes.analysis.token_axes import Axes
-from mctf_compile.passes.axes import Dims, atoms, has_batch, mentions
+from mctf_compile.passes.axes import Dims, Place, atoms, has_batch, mentions, places
 from mctf_compile.passes.pipeline import State, graph_pass
 from mctf_compile.passes.planning.counts import Counts
 from mctf_compile.passes.planning.macs import macs_by
@@ -50,8 +50,9 @@ def run(state: State) -> str | None:
     if state.counted and not plan.relaxed:
         state.counts = Counts(state.inputs, [present(b.tokens_out) for b in plan.fusing])
     asked = state.adjustable or state.config.undecided
-    outcome = rewrite_graph(normal, state.inputs, present(state.axes), plan, state.counts, asked=asked)
-    state.result, state.unmerges = outcome.graph, outcome.unmerges
+    keeping = state.config.lowering.outputs == "fused"
+    outcome = rewrite_graph(normal, state.inputs, present(state.axes), plan, state.counts, asked=asked, keeping=keeping)
+    state.result, state.unmerges, state.kept_fused = outcome.graph, outcome.unmerges, outcome.kept_fused
     known = state.findings
     declined = known.declined | outcome.wasted
     if outcome.unmerges and not outcome.wasted:
@@ -84,12 +85,29 @@ class Unmerge:
 
 
 @dataclass(frozen=True)
+class FusedOutput:
+    """An output that keeps its fused tokens.
+
+    Its number among the outputs, the dimensions that hold its images (None where there is one image) and its tokens,
+    and the numbers of the further outputs that say what the tokens are: their sizes [B, M], and the place of every
+    original token among them [B, N].
+    """
+
+    output: int
+    batch: int | None
+    dim: int
+    size: int
+    source: int
+
+
+@dataclass(frozen=True)
 class Outcome:
     """A rewritten graph and what was learned on the way.
 
     ``wasted``: blocks whose fusion was undone before their MLP had run, with the reason; ``uncut``:
     blocks that got the original tokens back although an earlier block had fused them; ``streams``: by block, the number
-    of the stream whose tokens it fused; ``given_back``: those of which all tokens were given back to an operator.
+    of the stream whose tokens it fused; ``given_back``: those of which all tokens were given back to an operator;
+    ``kept_fused``: outputs that were not given them back.
     """
 
     graph: fx.GraphModule
@@ -98,6 +116,7 @@ class Outcome:
     uncut: frozenset[int]
     streams: dict[int, int]
     given_back: set[int]
+    kept_fused: tuple[FusedOutput, ...]
 
 
 def rewrite_graph(
@@ -108,6 +127,7 @@ def rewrite_graph(
     counts: Counts | None = None,
     followed: bool = False,
     asked: bool = True,
+    keeping: bool = False,
 ) -> Outcome:
     """Fuse tokens at each planned block and make everything downstream size-weighted.
 
@@ -124,14 +144,15 @@ def rewrite_graph(
     4. An operator without one, and every output, gets the original tokens back (``mctf.unmerge``).
 
     With ``counts`` the graph has one more input for each fusing block: the tokens that it leaves. ``followed``: beside
-    its outputs it returns what became of the tokens, by block (see ``following``).
+    its outputs it returns what became of the tokens, by block (see ``following``). ``keeping``: outputs keep their
+    fused tokens where they have the token axis, and behind them the graph returns what those are (``FusedOutput``).
 
     Raises ``ConfigError`` for a method that, with ``counts``, chooses by the numbers of tokens themselves;
     ``UnsupportedGraph`` unless a graph that serves others was ``asked`` for.
 
     Source: Lee et al., CVPR 2024, section 3.
     """
-    rewriter = Rewriter(gm, axes, plan)
+    rewriter = Rewriter(gm, axes, plan, keeping)
     with without_autocast():
         if followed:
             result = trace(rewriter.run_followed, inputs)
@@ -148,17 +169,19 @@ def rewrite_graph(
     streams = {r.block.index: numbers.setdefault(r.stream, len(numbers)) for r in rewriter.insertion.reductions}
     given_back = {numbers[stream] for stream in rewriter.given_back}
     uncut = frozenset(rewriter.insertion.uncut)
-    return Outcome(result, rewriter.unmerges, rewriter.wasted(), uncut, streams, given_back)
+    kept = tuple(rewriter.kept_fused)
+    return Outcome(result, rewriter.unmerges, rewriter.wasted(), uncut, streams, given_back, kept)
 
 
 class Rewriter:
     """Runs a graph on traced tensors, fusing where the plan says."""
 
-    def __init__(self, gm: fx.GraphModule, axes: Axes, plan: Plan) -> None:
-        self.gm, self.axes, self.plan = gm, axes, plan
+    def __init__(self, gm: fx.GraphModule, axes: Axes, plan: Plan, keeping: bool = False) -> None:
+        self.gm, self.axes, self.plan, self.keeping = gm, axes, plan, keeping
         self.order = {node: i for i, node in enumerate(gm.graph.nodes)}
         self.unmerges: list[Unmerge] = []
         self.given_back: set[Stream] = set()
+        self.kept_fused: list[FusedOutput] = []
         self.env: dict[fx.Node, Any] = _Values(self._emit)
         self._segment = 0
         # By block, the number of tokens that it leaves, where that is an input of the graph.
@@ -194,7 +217,7 @@ class Rewriter:
         cuts = ends([planned.block for planned in self.plan.blocks])
         for node in self.gm.graph.nodes:
             if node.op == "output":
-                return fx.node.map_arg(node.args[0], lambda n: self._plain(self.env[n]))
+                return self._returned(node.args[0])
             if node.op == "placeholder":
                 self.env[node] = self._dense(node, next(feed))
             elif node in self._read:
@@ -204,6 +227,27 @@ class Rewriter:
             if node in cuts:
                 self.close(present(get_proxy_mode()).tracer.graph)
         raise AssertionError("a graph without an output")
+
+    def _returned(self, outputs: Any) -> Any:
+        if not self.keeping:
+            return fx.node.map_arg(outputs, lambda n: self._plain(self.env[n]))
+        listed = outputs if isinstance(outputs, (list, tuple)) else [outputs]
+        results: list[Any] = []
+        behind: dict[tuple[Stream, int, int, int], int] = {}
+        for i, output in enumerate(listed):
+            value = self.env[output] if isinstance(output, fx.Node) else None
+            place = _token_dimensions(value) if isinstance(value, Value) else None
+            if place is None:
+                results.append(fx.node.map_arg(output, lambda n: self._plain(self.env[n])))
+                continue
+            value, (batch, tokens) = cast(Value, value), place
+            key = present(value.stream), value.generation, tokens.lead, tokens.tail
+            at = len(listed) + 2 * behind.setdefault(key, len(behind))
+            self.kept_fused.append(FusedOutput(i, batch, tokens.dim, at, at + 1))
+            results.append(value.tensor)
+        for stream, generation, lead, tail in behind:
+            results += stream.size(generation, lead, tail), stream.map(generation, 0, lead, tail)
+        return results
 
     def _emit(self, node: fx.Node) -> Any:
         with set_current_meta(node):
@@ -400,6 +444,19 @@ class _Values(dict[fx.Node, Any]):
     def __missing__(self, node: fx.Node) -> Any:
         self[node] = value = self._compute(node)
         return value
+
+
+def _token_dimensions(value: Value) -> tuple[int | None, Place] | None:
+    """Where a value of fused tokens holds its images, if there are several, and its tokens; each by themselves."""
+    if not value.generation or value.weights_dim is not None:
+        return None
+    stream = present(value.stream)
+    found, batch = places(value.dims, stream.tokens), stream.batch_dim(value.dims)
+    if (batch is None) != (not stream.tokens.batch) or found is None or len(found) != 1:
+        return None
+    if found[0].before or found[0].after or found[0].rest:
+        return None
+    return batch, found[0]
 
 
 def _with_images(value: Value, stream: Stream, like: Value) -> Value:
