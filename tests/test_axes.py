@@ -216,3 +216,14 @@ def test_a_value_without_dimensions_has_no_axes(operator):
     axes, _, graph = axes_of(lambda x: operator(x.sum()), torch.randn(2, 9, 4))
     made = [n for n in graph.nodes if n.op == "call_function" and isinstance(n.meta["val"], torch.Tensor)]
     assert made and all(axes.of(n) == () for n in made)
+
+
+@pytest.mark.parametrize("shapes", [((9, 4), (3, 7, 4)), ((3, 9, 4), (1, 7, 4)), ((1, 9, 4), (2, 3, 7, 4))], ids=str)
+def test_attention_has_the_leading_axes_of_all_that_it_reads(shapes):
+    """Queries, keys and values broadcast, and the result has the images and heads of whichever has them."""
+    q, k = (torch.randn(shape) for shape in shapes)
+    axes, nodes, _ = axes_of(torch.nn.functional.scaled_dot_product_attention, q, k, k.flip(-1))
+    result = nodes["scaled_dot_product_attention"]
+    (query, key), dims = (axes.of(node) for node in result.args[:2]), axes.of(result)
+    assert [product(dim) for dim in dims] == list(result.meta["val"].shape)
+    assert dims[:-2] == (key if len(key) > len(query) else query)[:-2] and dims[-2] == query[-2]

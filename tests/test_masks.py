@@ -9,8 +9,8 @@ from torch import nn
 
 import mctf_compile
 from mctf_compile import ConfigError
-from mctf_compile.testing import Recorder
-from mctf_compile.testing.soundness import ONLY_SIMILARITY
+from mctf_compile.testing import Recorder, TinyViT, VitSpec
+from mctf_compile.testing.soundness import ONLY_SIMILARITY, assert_fused_alike
 
 B, N, C, HEADS = 2, 24, 16, 2
 LOW, INF = torch.finfo(torch.float32).min, float("-inf")
@@ -332,3 +332,22 @@ def test_siglip2_is_fused_as_people_feed_it():
         torch.testing.assert_close(got.pooler_output, dense.pooler_output, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(got.last_hidden_state[valid], dense.last_hidden_state[valid], atol=1e-5, rtol=1e-5)
     assert mctf_compile.explain(model, patches, kwargs=kwargs, r=8).removed == 16
+
+
+def test_what_a_product_makes_low_is_no_padding():
+    """Logits of tokens that take part may be as low as a mask; spelled out they are what the softmax reads."""
+    torch.manual_seed(0)
+    models = [TinyViT(VitSpec(spelling=spelling, side="padding")).double().eval() for spelling in ("sdpa", "softmax")]
+    for block in models[0].blocks:
+        queries = slice(0, 16)
+        block.attn.qkv.weight.data[queries], block.attn.qkv.bias.data[queries] = 0.0, 1e5
+    models[1].load_state_dict(models[0].state_dict())
+    images, valid = models[0].example(16, 0)
+    seen = []
+    models[0].blocks[1].attn.qkv.register_forward_hook(lambda *given: seen.append(given[2]))
+    with torch.no_grad():
+        models[0](images.double(), valid)
+        q, k, _ = seen[0].unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        assert (q @ k.transpose(-2, -1) * 8**-0.5).amax((1, 2)).lt(-5e3).any(), "no token's logits are that low"
+        models[0].blocks[1].attn.qkv._forward_hooks.clear()
+        assert_fused_alike(*models, images.double(), valid, r=3, min_tokens=1, attention="exact", tau_info=20)

@@ -260,7 +260,12 @@ class Insertion:
         keys = next(p for p in stream.places(weights.dims) if p.dim == dim)
         logits = self.program.env[node_of(softmax.args[0])]
         if block.padded:
-            seen["padding"] = self._masked(logits, keys, stream)
+            # As the logits would be were all products 0: a product may be as low as a mask.
+            product = present(attention.product)
+            known: Value = self.program.env[product]
+            nothing = replace(known, tensor=torch.zeros_like(known.tensor))
+            mask: Value = self.program.recomputed(node_of(softmax.args[0]), {product: nothing})
+            seen["padding"] = self._masked(mask, keys, stream)
         if Need.KEYS in needs:
             seen["keys"] = self._mean_key(attention, stream)
         if Need.CLASS_LOGITS in needs:

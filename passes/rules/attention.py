@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -134,13 +135,16 @@ def attention(call: Call) -> Flow:
     q, k, v = (call.dims(name) for name in ("query", "key", "value"))
     align = call.table.align
     mixed = (k[-2], q[-1], *align(k[-2], v[-2]), *align(q[-1], k[-1]))
-    if not call.args.get("enable_gqa"):
-        for a, b, c in zip(q[:-2], k[:-2], v[:-2]):
-            mixed += align(a, b) + align(a, c) + align(b, c)
     mask = call.args.get("attn_mask")
+    # From the right, as they broadcast; what is missing or 1 in one is that of another.
+    leads = [dims[-3::-1] for dims in (q, k, v, *(() if mask is None else (call.dims_of(mask),)))]
+    lead = tuple(next(filter(None, dims), ()) for dims in zip_longest(*leads, fillvalue=()))[::-1]
+    if not call.args.get("enable_gqa"):
+        for a, b, c in zip_longest(*leads[:3], fillvalue=()):
+            mixed += align(a, b) + align(a, c) + align(b, c)
     if mask is not None:
         for a, b in zip(reversed((*q[:-1], k[-2])), reversed(call.dims_of(mask))):
             mixed += align(a, b)
     if call.args.get("is_causal"):
         mixed += (q[-2],)
-    return Flow((*q[:-1], v[-1]), mixed)
+    return Flow((*lead, q[-2], v[-1]), mixed)
