@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mctf_compile.errors import ConfigError
 from mctf_compile.methods.attached import Attached
-from mctf_compile.options.fields import Options, block_numbers, flag, integer, option, patterns
+from mctf_compile.options.fields import Options, block_numbers, flag, integer, one_of, option, patterns, some_of
 from mctf_compile.options.schedule import (
     AUTO,
     NOT_CHOSEN,
@@ -35,6 +35,7 @@ class Site(enum.Enum):
     BETWEEN = "between attention and the MLP"
     AFTER = "after the block"
     AROUND = "before attention, and back after the block: the others pass it by"
+    BRANCH = "in a branch, whose result is given back before it is added to the residual stream"
 
 
 class Need(enum.Enum):
@@ -53,6 +54,10 @@ class Reads(enum.Enum):
     STREAM = "the residual stream that the block reads"
     PROJECTION = "the input of its query projection"
 
+
+# The option ``span``, and the branches of a block that one of ``BRANCH`` may choose.
+REST, BRANCH = "rest", "branch"
+ATTENTION, CROSS, MLP = "attention", "cross", "mlp"
 
 # What is asked of the first prefix token.
 OF_CLASS_TOKEN = {Need.CLASS_ATTENTION, Need.CLASS_LOGITS}
@@ -85,11 +90,20 @@ class Evidence:
     keys: Tensor | None = None
     learned: Tensor | None = None
 
+    @property
+    def metric(self) -> Tensor:
+        """What tokens are alike by, [B, N, D]: their keys; in a branch, which begins before there are any, themselves.
+
+        Source: Bolya & Hoffman, CVPR Workshops 2023 (arXiv 2303.17604), section 4.
+        """
+        return self.x if self.keys is None else self.keys
+
 
 class Combine(enum.Enum):
     """What becomes of the tokens that leave."""
 
     MEAN = "the weighted mean of each group"
+    MLERP = "the weighted mean of each group, with the largest norm of its members"
     MAX = "the maximum of each group"
     DROP = "nothing; the tokens kept stay as they are"
 
@@ -100,8 +114,8 @@ class Choice:
 
     ``keep`` [B, M], ``gone`` [B, r], ``into`` [B, r] as ``mctf::match`` returns them. Without ``into`` the
     tokens that left go with the kept ones most similar to them, should an operator want all tokens back.
-    ``weight`` [B, N], before normalisation, for ``Combine.MEAN``. ``gain`` [B, M]: a factor for the combined
-    residual stream, where the method wants another than the mean.
+    ``weight`` [B, N], before normalisation, for ``Combine.MEAN`` and ``Combine.MLERP``. ``gain`` [B, M]: a factor for
+    the combined residual stream, where the method wants another than the mean.
 
     Raises ``ConfigError`` where tokens are to be combined and ``into`` does not say with which.
     """
@@ -187,6 +201,11 @@ class Method(Options):
         return True
 
     @property
+    def fuses_at(self) -> Site:
+        """Where it acts under these options: its ``site``, or in branches."""
+        return self.site
+
+    @property
     def counts_sizes(self) -> bool:
         """Whether attention adds the logarithm of sizes to its logits."""
         return self.sized
@@ -237,6 +256,9 @@ class Merging(Method):
         schedule: a file that ``mctf tune`` wrote, which says ``r`` and the method, for the model that it was found for.
         min_tokens: no block leaves fewer tokens than this (protected ones included).
         proportional: add log size to the logits of attention over fused tokens.
+        span: how far tokens stay fused: ``rest``, until an operator needs the original ones; or ``branch``: only within
+            a branch of each block, and the residual stream keeps them all.
+        branches: which branches those are: one or several of ``attention``, ``cross`` (to other tokens) and ``mlp``.
     """
 
     r: int | float | list[Any] | tuple[Any, ...] | str = option(16, check_r)
@@ -244,9 +266,15 @@ class Merging(Method):
     schedule: TunedSchedule | str | None = option(None, read_schedule)
     min_tokens: int = option(1, integer(1))
     proportional: bool = option(True, flag)
+    span: str = option(REST, one_of(REST, BRANCH))
+    branches: tuple[str, ...] = option((ATTENTION,), some_of(ATTENTION, CROSS, MLP))
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.in_branch and self.branches != (ATTENTION,):
+            raise ConfigError(f"branches={list(self.branches)} has no effect without span='branch'.")
+        if self.in_branch and self.reads is not None:
+            raise ConfigError(f"span='branch': the modules of method {self.name!r} learn with tokens that stay fused.")
         if self.solved_for is None and self.r == AUTO:
             raise ConfigError("r='auto' needs a target, as in target='speedup=1.5', 'gmacs=2.6' or 'latency_ms=20'.")
 
@@ -262,6 +290,15 @@ class Merging(Method):
     @property
     def active(self) -> bool:
         return self.solved_for is not None or self.requested.asks_for_fusion
+
+    @property
+    def in_branch(self) -> bool:
+        """Whether tokens are fused within branches alone."""
+        return self.span == BRANCH
+
+    @property
+    def fuses_at(self) -> Site:
+        return Site.BRANCH if self.in_branch else self.site
 
     @property
     def counts_sizes(self) -> bool:

@@ -24,4 +24,4 @@ def combined(how: str, evidence: Evidence, keep: Tensor, gone: Tensor, into: Ten
     weight = evidence.size if how == "size" or sized else torch.ones_like(evidence.size)
     if how != "mlerp":
         return Choice(keep, gone, into, weight)
-    return Choice(keep, gone, into, weight, gain=torch.ops.mctf.mlerp(evidence.x, weight, keep, gone, into))
+    return Choice(keep, gone, into, weight, combine=Combine.MLERP)

@@ -10,7 +10,6 @@ import torch
 
 from mctf_compile.methods.base import Choice, Evidence, Merging, Need, Site, register_method
 from mctf_compile.methods.combining import combined
-from mctf_compile.narrowing import present
 from mctf_compile.options.fields import one_of, option
 
 
@@ -19,6 +18,8 @@ from mctf_compile.options.fields import one_of, option
 class ToMe(Merging):
     """Matches keys, averaged over heads, from even to odd positions, after attention in every block.
 
+    Within branches (``span="branch"``) it is ToMe-SD, which matches the tokens of the residual stream themselves.
+
     Options:
         pooling: ``size`` (the size-weighted mean), ``mean`` or ``mlerp``.
     """
@@ -26,12 +27,14 @@ class ToMe(Merging):
     name: ClassVar[str] = "tome"
     source: ClassVar[str] = "Bolya et al., ICLR 2023, arXiv 2210.09461"
     site: ClassVar[Site] = Site.BETWEEN
-    needs: ClassVar[Collection[Need]] = (Need.KEYS,)
-
     pooling: str = option("size", one_of("size", "mean", "mlerp"))
 
+    @property
+    def needs(self) -> Collection[Need]:  # type: ignore[override]  # it depends on an option
+        return () if self.in_branch else (Need.KEYS,)
+
     def choose(self, evidence: Evidence, r: int) -> Choice:
-        return combined(self.pooling, evidence, *match(evidence, present(evidence.keys), r))
+        return combined(self.pooling, evidence, *match(evidence, evidence.metric, r))
 
 
 def match(evidence: Evidence, metric: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

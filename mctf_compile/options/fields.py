@@ -79,6 +79,20 @@ def one_of(*allowed: str) -> Check:
     return check
 
 
+def some_of(*allowed: str) -> Check:
+    """One of the ``allowed`` words, or several; kept as a tuple in their order, each once."""
+
+    def check(name: str, value: Any) -> tuple[str, ...]:
+        several = (value,) if isinstance(value, str) else value
+        if not isinstance(several, (list, tuple, set, frozenset)) or not several:
+            raise ConfigError(f"{name}={value!r} must be one or several of {', '.join(map(repr, allowed))}.")
+        for word in several:
+            one_of(*allowed)(name, word)
+        return tuple(word for word in allowed if word in several)
+
+    return check
+
+
 def flag(name: str, value: Any) -> bool:
     """True or False."""
     if not isinstance(value, bool):

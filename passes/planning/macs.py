@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import sympy
 import torch
@@ -40,6 +40,15 @@ COUNTED = {
 }
 
 
+Part = TypeVar("Part")
+
+
+def shown(macs: float) -> str:
+    """Multiply-accumulates for people to read."""
+    unit, name = next(((u, n) for u, n in ((1e9, "GMACs"), (1e6, "MMACs")) if macs >= u / 10), (1e3, "kMACs"))
+    return f"{macs / unit:.3g} {name}"
+
+
 def count_macs(gm: fx.GraphModule) -> int:
     """MACs of one run of ``gm`` on the shapes it was traced with (a symbolic size counts with its hint).
 
@@ -64,11 +73,19 @@ def macs_by_block(
     return [(dense[i], fused[i]) if i in known else None for i in range(len(blocks))]
 
 
-def macs_by(gm: fx.GraphModule, part: Callable[[fx.Node], int | None]) -> Counter[int | None]:
-    """MACs of each part of a graph; ``part`` says in which one a node is."""
-    totals: Counter[int | None] = Counter()
-    for node, flops in _flops_by_node(gm).items():
-        totals[part(node)] += flops // 2
+def macs_by(
+    gm: fx.GraphModule,
+    part: Callable[[fx.Node], Part],
+    counts: Counts | None = None,
+    remaining: Sequence[int] = (),
+) -> Counter[Part]:
+    """MACs of each part of a graph; ``part`` says in which one a node is.
+
+    ``counts``: whose last inputs are the tokens that its fusing blocks leave, with those as ``remaining``.
+    """
+    totals: Counter[Part] = Counter()
+    for node, flops in (_flops_by_node(gm) if counts is None else _flops_by_counts(gm, counts)).items():
+        totals[part(node)] += flops // 2 if counts is None else _evaluated([flops], counts)(remaining)
     return totals
 
 

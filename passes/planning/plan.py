@@ -15,6 +15,7 @@ from mctf_compile.methods import Count, Merging, Method, Need, Site
 from mctf_compile.methods.base import OF_CLASS_TOKEN
 from mctf_compile.narrowing import present
 from mctf_compile.options.schedule import ALONE, NOT_CHOSEN, PerBlock, Removal
+from mctf_compile.passes.analysis.branches import Branch
 from mctf_compile.passes.analysis.projections import Projection
 from mctf_compile.passes.analysis.structure import Block, Mask, Tower
 from mctf_compile.passes.analysis.token_axes import Axes
@@ -25,7 +26,7 @@ from mctf_compile.passes.rules import schema_arguments
 from mctf_compile.passes.rules.attention import head_layout
 
 
-@graph_pass("plan", requires=("blocks", "masks", "towers"), ensures=("plan",))
+@graph_pass("plan", requires=("blocks", "masks", "towers", "branches"), ensures=("plan",))
 def run(state: State) -> None:
     method, requests = state.config.method, state.findings.r
     relaxed = any(o.state == "training" for o in present(state.observations))
@@ -44,7 +45,8 @@ class PlannedBlock:
     ``tokens``: those that it has in the dense graph, and ``keys`` those that attention has there.
     ``idle``: whether the method does nothing to them, and would not with no token to remove either.
     ``index``: its place among all blocks; ``tower`` and ``number``: its tower, its place in that, and ``depth`` how
-    many blocks that has. ``lead`` and ``tail``: the protected tokens at the ends of its residual stream.
+    many blocks that has. ``lead`` and ``tail``: the protected tokens at the ends of its residual stream. ``branches``:
+    what alone runs on fused tokens, where tokens stay fused in branches only.
     """
 
     index: int
@@ -64,6 +66,7 @@ class PlannedBlock:
     tokens: int | None = None
     keys: int | None = None
     idle: bool = True
+    branches: tuple[Branch, ...] = ()
 
     @property
     def padded(self) -> bool:
@@ -93,7 +96,12 @@ class Plan:
 
     @property
     def site(self) -> Site:
-        return self.method.site
+        return self.method.fuses_at
+
+    @property
+    def branch_of(self) -> dict[fx.Node, tuple[int, str]]:
+        """The block and the kind of branch of each node that runs on fused tokens, where branches alone do."""
+        return {n: (b.index, branch.kind) for b in self.fusing for branch in b.branches for n in branch.nodes}
 
     @property
     def fusing(self) -> list[PlannedBlock]:
@@ -168,6 +176,10 @@ class _TowerPlanner:
         reason = reason or _excluded(block, self.method.modules)
         if reason is None and number in self.chosen:
             reason = _unmet(block, self.axes, self.method)
+        wanted = self.method.branches if isinstance(self.method, Merging) else ()
+        branches = tuple(b for b in present(self.state.branches)[index] if b.kind in wanted)
+        if reason is None and not branches and self.method.fuses_at is Site.BRANCH:
+            reason = f"no branch of the block ({', '.join(wanted)}) can run on fewer tokens by itself"
         if reason is not None:
             size = self._size(block, self.counts)
             return replace(planned, tokens_in=size, tokens_out=size, reason=reason, tokens=self._size(block, {}))
@@ -188,11 +200,12 @@ class _TowerPlanner:
             reason = self._never_removes(number)
         elif idle:
             reason = outcome.note
-        if reason is None and entry in self.entries:
+        passing = self.method.fuses_at in (Site.AROUND, Site.BRANCH)
+        if reason is None and entry in self.entries and self.method.fuses_at is not Site.BRANCH:
             reason = f"reads the same tokens as block {self.entries[entry]}, which fuses them"
         if reason is None:
             self.entries[entry] = number
-            if self.method.site is not Site.AROUND:
+            if not passing:
                 self.counts[axis.body] = body - outcome.r
         remaining = tokens if reason is not None else tokens - outcome.r
         notes = [outcome.note, _exposed(block, self.method)]
@@ -209,6 +222,7 @@ class _TowerPlanner:
             tokens=dense,
             keys=axis.lead + size + axis.tail,
             idle=idle,
+            branches=branches,
         )
 
     def _never_removes(self, number: int) -> str | None:
