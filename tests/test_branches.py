@@ -14,9 +14,10 @@ from torch.nn import functional as F
 
 import mctf_compile
 from mctf_compile import Choice, ConfigError, Evidence, FusionConfig, Merging, Need, Site
+from mctf_compile.kernels.matching import aten as aten_matching
+from mctf_compile.kernels.matching import reference
 from mctf_compile.methods import METHODS
-from mctf_compile.methods.combining import combined
-from mctf_compile.methods.tome import match
+from mctf_compile.methods.combining import combined, match
 from mctf_compile.passes.rewriting.insertion import Insertion
 from mctf_compile.passes.rewriting.stream import Stream
 from mctf_compile.testing import Recorder, TinyViT, VitSpec, assert_rewrite_sound
@@ -395,3 +396,128 @@ def test_methods_that_remove_a_number_act_in_branches(name):
     with torch.no_grad():
         report = assert_rewrite_sound(vit(), images(), method=name, r=4, span="branch")
     assert [b.tokens_out for b in report.blocks] == [13, 13]
+
+
+def test_tiles_have_one_token_that_receives_and_merge_sets_are_those_of_the_paper():
+    """Against ToMe-SD's formulas, tile by tile: destinations, nearest one by cosine, the r most alike leave."""
+    x = torch.randn(2, 1 + 35, 8, generator=torch.Generator().manual_seed(2))
+    size = torch.ones(2, 36)
+    got = torch.ops.mctf.match_tiles(x, None, size, 17, 1, 0, 5, 7, [2, 2], None, [1.0, 0.0, 0.0], None)
+    expected = reference.match_tiles(x, None, size, 17, 1, 0, 5, 7, (2, 2), {}, (1.0, 0.0, 0.0))
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+    # Of rows 0, 2, 4 and columns 0, 2, 4, 6.
+    assert got[0][0, -12:].tolist() == [1 + 7 * i + j for i in (0, 2, 4) for j in (0, 2, 4, 6)]
+
+
+@pytest.mark.parametrize("taus", [(1.0, 2.0, 3.0), (0.5, 0.0, 1.0), (0.0, 1.0, 0.0)])
+def test_tiles_are_matched_by_all_criteria(taus, monkeypatch):
+    """The same few scores at a time, and against the reference."""
+    generator = torch.Generator().manual_seed(4)
+    x, importance = torch.randn(2, 18, 8, generator=generator), torch.rand(2, 18, generator=generator)
+    size = torch.randint(1, 5, (2, 18), generator=generator).float()
+    expected = reference.match_tiles(x, importance, size, 7, 1, 1, 4, 4, (2, 2), {}, taus)
+    for scores in (1 << 20, 16):
+        monkeypatch.setattr(aten_matching, "SCORES", scores)
+        got = torch.ops.mctf.match_tiles(x, importance, size, 7, 1, 1, 4, 4, [2, 2], None, list(taus), None)
+        for a, b in zip(got, expected, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (5, 7), (1, 6)])
+def test_a_seed_puts_one_place_in_each_tile(grid):
+    chosen = [aten_matching.tiles(*grid, (2, 3), seed) for seed in range(20)]
+    for receive, leave in chosen:
+        tiles = {(p // grid[1] // 2, p % grid[1] // 3) for p in receive}
+        assert len(tiles) == len(receive) == -(-grid[0] // 2) * -(-grid[1] // 3)
+        assert sorted(receive + leave) == list(range(grid[0] * grid[1]))
+    assert len({tuple(receive) for receive, _ in chosen}) > 5
+    assert chosen[3] == aten_matching.tiles(*grid, (2, 3), 3)
+
+
+def test_tiles_let_three_quarters_leave():
+    """The grid is that of the patches, behind the class token."""
+    options = {"method": "tome", "r": 15, "span": "branch", "partition": (2, 2)}
+    found = Recorder(options)
+    with torch.no_grad():
+        found.run(vit(), images())
+    assert [(b.tokens_in, b.tokens_out) for b in found.reports[0].blocks] == [(17, 5)] * 2
+    assert "r clamped from 15 to 12 by the 4 tokens that receive others, one in each tile" in str(found.reports[0])
+    index, _, size = found.groups[0]
+    # The class token by itself, then the first of each tile, with all that went into it.
+    assert index[:, [0, 1, 3, 9, 11]].tolist() == [[0, 1, 2, 3, 4]] * 2
+    assert size[:, 0].tolist() == [1.0, 1.0] and size.sum(1).tolist() == [17.0, 17.0]
+
+
+def test_without_a_grid_every_second_token_receives():
+    torch.manual_seed(0)
+    x = torch.randn(2, 16, 32)
+    report = mctf_compile.explain(Cross().eval(), *Cross().example(), r=4, span="branch", partition=[2, 2])
+    assert {b.tokens_out for b in report.blocks} == {12}
+    assert "the model does not tell the grid of these tokens, so every second one receives others" in str(report)
+    assert x.shape[1] == report.blocks[0].tokens_in
+
+
+def test_blocks_reuse_a_match():
+    """One match in two blocks of three, of which the report tells."""
+    model = vit(replace(DENSE, depth=3))
+    found = Recorder({"method": "tome", "r": 5, "span": "branch", "match_every": 2})
+    with torch.no_grad():
+        got = found.run(model, images())
+        x = model.embed(images()).flatten(2).transpose(1, 2)
+        x = torch.cat([model.prefix.expand(2, -1, -1), x], 1)
+        of = {}
+        for i, block in enumerate(model.blocks):
+            rows = []
+            for image, row in enumerate(x):
+                if i != 1:
+                    of[image] = merged(row, row, 5)[2]
+                groups, y = of[image], block.norm1(row)
+                size = torch.tensor([float(len(g)) for g in groups])
+                fused = attention_of_means(block, torch.stack([y[g].mean(0) for g in groups]), size)
+                row = row + given_back(fused, groups)
+                rows.append(row + block.mlp(block.norm2(row)))
+            x = torch.stack(rows)
+    torch.testing.assert_close(got, model.norm(x), atol=1e-5, rtol=1e-5)
+    assert [block.note for block in found.reports[0].blocks] == [
+        None,
+        "as block 0 matched its tokens, 1 block before",
+        None,
+    ]
+    assert len(found.groups) == 2
+
+
+@pytest.mark.parametrize("name", ["mctf", "tome", "tofu"])
+@pytest.mark.parametrize("seed", [None, 5])
+def test_tiles_and_shared_matches_compile_to_what_is_rewritten(name, seed):
+    options = {
+        "method": name,
+        "r": 0.5,
+        "span": "branch",
+        "partition": (2, 2),
+        "partition_seed": seed,
+        "match_every": 2,
+    }
+    options |= {"min_tokens": 1} if name == "mctf" else {}
+    with torch.no_grad():
+        expected = Recorder(options).run(vit(), images())
+        torch._dynamo.reset()
+        compiled = torch.compile(vit(), backend="mctf", options={**options, "inner": "aot_eager", "strict": True})
+        torch.testing.assert_close(compiled(images()), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"partition": (2, 2)}, "partition=(2, 2) has no effect without span='branch'."),
+        ({"match_every": 2}, "match_every=2 has no effect without span='branch'."),
+        ({"span": "branch", "partition": 2}, "partition=2 must be the rows and columns of a tile, as (2, 2), or None."),
+        ({"span": "branch", "partition": (1, 1)}, "must be the rows and columns of a tile"),
+        ({"span": "branch", "partition_seed": 1}, "partition_seed=1 has no effect without a partition."),
+        ({"method": "random", "span": "branch", "partition": (2, 2)}, "'random' does not match tokens pair by pair"),
+    ],
+)
+def test_a_wrong_partition_says_what_is_right(options, message):
+    with pytest.raises(ConfigError) as raised:
+        FusionConfig(**options)
+    assert message in str(raised.value)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mctf_compile.errors import ConfigError
 from mctf_compile.methods.attached import Attached
-from mctf_compile.options.fields import Options, block_numbers, flag, integer, one_of, option, patterns, some_of
+from mctf_compile.options.fields import Options, block_numbers, flag, integer, one_of, option, patterns, some_of, tile
 from mctf_compile.options.schedule import (
     AUTO,
     NOT_CHOSEN,
@@ -64,6 +64,20 @@ OF_CLASS_TOKEN = {Need.CLASS_ATTENTION, Need.CLASS_LOGITS}
 
 
 @dataclass(frozen=True)
+class Tiles:
+    """A grid of ``height`` x ``width`` tokens in tiles, in each of which one receives others; see the options."""
+
+    height: int
+    width: int
+    tile: tuple[int, int]
+    seed: int | None = None
+
+    @property
+    def receivers(self) -> int:
+        return -(-self.height // self.tile[0]) * -(-self.width // self.tile[1])
+
+
+@dataclass(frozen=True)
 class Evidence:
     """What a method sees of a block: tensors of the graph. What it did not ask for is None.
 
@@ -74,7 +88,8 @@ class Evidence:
 
     ``importance`` [B, N]: the mean over heads and queries of the block's attention; ``class_attention``
     [B, N]: its mean over heads for the query of the first token; ``class_logits`` [B, N]: the logits of that
-    query, up to a positive factor; ``keys`` [B, N, D]: the mean over heads; ``learned`` [B, N, K].
+    query, up to a positive factor; ``keys`` [B, N, D]: the mean over heads; ``learned`` [B, N, K]. ``tiles``: where
+    in the grid of the unprotected tokens those are that receive others; None for every second token.
     """
 
     x: Tensor
@@ -89,6 +104,7 @@ class Evidence:
     class_logits: Tensor | None = None
     keys: Tensor | None = None
     learned: Tensor | None = None
+    tiles: Tiles | None = None
 
     @property
     def metric(self) -> Tensor:
@@ -154,13 +170,15 @@ class Relaxed:
 class Count:
     """The tokens before a block: ``now`` in all, ``protected`` of them; ``first`` unprotected ones at the start.
 
-    ``spare``: tokens of the unprotected half that must stay without a partner.
+    ``spare``: tokens of the unprotected half that must stay without a partner. ``receivers``: those that may not leave;
+    None for half of the unprotected ones.
     """
 
     now: int
     protected: int
     first: int
     spare: int = 0
+    receivers: int | None = None
 
     @property
     def free(self) -> int:
@@ -173,8 +191,9 @@ class Method(Options):
 
     ``name`` and ``source``: what it is called, and the paper. ``site``: where it acts. ``needs``: what it
     reads of a block. ``sized``: whether a token that others left into counts for them too; a method without
-    sizes leaves every token a size of 1. ``reads``: where the modules that ``attach`` adds read the tokens;
-    None for a method that has none. ``hint``: what to do where its needs cannot be met.
+    sizes leaves every token a size of 1. ``matches``: whether it chooses by ``match`` of
+    ``mctf_compile.methods.combining``, which knows of tiles. ``reads``: where the modules that ``attach`` adds read the
+    tokens; None for a method that has none. ``hint``: what to do where its needs cannot be met.
 
     Options of every method:
         layers: blocks (0-based) of a tower that it acts on; None for the method's default.
@@ -188,6 +207,7 @@ class Method(Options):
     site: ClassVar[Site]
     needs: ClassVar[Collection[Need]] = ()
     sized: ClassVar[bool] = True
+    matches: ClassVar[bool] = False
     reads: ClassVar[Reads | None] = None
     hint: ClassVar[str] = ""
 
@@ -258,6 +278,10 @@ class Merging(Method):
         proportional: add log size to the logits of attention over fused tokens.
         span: how far tokens stay fused: ``rest``, until an operator needs the original ones; or ``branch``: only within
             a branch of each block, and the residual stream keeps them all.
+        partition: in branches, the tile of the token grid in which one token receives others, as ``(2, 2)``; None for
+            every second token.
+        partition_seed: of the place in each tile that receives, the same at every call; None for the first.
+        match_every: in branches, how many blocks one after another fuse the tokens that the first of them has matched.
         branches: which branches those are: one or several of ``attention``, ``cross`` (to other tokens) and ``mlp``.
     """
 
@@ -268,11 +292,22 @@ class Merging(Method):
     proportional: bool = option(True, flag)
     span: str = option(REST, one_of(REST, BRANCH))
     branches: tuple[str, ...] = option((ATTENTION,), some_of(ATTENTION, CROSS, MLP))
+    partition: tuple[int, int] | None = option(None, tile)
+    partition_seed: int | None = option(None, integer(0, None))
+    match_every: int = option(1, integer(1))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.in_branch and self.branches != (ATTENTION,):
-            raise ConfigError(f"branches={list(self.branches)} has no effect without span='branch'.")
+        if not self.in_branch:
+            for name in ("branches", "partition", "match_every"):
+                value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+                if value != default:
+                    shown = list(value) if name == "branches" else value
+                    raise ConfigError(f"{name}={shown!r} has no effect without span='branch'.")
+        if self.partition_seed is not None and self.partition is None:
+            raise ConfigError(f"partition_seed={self.partition_seed} has no effect without a partition.")
+        if self.partition is not None and not self.matches:
+            raise ConfigError(f"partition={self.partition}: method {self.name!r} does not match tokens pair by pair.")
         if self.in_branch and self.reads is not None:
             raise ConfigError(f"span='branch': the modules of method {self.name!r} learn with tokens that stay fused.")
         if self.solved_for is None and self.r == AUTO:
@@ -313,7 +348,7 @@ class Merging(Method):
         preset = self.requested.layers(depth)
         if preset is not None and self.layers is None and index not in preset:
             return Removal(0, NOT_CHOSEN)
-        return removal(request, count.now, count.protected, self.min_tokens, count.spare)
+        return removal(request, count.now, count.protected, self.min_tokens, count.spare, count.receivers)
 
 
 METHODS: dict[str, type[Method]] = {}

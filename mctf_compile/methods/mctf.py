@@ -6,11 +6,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from mctf_compile.errors import ConfigError
 from mctf_compile.methods.base import Choice, Combine, Evidence, Merging, Need, Site, register_method
-from mctf_compile.methods.combining import combined
+from mctf_compile.methods.combining import combined, match
 from mctf_compile.options.fields import integer, one_of, option, temperature
 
 SITES = {"approx": Site.AHEAD, "exact": Site.BEFORE, "current": Site.AFTER}
@@ -35,6 +33,7 @@ class MCTF(Merging):
 
     name: ClassVar[str] = "mctf"
     source: ClassVar[str] = "Lee et al., CVPR 2024, arXiv 2403.10030"
+    matches: ClassVar[bool] = True
 
     attention: str = option("approx", one_of("approx", "exact", "current"))
     matching: str = option("bidirectional", one_of("bidirectional", "one_way"))
@@ -64,19 +63,8 @@ class MCTF(Merging):
         return range(0 if self.in_branch else 1, depth)
 
     def choose(self, evidence: Evidence, r: int) -> Choice:
-        keep, gone, into = torch.ops.mctf.match(
-            evidence.x,
-            evidence.importance,
-            evidence.size,
-            r,
-            evidence.lead,
-            evidence.tail,
-            self.tau_sim,
-            self.tau_info,
-            self.tau_size,
-            self.matching == "bidirectional",
-            evidence.padding,
-        )
+        taus = (self.tau_sim, self.tau_info, self.tau_size)
+        keep, gone, into = match(evidence, evidence.x, r, taus, self.matching == "bidirectional")
         if self.pooling == "max":
             return Choice(keep, gone, into, combine=Combine.MAX)
         if self.pooling != "attention":

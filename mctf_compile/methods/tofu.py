@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from mctf_compile.methods.base import Choice, Combine, Evidence, Merging, Need, Site, register_method
-from mctf_compile.methods.combining import combined
-from mctf_compile.methods.tome import match
+from mctf_compile.methods.combining import combined, match
 from mctf_compile.options.fields import flag, integer, one_of, option
 
 
@@ -29,6 +28,7 @@ class ToFu(Merging):
     name: ClassVar[str] = "tofu"
     source: ClassVar[str] = "Kim et al., WACV 2024, arXiv 2312.01026"
     site: ClassVar[Site] = Site.BETWEEN
+    matches: ClassVar[bool] = True
 
     prune_layers: int | None = option(None, integer(0, None))
     combine: str = option("mlerp", one_of("mlerp", "average"))

@@ -6,10 +6,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from mctf_compile.methods.base import Choice, Evidence, Merging, Need, Site, register_method
-from mctf_compile.methods.combining import combined
+from mctf_compile.methods.combining import combined, match
 from mctf_compile.options.fields import one_of, option
 
 
@@ -27,6 +25,7 @@ class ToMe(Merging):
     name: ClassVar[str] = "tome"
     source: ClassVar[str] = "Bolya et al., ICLR 2023, arXiv 2210.09461"
     site: ClassVar[Site] = Site.BETWEEN
+    matches: ClassVar[bool] = True
     pooling: str = option("size", one_of("size", "mean", "mlerp"))
 
     @property
@@ -35,11 +34,3 @@ class ToMe(Merging):
 
     def choose(self, evidence: Evidence, r: int) -> Choice:
         return combined(self.pooling, evidence, *match(evidence, evidence.metric, r))
-
-
-def match(evidence: Evidence, metric: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Bipartite soft matching of a metric [B, N, D] (section 3): (keep, gone, into)."""
-    keep, gone, into = torch.ops.mctf.match(
-        metric, None, evidence.size, r, evidence.lead, evidence.tail, 1.0, 0.0, 0.0, False, evidence.padding
-    )
-    return keep, gone, into

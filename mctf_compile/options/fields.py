@@ -114,6 +114,16 @@ def integer(least: int, *words: str | None) -> Check:
     return check
 
 
+def tile(name: str, value: Any) -> tuple[int, int] | None:
+    """Rows and columns of a tile of more than one token, or None."""
+    if value is None:
+        return None
+    numbers = isinstance(value, (list, tuple)) and len(value) == 2 and all(type(n) is int and n > 0 for n in value)
+    if not numbers or tuple(value) == (1, 1):
+        raise ConfigError(f"{name}={value!r} must be the rows and columns of a tile, as (2, 2), or None.")
+    return value[0], value[1]
+
+
 def temperature(name: str, value: Any) -> float:
     """A finite number from 0 on."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):

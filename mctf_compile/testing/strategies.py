@@ -92,6 +92,9 @@ def fusion_options(
 BRANCHING = st.fixed_dictionaries(
     {
         "branches": st.sampled_from((("attention",), ("attention", "mlp"), ("mlp",), ("attention", "cross", "mlp"))),
+        "partition": st.sampled_from((None, (2, 2), (2, 3))),
+        "partition_seed": st.sampled_from((None, 0, 1)),
+        "match_every": st.sampled_from((1, 1, 2)),
         # What the first block does wrong leaves no duplicates for the next ones to fuse.
         "layers": st.sampled_from((None, (0,))),
     }
@@ -105,6 +108,11 @@ def _spanning(options: dict[str, Any], span: str, branching: dict[str, Any]) -> 
     if options.get("attention") == "current":
         # It fuses after a block.
         options = {**options, "attention": "approx"}
+    if options.get("method") in ("pitome", "random"):
+        # They match no pairs.
+        branching = {**branching, "partition": None}
+    if branching["partition"] is None:
+        branching = {name: value for name, value in branching.items() if not name.startswith("partition")}
     return {**options, **branching, "span": span}
 
 

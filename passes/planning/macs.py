@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import transform_subclass
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+import mctf_compile.kernels  # noqa: F401  registers torch.ops.mctf
 from mctf_compile.errors import PassError
 from mctf_compile.passes.analysis.structure import Block
 from mctf_compile.passes.axes import hint_of
@@ -33,10 +34,16 @@ def _product_flops(a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
     return flops
 
 
+def _scores_flops(a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
+    flops: int = 2 * a[0] * a[1] * a[2] * b[1]
+    return flops
+
+
 # The counter of older releases does not know attention on the CPU, and none knows products of integers.
 COUNTED = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._int_mm: _product_flops,
+    torch.ops.mctf.best: _scores_flops,
 }
 
 

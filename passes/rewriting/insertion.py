@@ -165,15 +165,20 @@ class Insertion:
         if planned is None or self._entry(planned).generation:
             return
         stream, x = self._stream(planned), self._entry(planned)
+        if stream.fusions:
+            # One match serves several blocks.
+            return
         (place,) = stream.places(x.dims)
         tokens = stream.canonical(replace(x, stream=stream), place)
         stream.begin(tokens.new_ones(tokens.shape[:2], dtype=working_dtype(x.tensor.dtype)), place.lead, place.tail)
 
     def _stream(self, block: PlannedBlock) -> Stream:
         """The stream of a block's tokens; one of its own where nothing has fused them yet, or all came back."""
-        entry, value = present(block.block.entry), self._entry(block)
+        value = self._entry(block)
         if value.stream is not None:
             return value.stream
+        matched = block if block.match is None else self.plan.blocks[block.match]
+        entry = present(matched.block.entry)
         if entry not in self.streams:
             self.streams[entry] = Stream(present(block.block.tokens))
         return self.streams[entry]
@@ -364,7 +369,7 @@ class Insertion:
         seen = {name: t if t.dtype is torch.bool else t.to(size.dtype) for name, t in seen.items()}
         if "padding" in seen:
             seen["padding"] = seen["padding"].expand_as(size)
-        return Evidence(tokens, size, block.lead, block.tail, block.number, block.depth, **seen)
+        return Evidence(tokens, size, block.lead, block.tail, block.number, block.depth, tiles=block.tiles, **seen)
 
     def _choose(self, evidence: Evidence, r: int) -> Choice:
         """The method's choice.

@@ -94,7 +94,9 @@ def _unpaid(state: State) -> dict[int, str]:
     state.branch_macs = {of: (before[of], after[of]) for of in dict.fromkeys(part.values())}
     unpaid = {}
     for block in plan.fusing:
-        own = [macs for (index, _), macs in state.branch_macs.items() if index == block.index]
+        # Blocks that share a match share what it takes.
+        together = {b.index for b in plan.fusing if b.match == block.match}
+        own = [macs for (index, _), macs in state.branch_macs.items() if index in together]
         dense, fused = map(sum, zip(*own))
         if fused >= dense:
             unpaid[block.index] = f"{UNPAID}: {shown(fused)} instead of {shown(dense)}"
