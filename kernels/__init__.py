@@ -2,6 +2,8 @@
 
 ==================  ==============================================================================
 ``match``           which tokens leave, and into which (MCTF's multi-criteria bipartite matching)
+``match_tiles``     the same, where one token in every tile of their grid receives others
+``best``            the most similar partner of each token that may leave, a few at a time
 ``assign``          which tokens leave, from the scores of their pairs: one call where counts are inputs of a graph
 ``group``           the map, the pooling weights and the sizes that a matching gives
 ``pool``            combine each group of tokens into one

@@ -148,7 +148,7 @@ def make_report(state: State) -> Report:
             else (reasons.pop() if len(reasons) == 1 else "no block can fuse")
         )
     return Report(
-        blocks=block_reports(planned),
+        blocks=block_reports(planned, state.branch_macs),
         towers=_tower_names(state),
         count=partial(_count, bare),
         unmerged=list(dict.fromkeys(f"{u.node.name}: {u.reason}" for u in state.unmerges)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mctf_compile.narrowing import present
+from mctf_compile.passes.planning.macs import shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,11 +21,31 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class BranchReport:
+    """A branch that alone runs on fused tokens: ``attention``, ``cross`` or ``mlp``.
+
+    ``macs_before`` and ``macs_after``: multiply-accumulates of one run at the inputs' batch size, those of the matching
+    that was made for it among them; None where the numbers of tokens are inputs of the graph.
+    """
+
+    kind: str
+    macs_before: int | None = None
+    macs_after: int | None = None
+
+    def __str__(self) -> str:
+        name = {"attention": "attention", "cross": "cross-attention", "mlp": "MLP"}[self.kind]
+        if self.macs_before is None or self.macs_after is None:
+            return f"{name} alone"
+        return f"{name} alone, {shown(self.macs_before)} -> {shown(self.macs_after)}"
+
+
+@dataclass(frozen=True)
 class BlockReport:
     """One attention block. ``reason`` is None where it fused; token counts include protected tokens.
 
     ``index`` is its number in its ``tower``; ``module`` the path of the module that attention runs in, where known;
-    ``tokens`` those that it has in the dense model.
+    ``tokens`` those that it has in the dense model. ``branches``: what alone runs on fused tokens, where tokens do not
+    stay fused for all that follows.
     """
 
     index: int
@@ -35,12 +56,18 @@ class BlockReport:
     tower: int = 0
     module: str | None = None
     tokens: int | None = None
+    branches: tuple[BranchReport, ...] = ()
 
     def __str__(self) -> str:
         place = f"block {self.index}" + (f", {self.module}" if self.module else "")
         if self.reason is not None:
             return f"{place}: {self.tokens_in}, dense: {self.reason}"
-        return f"{place}: {self.tokens_in} -> {self.tokens_out}" + (f" ({self.note})" if self.note else "")
+        return f"{place}: {self.tokens_in} -> {self.tokens_out}" + (f" ({self.remark})" if self.remark else "")
+
+    @property
+    def remark(self) -> str:
+        """What there is to say of a block that fuses."""
+        return "; ".join([*map(str, self.branches), *([self.note] if self.note else [])])
 
     @property
     def removed(self) -> int:
@@ -208,7 +235,7 @@ class Report:
             if len(self.towers) > 1:
                 table.add_row("", f"[bold]{escape(name)}[/bold]", "", "", "")
             for b in blocks:
-                remark = f"dense: {b.reason}" if b.reason is not None else b.note or ""
+                remark = f"dense: {b.reason}" if b.reason is not None else b.remark
                 table.add_row(
                     str(b.index),
                     escape(b.module or ""),
@@ -232,6 +259,7 @@ class Report:
                 "tokens_out": block.tokens_out,
                 "reason": block.reason,
                 "note": block.note,
+                "branches": [asdict(branch) for branch in block.branches],
                 "macs_before": None if work is None else work[0],
                 "macs_after": None if work is None else work[1],
             }

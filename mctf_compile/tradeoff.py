@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from torch._dynamo.convert_frame import compile_lock
@@ -15,7 +16,7 @@ from mctf_compile.passes import REWRITING, Findings, State, run_passes
 from mctf_compile.passes.planning.budget import most_of_any
 from mctf_compile.passes.planning.macs import count_macs, macs_by_block, work_by_counts
 from mctf_compile.passes.planning.plan import PlannedBlock, make_plan
-from mctf_compile.report import AtR, BlockReport, Tradeoff
+from mctf_compile.report import AtR, BlockReport, BranchReport, Tradeoff
 
 # As many values of r are looked at, about.
 POINTS = 128
@@ -76,9 +77,23 @@ def _chosen(most: int, asked: Any) -> list[int]:
     return sorted({*range(0, most, step), most, *own})
 
 
-def block_reports(planned: Sequence[PlannedBlock]) -> list[BlockReport]:
-    """The entries of a report for planned blocks."""
+def block_reports(
+    planned: Sequence[PlannedBlock], macs: Mapping[tuple[int, str], tuple[int, int]] = MappingProxyType({})
+) -> list[BlockReport]:
+    """The entries of a report for planned blocks; ``macs``: of their branches, by block and kind, before and after."""
     return [
-        BlockReport(b.number, b.tokens_in, b.tokens_out, b.reason, b.note, b.tower, b.block.module, b.tokens)
+        BlockReport(
+            b.number,
+            b.tokens_in,
+            b.tokens_out,
+            b.reason,
+            b.note,
+            b.tower,
+            b.block.module,
+            b.tokens,
+            tuple(BranchReport(branch.kind, *macs.get((b.index, branch.kind), ())) for branch in b.branches)
+            if b.reason is None
+            else (),
+        )
         for b in planned
     ]

@@ -21,6 +21,7 @@ from mctf_compile.narrowing import present
 
 if TYPE_CHECKING:
     from mctf_compile.options.schedule import Target
+    from mctf_compile.passes.analysis.branches import Branch
     from mctf_compile.passes.analysis.observations import Observation
     from mctf_compile.passes.analysis.sizes import Sizes
     from mctf_compile.passes.analysis.structure import Block, Tower
@@ -72,6 +73,8 @@ class State:
     sizes: Sizes | None = None
     axes: Axes | None = None
     blocks: list[Block] | None = None
+    # By block the branches of its residual stream, where the method acts in them.
+    branches: list[tuple[Branch, ...]] | None = None
     masks: dict[fx.Node, frozenset[fx.Node]] | None = None
     # The positions of the inputs that are masks over pairs, and taken for padding.
     assumed: tuple[int, ...] = ()
@@ -85,6 +88,8 @@ class State:
     unmerges: list[Unmerge] = field(default_factory=list)
     # The outputs that keep their fused tokens.
     kept_fused: tuple[FusedOutput, ...] = ()
+    # Multiply-accumulates of each branch that runs on fused tokens, by block and kind, before and after.
+    branch_macs: dict[tuple[int, str], tuple[int, int]] = field(default_factory=dict)
     # The same with its kernels; then with what is computed of frozen weights alone; then in pieces.
     lowered: fx.GraphModule | None = None
     remarks: list[str] = field(default_factory=list)

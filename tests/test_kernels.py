@@ -658,6 +658,11 @@ def calls() -> dict[str, tuple[Any, tuple]]:
         "group": (ops.group, (raw, size, *matching)),
         "pool-weighted": (ops.pool, (tokens, weight, *matching, 1)),
         "pool-maximum": (ops.pool, (tokens, None, *matching, 1)),
+        "match_tiles": (
+            ops.match_tiles,
+            (tokens, raw, positive(2, 9), 3, 1, 0, 2, 4, [2, 2], 5, [1.0, 2.0, 0.0], None),
+        ),
+        "best": (ops.best, (*tokens.detach().split([4, 5], 1), *raw.detach().split([4, 5], 1), 1.0, None, None)),
         "keep": (ops.keep, (tokens, matching[0], 1)),
         "mlerp": (ops.mlerp, (tokens, raw, *matching)),
         "select": (ops.select, (raw, 3, 1, 0)),
@@ -675,6 +680,8 @@ def calls() -> dict[str, tuple[Any, tuple]]:
 CALLS = (
     "match-two-way",
     "match-one-way",
+    "match_tiles",
+    "best",
     "group",
     "pool-weighted",
     "pool-maximum",
@@ -710,6 +717,7 @@ def calls_of_shaped_operators(dtype: torch.dtype) -> dict[str, Any]:
     fused = v[:, :, :12]
     return {
         "match": lambda: ops.match(x, None, size, 5, 1, 0, 1.0, 0.0, 0.0, True),
+        "match_tiles": lambda: ops.match_tiles(x, None, size, 9, 1, 0, 4, 4, [2, 2], None, [1.0, 0.0, 0.0]),
         "group": lambda: ops.group(torch.ones(2, 17), size, *matching),
         "pool": lambda: ops.pool(x, weight, *matching, 1),
         "pool by maxima": lambda: ops.pool(x, None, *matching, 1),

@@ -23,7 +23,7 @@ from vectors import Recorder, capture, load, near, official_match
 import mctf_compile
 from mctf_compile import ConfigError, FusionConfig, losses
 from mctf_compile.kernels.attention.reference import policy_attention
-from mctf_compile.methods import METHODS, Choice, Evidence, dtem
+from mctf_compile.methods import METHODS, Choice, Combine, Evidence, dtem
 from mctf_compile.testing import TinyViT, VitSpec, assert_rewrite_sound
 
 SIZES = ("17", "65")
@@ -295,7 +295,9 @@ def test_tofu_follows_its_formula(case, how):
     else:
         _, weight, _ = torch.ops.mctf.group(choice.weight, size, choice.keep, choice.gone, choice.into)
         got = torch.ops.mctf.pool(x, weight, choice.keep, choice.gone, choice.into, 1)
-        got = got if choice.gain is None else got * choice.gain[..., None]
+        if choice.combine is Combine.MLERP:
+            gain = torch.ops.mctf.mlerp(x, choice.weight, choice.keep, choice.gone, choice.into)
+            got = got * gain[..., None]
     near(got, official[how])
 
 

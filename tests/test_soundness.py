@@ -43,7 +43,7 @@ def only_duplicates_fused(index: torch.Tensor, kinds: torch.Tensor) -> bool:
 
 # A detour to the grid gives the original tokens back; the fuzzer has those too.
 UNBROKEN = ("none", "linear_attention", "cross_covariance")
-WEIGHTED = fusion_options(pooling=("attention", "size"))
+WEIGHTED = fusion_options(pooling=("attention", "size"), spans=("rest",))
 
 
 @QUICK
@@ -62,7 +62,7 @@ def test_fusing_exact_duplicates_changes_nothing(spec, options, kinds, seed):
 @QUICK
 @given(
     spec=vit_specs(position=True, extras=UNBROKEN),
-    options=fusion_options(),
+    options=fusion_options(spans=("rest",)),
     batch=st.integers(1, 3),
     seed=st.integers(0, 99),
 )

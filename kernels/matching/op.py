@@ -1,4 +1,6 @@
-"""``mctf::match``: which tokens leave, and into which."""
+"""``mctf::match`` and ``mctf::match_tiles``: which tokens leave, and into which."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -122,3 +124,89 @@ def assign(scores: Tensor, n: int, r: int, lead: int, tail: int, bidirectional: 
     """
     torch._check(0 <= 2 * r <= max(n - lead - tail, 0), lambda: f"match: r={r} of {n} tokens is out of range")
     return aten.assign(scores, n, r, lead, tail, bidirectional)
+
+
+def _tiles_shapes(
+    x: Tensor, importance: Tensor | None, size: Tensor, r: int, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _matching(x, x.shape[1], r)
+
+
+@composite(
+    "match_tiles(Tensor x, Tensor? importance, Tensor size, SymInt r, int lead, int tail, int height, int width, "
+    "int[] tile, int? seed, float[] taus, Tensor? kind=None) -> (Tensor, Tensor, Tensor)",
+    _tiles_shapes,
+)
+def match_tiles(
+    x: Tensor,
+    importance: Tensor | None,
+    size: Tensor,
+    r: int,
+    lead: int,
+    tail: int,
+    height: int,
+    width: int,
+    tile: Sequence[int],
+    seed: int | None,
+    taus: Sequence[float],
+    kind: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Match tokens of a grid, of which one in every tile receives others and never leaves.
+
+    Args:
+        x: [B, N, C], as for ``mctf::match``; N is lead + height * width + tail.
+        importance: see ``mctf::match``.
+        size: see there.
+        r: tokens that leave, of those that do not receive.
+        lead: protected tokens at the start; they neither leave nor receive.
+        tail: those at the end.
+        height: rows of the grid.
+        width: columns of the grid.
+        tile: rows and columns of a tile.
+        seed: of the random place in each tile that receives; None for its first.
+        taus: the temperatures of similarity, informativeness and size; 0 turns a criterion off.
+        kind: see ``mctf::match``.
+
+    Returns:
+        keep, gone and into as of ``mctf::match``. Order of the tokens: protected prefix, those that might have left
+        by position, those that receive by position, suffix.
+
+    Source: Bolya & Hoffman, CVPR Workshops 2023 (arXiv 2303.17604), section 4.
+    """
+    _check_tokens(x, importance=importance, size=size, kind=kind)
+    receive, leave = (
+        torch.tensor(places, dtype=torch.long, device=x.device) + lead
+        for places in aten.tiles(height, width, tile, seed)
+    )
+    torch._check(0 <= r <= leave.shape[0], lambda: f"match_tiles: r={r} of {leave.shape[0]} tokens is out of range")
+    importance = None if importance is None else importance.detach()
+    return aten.match_tiles(x.detach(), importance, size.detach(), r, lead, tail, receive, leave, taus, kind)
+
+
+def _best_shapes(a: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return a.new_empty(a.shape[:2]), a.new_empty(a.shape[:2], dtype=torch.long)
+
+
+@opaque(
+    "best(Tensor a, Tensor b, Tensor of_a, Tensor of_b, float tau_sim, Tensor? kind_a, Tensor? kind_b) "
+    "-> (Tensor, Tensor)",
+    _best_shapes,
+)
+def best(
+    a: Tensor, b: Tensor, of_a: Tensor, of_b: Tensor, tau_sim: float, kind_a: Tensor | None, kind_b: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The partner with the highest score for each token that may leave; the scores are never in memory together.
+
+    Args:
+        a: [B, S, C], tokens of length 1.
+        b: [B, D, C], those that may receive them.
+        of_a: [B, S], the factor that other criteria give each.
+        of_b: [B, D], the same.
+        tau_sim: the temperature of similarity; 0 leaves it out.
+        kind_a: [B, S] or None; tokens of two kinds have a score of -inf.
+        kind_b: [B, D] or None.
+
+    Returns:
+        The highest score of each [B, S], and the position of its partner, int64 [B, S]; of equal ones the lowest.
+    """
+    return aten.best(a, b, of_a, of_b, tau_sim, kind_a, kind_b)

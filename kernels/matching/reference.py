@@ -86,3 +86,39 @@ def match_image(w: Tensor, r: int, lead: int, tail: int, bidirectional: bool) ->
         return destination(target[i]) if i in target else keep.index(i)
 
     return keep, list(target), [destination(i) for i in target]
+
+
+def match_tiles(
+    x: Tensor,
+    a: Tensor | None,
+    s: Tensor,
+    r: int,
+    lead: int,
+    tail: int,
+    height: int,
+    width: int,
+    tile: tuple[int, int],
+    places: dict[tuple[int, int], tuple[int, int]],
+    taus: tuple[float, float, float],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The reference of ``torch.ops.mctf.match_tiles``, from the ``places`` that receive in the tiles; see there.
+
+    ``places``: by the row and the column of a tile, a row and a column in it; the first one where it has none.
+    """
+    receive = []
+    for i in range(0, height, tile[0]):
+        for j in range(0, width, tile[1]):
+            row, column = places.get((i // tile[0], j // tile[1]), (0, 0))
+            receive.append(lead + (i + row) * width + j + column)
+    receive.sort()
+    leave = [i for i in range(lead, lead + height * width) if i not in receive]
+    images = []
+    for b in range(len(x)):
+        w = scores(x[b], None if a is None else a[b], s[b], *taus)
+        best = {i: receive[int(w[i, receive].argmax())] for i in leave}
+        order = sorted((-w[i, best[i]].item(), i) for i in leave)
+        gone = [i for _, i in order[:r]]
+        keep = [*range(lead), *(i for i in leave if i not in gone), *receive, *range(len(w) - tail, len(w))]
+        images.append((keep, gone, [keep.index(best[i]) for i in gone]))
+    keeps, leaving, into = (torch.tensor(rows, dtype=torch.long).reshape(len(x), -1) for rows in zip(*images))
+    return keeps, leaving, into

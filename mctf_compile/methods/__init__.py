@@ -24,6 +24,7 @@ from mctf_compile.methods.base import (
     Reads,
     Relaxed,
     Site,
+    Tiles,
     get_method,
     register_method,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "Relaxed",
     "Removal",
     "Site",
+    "Tiles",
     "controls",
     "dtem",
     "dynamicvit",

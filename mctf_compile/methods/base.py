@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mctf_compile.errors import ConfigError
 from mctf_compile.methods.attached import Attached
-from mctf_compile.options.fields import Options, block_numbers, flag, integer, option, patterns
+from mctf_compile.options.fields import Options, block_numbers, flag, integer, one_of, option, patterns, some_of, tile
 from mctf_compile.options.schedule import (
     AUTO,
     NOT_CHOSEN,
@@ -35,6 +35,7 @@ class Site(enum.Enum):
     BETWEEN = "between attention and the MLP"
     AFTER = "after the block"
     AROUND = "before attention, and back after the block: the others pass it by"
+    BRANCH = "in a branch, whose result is given back before it is added to the residual stream"
 
 
 class Need(enum.Enum):
@@ -54,8 +55,26 @@ class Reads(enum.Enum):
     PROJECTION = "the input of its query projection"
 
 
+# The option ``span``, and the branches of a block that one of ``BRANCH`` may choose.
+REST, BRANCH = "rest", "branch"
+ATTENTION, CROSS, MLP = "attention", "cross", "mlp"
+
 # What is asked of the first prefix token.
 OF_CLASS_TOKEN = {Need.CLASS_ATTENTION, Need.CLASS_LOGITS}
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A grid of ``height`` x ``width`` tokens in tiles, in each of which one receives others; see the options."""
+
+    height: int
+    width: int
+    tile: tuple[int, int]
+    seed: int | None = None
+
+    @property
+    def receivers(self) -> int:
+        return -(-self.height // self.tile[0]) * -(-self.width // self.tile[1])
 
 
 @dataclass(frozen=True)
@@ -69,7 +88,8 @@ class Evidence:
 
     ``importance`` [B, N]: the mean over heads and queries of the block's attention; ``class_attention``
     [B, N]: its mean over heads for the query of the first token; ``class_logits`` [B, N]: the logits of that
-    query, up to a positive factor; ``keys`` [B, N, D]: the mean over heads; ``learned`` [B, N, K].
+    query, up to a positive factor; ``keys`` [B, N, D]: the mean over heads; ``learned`` [B, N, K]. ``tiles``: where
+    in the grid of the unprotected tokens those are that receive others; None for every second token.
     """
 
     x: Tensor
@@ -84,12 +104,22 @@ class Evidence:
     class_logits: Tensor | None = None
     keys: Tensor | None = None
     learned: Tensor | None = None
+    tiles: Tiles | None = None
+
+    @property
+    def metric(self) -> Tensor:
+        """What tokens are alike by, [B, N, D]: their keys; in a branch, which begins before there are any, themselves.
+
+        Source: Bolya & Hoffman, CVPR Workshops 2023 (arXiv 2303.17604), section 4.
+        """
+        return self.x if self.keys is None else self.keys
 
 
 class Combine(enum.Enum):
     """What becomes of the tokens that leave."""
 
     MEAN = "the weighted mean of each group"
+    MLERP = "the weighted mean of each group, with the largest norm of its members"
     MAX = "the maximum of each group"
     DROP = "nothing; the tokens kept stay as they are"
 
@@ -100,8 +130,8 @@ class Choice:
 
     ``keep`` [B, M], ``gone`` [B, r], ``into`` [B, r] as ``mctf::match`` returns them. Without ``into`` the
     tokens that left go with the kept ones most similar to them, should an operator want all tokens back.
-    ``weight`` [B, N], before normalisation, for ``Combine.MEAN``. ``gain`` [B, M]: a factor for the combined
-    residual stream, where the method wants another than the mean.
+    ``weight`` [B, N], before normalisation, for ``Combine.MEAN`` and ``Combine.MLERP``. ``gain`` [B, M]: a factor for
+    the combined residual stream, where the method wants another than the mean.
 
     Raises ``ConfigError`` where tokens are to be combined and ``into`` does not say with which.
     """
@@ -140,13 +170,15 @@ class Relaxed:
 class Count:
     """The tokens before a block: ``now`` in all, ``protected`` of them; ``first`` unprotected ones at the start.
 
-    ``spare``: tokens of the unprotected half that must stay without a partner.
+    ``spare``: tokens of the unprotected half that must stay without a partner. ``receivers``: those that may not leave;
+    None for half of the unprotected ones.
     """
 
     now: int
     protected: int
     first: int
     spare: int = 0
+    receivers: int | None = None
 
     @property
     def free(self) -> int:
@@ -159,8 +191,9 @@ class Method(Options):
 
     ``name`` and ``source``: what it is called, and the paper. ``site``: where it acts. ``needs``: what it
     reads of a block. ``sized``: whether a token that others left into counts for them too; a method without
-    sizes leaves every token a size of 1. ``reads``: where the modules that ``attach`` adds read the tokens;
-    None for a method that has none. ``hint``: what to do where its needs cannot be met.
+    sizes leaves every token a size of 1. ``matches``: whether it chooses by ``match`` of
+    ``mctf_compile.methods.combining``, which knows of tiles. ``reads``: where the modules that ``attach`` adds read the
+    tokens; None for a method that has none. ``hint``: what to do where its needs cannot be met.
 
     Options of every method:
         layers: blocks (0-based) of a tower that it acts on; None for the method's default.
@@ -174,6 +207,7 @@ class Method(Options):
     site: ClassVar[Site]
     needs: ClassVar[Collection[Need]] = ()
     sized: ClassVar[bool] = True
+    matches: ClassVar[bool] = False
     reads: ClassVar[Reads | None] = None
     hint: ClassVar[str] = ""
 
@@ -185,6 +219,11 @@ class Method(Options):
     def active(self) -> bool:
         """Whether these options ask for any token to be removed."""
         return True
+
+    @property
+    def fuses_at(self) -> Site:
+        """Where it acts under these options: its ``site``, or in branches."""
+        return self.site
 
     @property
     def counts_sizes(self) -> bool:
@@ -237,6 +276,13 @@ class Merging(Method):
         schedule: a file that ``mctf tune`` wrote, which says ``r`` and the method, for the model that it was found for.
         min_tokens: no block leaves fewer tokens than this (protected ones included).
         proportional: add log size to the logits of attention over fused tokens.
+        span: how far tokens stay fused: ``rest``, until an operator needs the original ones; or ``branch``: only within
+            a branch of each block, and the residual stream keeps them all.
+        partition: in branches, the tile of the token grid in which one token receives others, as ``(2, 2)``; None for
+            every second token.
+        partition_seed: of the place in each tile that receives, the same at every call; None for the first.
+        match_every: in branches, how many blocks one after another fuse the tokens that the first of them has matched.
+        branches: which branches those are: one or several of ``attention``, ``cross`` (to other tokens) and ``mlp``.
     """
 
     r: int | float | list[Any] | tuple[Any, ...] | str = option(16, check_r)
@@ -244,9 +290,26 @@ class Merging(Method):
     schedule: TunedSchedule | str | None = option(None, read_schedule)
     min_tokens: int = option(1, integer(1))
     proportional: bool = option(True, flag)
+    span: str = option(REST, one_of(REST, BRANCH))
+    branches: tuple[str, ...] = option((ATTENTION,), some_of(ATTENTION, CROSS, MLP))
+    partition: tuple[int, int] | None = option(None, tile)
+    partition_seed: int | None = option(None, integer(0, None))
+    match_every: int = option(1, integer(1))
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.in_branch:
+            for name in ("branches", "partition", "match_every"):
+                value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+                if value != default:
+                    shown = list(value) if name == "branches" else value
+                    raise ConfigError(f"{name}={shown!r} has no effect without span='branch'.")
+        if self.partition_seed is not None and self.partition is None:
+            raise ConfigError(f"partition_seed={self.partition_seed} has no effect without a partition.")
+        if self.partition is not None and not self.matches:
+            raise ConfigError(f"partition={self.partition}: method {self.name!r} does not match tokens pair by pair.")
+        if self.in_branch and self.reads is not None:
+            raise ConfigError(f"span='branch': the modules of method {self.name!r} learn with tokens that stay fused.")
         if self.solved_for is None and self.r == AUTO:
             raise ConfigError("r='auto' needs a target, as in target='speedup=1.5', 'gmacs=2.6' or 'latency_ms=20'.")
 
@@ -264,6 +327,15 @@ class Merging(Method):
         return self.solved_for is not None or self.requested.asks_for_fusion
 
     @property
+    def in_branch(self) -> bool:
+        """Whether tokens are fused within branches alone."""
+        return self.span == BRANCH
+
+    @property
+    def fuses_at(self) -> Site:
+        return Site.BRANCH if self.in_branch else self.site
+
+    @property
     def counts_sizes(self) -> bool:
         return self.sized and self.proportional
 
@@ -276,7 +348,7 @@ class Merging(Method):
         preset = self.requested.layers(depth)
         if preset is not None and self.layers is None and index not in preset:
             return Removal(0, NOT_CHOSEN)
-        return removal(request, count.now, count.protected, self.min_tokens, count.spare)
+        return removal(request, count.now, count.protected, self.min_tokens, count.spare, count.receivers)
 
 
 METHODS: dict[str, type[Method]] = {}

@@ -7,6 +7,33 @@ from torch import Tensor
 
 from mctf_compile.methods.base import Choice, Combine, Evidence
 
+SIMILARITY = (1.0, 0.0, 0.0)
+
+
+def match(
+    evidence: Evidence,
+    metric: Tensor,
+    r: int,
+    taus: tuple[float, float, float] = SIMILARITY,
+    both: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Bipartite matching of a metric [B, N, D]: (keep, gone, into), as of ``mctf::match``.
+
+    ``taus``: the temperatures of similarity, informativeness and size. Tokens leave from even positions, with ``both``
+    from odd ones too; where one token of each tile receives the others, from all other places.
+    """
+    tiles, a, kind = evidence.tiles, evidence.importance, evidence.padding
+    if tiles is None:
+        keep, gone, into = torch.ops.mctf.match(
+            metric, a, evidence.size, r, evidence.lead, evidence.tail, *taus, both, kind
+        )
+    else:
+        grid = (tiles.height, tiles.width, tiles.tile, tiles.seed)
+        keep, gone, into = torch.ops.mctf.match_tiles(
+            metric, a, evidence.size, r, evidence.lead, evidence.tail, *grid, taus, kind
+        )
+    return keep, gone, into
+
 
 def highest(score: Tensor, evidence: Evidence, r: int) -> Choice:
     """A choice that drops the ``r`` unprotected tokens with the lowest scores [B, N]."""
@@ -24,4 +51,4 @@ def combined(how: str, evidence: Evidence, keep: Tensor, gone: Tensor, into: Ten
     weight = evidence.size if how == "size" or sized else torch.ones_like(evidence.size)
     if how != "mlerp":
         return Choice(keep, gone, into, weight)
-    return Choice(keep, gone, into, weight, gain=torch.ops.mctf.mlerp(evidence.x, weight, keep, gone, into))
+    return Choice(keep, gone, into, weight, combine=Combine.MLERP)

@@ -12,8 +12,7 @@ from torch.nn.functional import normalize
 
 from mctf_compile.methods.attached import Attached
 from mctf_compile.methods.base import Choice, Evidence, Merging, Need, Reads, Relaxed, Site, register_method
-from mctf_compile.methods.combining import combined
-from mctf_compile.methods.tome import match
+from mctf_compile.methods.combining import combined, match
 from mctf_compile.narrowing import present
 from mctf_compile.options.fields import integer, one_of, option, share
 

@@ -12,7 +12,6 @@ from torch.nn.functional import normalize, pad
 
 from mctf_compile.methods.base import Choice, Evidence, Merging, Need, Site, register_method
 from mctf_compile.methods.combining import combined
-from mctf_compile.narrowing import present
 from mctf_compile.options.fields import option, share
 
 # Less than any cosine: the similarity of tokens that must not be combined.
@@ -34,10 +33,13 @@ class PiToMe(Merging):
     name: ClassVar[str] = "pitome"
     source: ClassVar[str] = "Tran et al., NeurIPS 2024, arXiv 2405.16148"
     site: ClassVar[Site] = Site.BETWEEN
-    needs: ClassVar[Collection[Need]] = (Need.KEYS,)
 
     margin: float = option(0.9, share)
     alpha: float = option(1.0, share)
+
+    @property
+    def needs(self) -> Collection[Need]:  # type: ignore[override]  # it depends on an option
+        return () if self.in_branch else (Need.KEYS,)
 
     def choose(self, evidence: Evidence, r: int) -> Choice:
         alike = similarity(evidence)
@@ -60,7 +62,7 @@ class PiToMe(Merging):
 
 def similarity(evidence: Evidence) -> Tensor:
     """The cosines of all pairs of keys, [B, N, N]; ``APART`` for a token with itself, and for padding with others."""
-    unit = normalize(present(evidence.keys).detach(), dim=-1)
+    unit = normalize(evidence.metric.detach().to(evidence.size.dtype), dim=-1)
     cosine = unit @ unit.transpose(1, 2)
     apart = torch.eye(cosine.shape[1], dtype=torch.bool, device=cosine.device)
     if evidence.padding is not None:

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from mctf_compile.methods.base import Choice, Combine, Evidence, Merging, Need, Site, register_method
-from mctf_compile.methods.combining import combined
-from mctf_compile.methods.tome import match
-from mctf_compile.narrowing import present
+from mctf_compile.methods.combining import combined, match
 from mctf_compile.options.fields import flag, integer, one_of, option
 
 
@@ -30,14 +28,18 @@ class ToFu(Merging):
     name: ClassVar[str] = "tofu"
     source: ClassVar[str] = "Kim et al., WACV 2024, arXiv 2312.01026"
     site: ClassVar[Site] = Site.BETWEEN
-    needs: ClassVar[Collection[Need]] = (Need.KEYS,)
+    matches: ClassVar[bool] = True
 
     prune_layers: int | None = option(None, integer(0, None))
     combine: str = option("mlerp", one_of("mlerp", "average"))
     weighted: bool = option(False, flag)
 
+    @property
+    def needs(self) -> Collection[Need]:  # type: ignore[override]  # it depends on an option
+        return () if self.in_branch else (Need.KEYS,)
+
     def choose(self, evidence: Evidence, r: int) -> Choice:
-        matched = match(evidence, present(evidence.keys), r)
+        matched = match(evidence, evidence.metric, r)
         first = evidence.depth // 2 if self.prune_layers is None else self.prune_layers
         if evidence.index < first:
             return Choice(*matched, combine=Combine.DROP)

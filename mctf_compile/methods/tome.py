@@ -6,11 +6,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from mctf_compile.methods.base import Choice, Evidence, Merging, Need, Site, register_method
-from mctf_compile.methods.combining import combined
-from mctf_compile.narrowing import present
+from mctf_compile.methods.combining import combined, match
 from mctf_compile.options.fields import one_of, option
 
 
@@ -19,6 +16,8 @@ from mctf_compile.options.fields import one_of, option
 class ToMe(Merging):
     """Matches keys, averaged over heads, from even to odd positions, after attention in every block.
 
+    Within branches (``span="branch"``) it is ToMe-SD, which matches the tokens of the residual stream themselves.
+
     Options:
         pooling: ``size`` (the size-weighted mean), ``mean`` or ``mlerp``.
     """
@@ -26,17 +25,12 @@ class ToMe(Merging):
     name: ClassVar[str] = "tome"
     source: ClassVar[str] = "Bolya et al., ICLR 2023, arXiv 2210.09461"
     site: ClassVar[Site] = Site.BETWEEN
-    needs: ClassVar[Collection[Need]] = (Need.KEYS,)
-
+    matches: ClassVar[bool] = True
     pooling: str = option("size", one_of("size", "mean", "mlerp"))
 
+    @property
+    def needs(self) -> Collection[Need]:  # type: ignore[override]  # it depends on an option
+        return () if self.in_branch else (Need.KEYS,)
+
     def choose(self, evidence: Evidence, r: int) -> Choice:
-        return combined(self.pooling, evidence, *match(evidence, present(evidence.keys), r))
-
-
-def match(evidence: Evidence, metric: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Bipartite soft matching of a metric [B, N, D] (section 3): (keep, gone, into)."""
-    keep, gone, into = torch.ops.mctf.match(
-        metric, None, evidence.size, r, evidence.lead, evidence.tail, 1.0, 0.0, 0.0, False, evidence.padding
-    )
-    return keep, gone, into
+        return combined(self.pooling, evidence, *match(evidence, evidence.metric, r))

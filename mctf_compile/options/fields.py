@@ -79,6 +79,20 @@ def one_of(*allowed: str) -> Check:
     return check
 
 
+def some_of(*allowed: str) -> Check:
+    """One of the ``allowed`` words, or several; kept as a tuple in their order, each once."""
+
+    def check(name: str, value: Any) -> tuple[str, ...]:
+        several = (value,) if isinstance(value, str) else value
+        if not isinstance(several, (list, tuple, set, frozenset)) or not several:
+            raise ConfigError(f"{name}={value!r} must be one or several of {', '.join(map(repr, allowed))}.")
+        for word in several:
+            one_of(*allowed)(name, word)
+        return tuple(word for word in allowed if word in several)
+
+    return check
+
+
 def flag(name: str, value: Any) -> bool:
     """True or False."""
     if not isinstance(value, bool):
@@ -98,6 +112,16 @@ def integer(least: int, *words: str | None) -> Check:
         return value
 
     return check
+
+
+def tile(name: str, value: Any) -> tuple[int, int] | None:
+    """Rows and columns of a tile of more than one token, or None."""
+    if value is None:
+        return None
+    numbers = isinstance(value, (list, tuple)) and len(value) == 2 and all(type(n) is int and n > 0 for n in value)
+    if not numbers or tuple(value) == (1, 1):
+        raise ConfigError(f"{name}={value!r} must be the rows and columns of a tile, as (2, 2), or None.")
+    return value[0], value[1]
 
 
 def temperature(name: str, value: Any) -> float:

@@ -177,12 +177,20 @@ def _one(value: Any, name: str) -> int | float:
     return value
 
 
-def removal(request: int | float, tokens: int, protected: int, min_tokens: int, spare: int = 0) -> Removal:
+def removal(
+    request: int | float,
+    tokens: int,
+    protected: int,
+    min_tokens: int,
+    spare: int = 0,
+    receivers: int | None = None,
+) -> Removal:
     """The effective r of a block: the request, clamped to the floor and to half of the unprotected tokens.
 
     Where that is 0, the note says why.
 
-    ``spare``: tokens of that half that must stay.
+    ``spare``: tokens of that half that must stay. ``receivers``: the unprotected tokens that may not leave, where those
+    are not the other half.
 
     Source: official MCTF, ``parse_r`` and the clamps of its matching; the floor here holds for ratios too.
     """
@@ -190,9 +198,12 @@ def removal(request: int | float, tokens: int, protected: int, min_tokens: int, 
         return Removal(0, "r is 0 for this block")
     free = tokens - protected
     r = int(request * free) if isinstance(request, float) else request
-    floor, half = max(tokens - min_tokens, 0), max(free // 2 - spare, 0)
+    most = free // 2 if receivers is None else free - receivers
+    floor, half = max(tokens - min_tokens, 0), max(most - spare, 0)
     effective = max(min(r, floor, half), 0)
     if effective == r:
         return Removal(r, None if r else f"r={request} of {free} tokens rounds to 0")
     limit = f"min_tokens={min_tokens}" if floor <= half else f"half of the {free} unprotected tokens"
+    if floor > half and receivers is not None:
+        limit = f"the {receivers} tokens that receive others, one in each tile"
     return Removal(effective, f"r clamped from {r} to {effective} by {limit}")

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mctf_compile.errors import ConfigError
-from mctf_compile.passes.rewriting.rewriter import LOSES
+from mctf_compile.passes.rewriting.rewriter import LOSES, UNPAID
 from mctf_compile.report import Report
 from mctf_compile.testing.moves import FEATURES, SPELLINGS, Builder, sdpa
 from mctf_compile.testing.programs import Program
@@ -156,7 +156,8 @@ class GraphCase:
             recorder = Recorder(dict(self.options))
             runs.append((recorder, self._fused(recorder, program, module, inputs)))
         (recorder, one), (other, plain) = runs
-        if any(block.reason == LOSES for of in (recorder, other) for block in of.reports[0].blocks):
+        declined = [block.reason or "" for of in (recorder, other) for block in of.reports[0].blocks]
+        if any(reason.startswith((LOSES, UNPAID)) for reason in declined):
             # What attention costs depends on its spelling, and so does what pays.
             return self._check_graph()
         problems = recorder.miscounted() + other.miscounted()

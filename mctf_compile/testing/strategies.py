@@ -64,14 +64,16 @@ def vit_specs(draw: st.DrawFn, position: bool = False, extras: tuple[str, ...] =
     )
 
 
+SPANS = ("rest", "rest", "branch")
 REQUESTS = st.one_of(st.integers(1, 5), st.sampled_from((0.2, 0.35)), st.just((2, 0.5)))
 
 
 def fusion_options(
     pooling: tuple[str, ...] = ("attention", "size", "mean", "max", "mlerp"),
+    spans: tuple[str, ...] = SPANS,
 ) -> st.SearchStrategy[dict[str, Any]]:
     """Options of the method ``mctf`` that fuse at least one token of the smallest models."""
-    return st.fixed_dictionaries(
+    options = st.fixed_dictionaries(
         {
             "r": REQUESTS,
             "attention": st.sampled_from(("approx", "exact", "current")),
@@ -84,6 +86,34 @@ def fusion_options(
             "tau_size": st.sampled_from((0, 0, 0, 40)),
         }
     )
+    return st.builds(_spanning, options, st.sampled_from(spans), BRANCHING)
+
+
+BRANCHING = st.fixed_dictionaries(
+    {
+        "branches": st.sampled_from((("attention",), ("attention", "mlp"), ("mlp",), ("attention", "cross", "mlp"))),
+        "partition": st.sampled_from((None, (2, 2), (2, 3))),
+        "partition_seed": st.sampled_from((None, 0, 1)),
+        "match_every": st.sampled_from((1, 1, 2)),
+        # What the first block does wrong leaves no duplicates for the next ones to fuse.
+        "layers": st.sampled_from((None, (0,))),
+    }
+)
+
+
+def _spanning(options: dict[str, Any], span: str, branching: dict[str, Any]) -> dict[str, Any]:
+    """Options of a method that removes a number of tokens, for all that follows or for branches alone."""
+    if span == "rest":
+        return options
+    if options.get("attention") == "current":
+        # It fuses after a block.
+        options = {**options, "attention": "approx"}
+    if options.get("method") in ("pitome", "random"):
+        # They match no pairs.
+        branching = {**branching, "partition": None}
+    if branching["partition"] is None:
+        branching = {name: value for name, value in branching.items() if not name.startswith("partition")}
+    return {**options, **branching, "span": span}
 
 
 def method_options() -> st.SearchStrategy[dict[str, Any]]:
@@ -107,4 +137,6 @@ def method_options() -> st.SearchStrategy[dict[str, Any]]:
         "random": {"r": REQUESTS},
     }
     drawn = {name: st.fixed_dictionaries({"method": st.just(name), **options}) for name, options in others.items()}
+    for name in ("tome", "tofu", "pitome", "random"):
+        drawn[name] = st.builds(_spanning, drawn[name], st.sampled_from(SPANS), BRANCHING)
     return st.sampled_from((*["mctf"] * 10, *others)).flatmap(lambda name: drawn.get(name, fusion_options()))

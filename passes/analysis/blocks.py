@@ -218,7 +218,7 @@ def _residual(
     next attention, ``following``.
     """
     other = None
-    for node, a, b in _sums(flow.span(attention.node, None), axes):
+    for node, a, b in sums(flow.span(attention.node, None), axes):
         if other is not None and following is not None and flow.order[node] > flow.order[following]:
             break
         for stream, branch in ((a, b), (b, a)):
@@ -254,11 +254,11 @@ def _mlp_end(middle: fx.Node, following: fx.Node | None, flow: Dataflow, axes: A
         # The next attention reads the same tokens as this one, before the sum.
         return None
     after = nx.descendants(flow.graph.subgraph(span), middle) | {middle}
-    sums = _sums(span[1:] if following is None else span[1:-1], axes)
-    return next((n for n, a, b in sums if {a, b} <= after and axes.of(a) == axes.of(middle)), None)
+    added = sums(span[1:] if following is None else span[1:-1], axes)
+    return next((n for n, a, b in added if {a, b} <= after and axes.of(a) == axes.of(middle)), None)
 
 
-def _sums(nodes: Iterable[fx.Node], axes: Axes) -> Iterator[tuple[fx.Node, fx.Node, fx.Node]]:
+def sums(nodes: Iterable[fx.Node], axes: Axes) -> Iterator[tuple[fx.Node, fx.Node, fx.Node]]:
     """The additions of two values of equal axes, with those."""
     for node in nodes:
         if getattr(node.target, "overloadpacket", None) is not aten.add:

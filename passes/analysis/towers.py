@@ -64,22 +64,22 @@ def _predecessor(blocks: Sequence[Block], j: int, flow: Dataflow, axes: Axes, ch
     if blocks[j].entry is None:
         return leading[0]
     on_streams = sorted(leading, key=lambda i: blocks[i].entry is None)
-    around = next((i for i in on_streams if _leads_around_layers(_end(blocks[i]), start, flow)), None)
+    around = next((i for i in on_streams if leads_around_layers(_end(blocks[i]), start, flow)), None)
     if around is not None:
         return around
     more = _positions(start, axes, channels) > _positions(_end(blocks[leading[0]]), axes, channels)
     return None if more else leading[0]
 
 
-def _leads_around_layers(source: fx.Node, node: fx.Node, flow: Dataflow) -> bool:
+def leads_around_layers(source: fx.Node, node: fx.Node, flow: Dataflow) -> bool:
     """Whether a way from ``source`` to ``node`` runs through no layer."""
     if source is node:
         return True
-    inside = [n for n in flow.span(source, node) if n is source or not _is_layer(n)]
+    inside = [n for n in flow.span(source, node) if n is source or not is_layer(n)]
     return node in inside and nx.has_path(flow.graph.subgraph(inside), source, node)
 
 
-def _is_layer(node: fx.Node) -> bool:
+def is_layer(node: fx.Node) -> bool:
     """Whether what a node gives is no longer the residual stream that it reads."""
     rule = find_rule(node.target)
     return (rule is not None and rule.layer) or bool(wrappers(node))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import sympy
 import torch
@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import transform_subclass
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+import mctf_compile.kernels  # noqa: F401  registers torch.ops.mctf
 from mctf_compile.errors import PassError
 from mctf_compile.passes.analysis.structure import Block
 from mctf_compile.passes.axes import hint_of
@@ -33,11 +34,26 @@ def _product_flops(a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
     return flops
 
 
+def _scores_flops(a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
+    flops: int = 2 * a[0] * a[1] * a[2] * b[1]
+    return flops
+
+
 # The counter of older releases does not know attention on the CPU, and none knows products of integers.
 COUNTED = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._int_mm: _product_flops,
+    torch.ops.mctf.best: _scores_flops,
 }
+
+
+Part = TypeVar("Part")
+
+
+def shown(macs: float) -> str:
+    """Multiply-accumulates for people to read."""
+    unit, name = next(((u, n) for u, n in ((1e9, "GMACs"), (1e6, "MMACs")) if macs >= u / 10), (1e3, "kMACs"))
+    return f"{macs / unit:.3g} {name}"
 
 
 def count_macs(gm: fx.GraphModule) -> int:
@@ -64,11 +80,19 @@ def macs_by_block(
     return [(dense[i], fused[i]) if i in known else None for i in range(len(blocks))]
 
 
-def macs_by(gm: fx.GraphModule, part: Callable[[fx.Node], int | None]) -> Counter[int | None]:
-    """MACs of each part of a graph; ``part`` says in which one a node is."""
-    totals: Counter[int | None] = Counter()
-    for node, flops in _flops_by_node(gm).items():
-        totals[part(node)] += flops // 2
+def macs_by(
+    gm: fx.GraphModule,
+    part: Callable[[fx.Node], Part],
+    counts: Counts | None = None,
+    remaining: Sequence[int] = (),
+) -> Counter[Part]:
+    """MACs of each part of a graph; ``part`` says in which one a node is.
+
+    ``counts``: whose last inputs are the tokens that its fusing blocks leave, with those as ``remaining``.
+    """
+    totals: Counter[Part] = Counter()
+    for node, flops in (_flops_by_node(gm) if counts is None else _flops_by_counts(gm, counts)).items():
+        totals[part(node)] += flops // 2 if counts is None else _evaluated([flops], counts)(remaining)
     return totals
 
 

@@ -11,10 +11,11 @@ import sympy
 from torch import Tensor, fx
 
 from mctf_compile.errors import ConfigError
-from mctf_compile.methods import Count, Merging, Method, Need, Site
+from mctf_compile.methods import Count, Merging, Method, Need, Site, Tiles
 from mctf_compile.methods.base import OF_CLASS_TOKEN
 from mctf_compile.narrowing import present
 from mctf_compile.options.schedule import ALONE, NOT_CHOSEN, PerBlock, Removal
+from mctf_compile.passes.analysis.branches import Branch
 from mctf_compile.passes.analysis.projections import Projection
 from mctf_compile.passes.analysis.structure import Block, Mask, Tower
 from mctf_compile.passes.analysis.token_axes import Axes
@@ -25,7 +26,7 @@ from mctf_compile.passes.rules import schema_arguments
 from mctf_compile.passes.rules.attention import head_layout
 
 
-@graph_pass("plan", requires=("blocks", "masks", "towers"), ensures=("plan",))
+@graph_pass("plan", requires=("blocks", "masks", "towers", "branches"), ensures=("plan",))
 def run(state: State) -> None:
     method, requests = state.config.method, state.findings.r
     relaxed = any(o.state == "training" for o in present(state.observations))
@@ -44,7 +45,9 @@ class PlannedBlock:
     ``tokens``: those that it has in the dense graph, and ``keys`` those that attention has there.
     ``idle``: whether the method does nothing to them, and would not with no token to remove either.
     ``index``: its place among all blocks; ``tower`` and ``number``: its tower, its place in that, and ``depth`` how
-    many blocks that has. ``lead`` and ``tail``: the protected tokens at the ends of its residual stream.
+    many blocks that has. ``lead`` and ``tail``: the protected tokens at the ends of its residual stream. ``branches``:
+    what alone runs on fused tokens, where tokens stay fused in branches only; ``tiles``: where the tokens are that
+    receive others, and ``match`` the block whose match serves this one, where those are not the usual.
     """
 
     index: int
@@ -64,6 +67,9 @@ class PlannedBlock:
     tokens: int | None = None
     keys: int | None = None
     idle: bool = True
+    branches: tuple[Branch, ...] = ()
+    tiles: Tiles | None = None
+    match: int | None = None
 
     @property
     def padded(self) -> bool:
@@ -93,7 +99,12 @@ class Plan:
 
     @property
     def site(self) -> Site:
-        return self.method.site
+        return self.method.fuses_at
+
+    @property
+    def branch_of(self) -> dict[fx.Node, tuple[int, str]]:
+        """The block and the kind of branch of each node that runs on fused tokens, where branches alone do."""
+        return {n: (b.index, branch.kind) for b in self.fusing for branch in b.branches for n in branch.nodes}
 
     @property
     def fusing(self) -> list[PlannedBlock]:
@@ -157,6 +168,7 @@ class _TowerPlanner:
         # The unprotected tokens, by axis: the stages of a pyramid have some each.
         self.counts: dict[Dim, int] = {}
         self.entries: dict[fx.Node, int] = {}
+        self.fusing: list[PlannedBlock] = []
 
     def plan(self, number: int) -> PlannedBlock:
         """The block at a place in the tower."""
@@ -168,6 +180,10 @@ class _TowerPlanner:
         reason = reason or _excluded(block, self.method.modules)
         if reason is None and number in self.chosen:
             reason = _unmet(block, self.axes, self.method)
+        wanted = self.method.branches if isinstance(self.method, Merging) else ()
+        branches = tuple(b for b in present(self.state.branches)[index] if b.kind in wanted)
+        if reason is None and not branches and self.method.fuses_at is Site.BRANCH:
+            reason = f"no branch of the block ({', '.join(wanted)}) can run on fewer tokens by itself"
         if reason is not None:
             size = self._size(block, self.counts)
             return replace(planned, tokens_in=size, tokens_out=size, reason=reason, tokens=self._size(block, {}))
@@ -182,21 +198,29 @@ class _TowerPlanner:
         lead = place.lead if isinstance(self.method.protected, str) else self.method.protected
         # Padding may leave one token of either kind without a partner of its own.
         spare = 2 if block.mask is Mask.TOKENS else 0
-        outcome = self._removal(number, Count(tokens, lead + place.tail, size + place.lead - lead, spare))
+        tiles, untiled = self._tiles(block)
+        receivers = None if tiles is None else tiles.receivers
+        outcome = self._removal(number, Count(tokens, lead + place.tail, size + place.lead - lead, spare, receivers))
+        reused = self._reused(block)
+        if reused is not None and outcome.r:
+            ago = number - reused.number
+            note = f"as block {reused.number} matched its tokens, {ago} block{'s' * (ago > 1)} before"
+            outcome = replace(outcome, r=reused.removed, note=note)
         idle = outcome.r == 0 and not outcome.acts
         if self.adjustable:
             reason = self._never_removes(number)
         elif idle:
             reason = outcome.note
-        if reason is None and entry in self.entries:
+        passing = self.method.fuses_at in (Site.AROUND, Site.BRANCH)
+        if reason is None and entry in self.entries and self.method.fuses_at is not Site.BRANCH:
             reason = f"reads the same tokens as block {self.entries[entry]}, which fuses them"
         if reason is None:
             self.entries[entry] = number
-            if self.method.site is not Site.AROUND:
+            if not passing:
                 self.counts[axis.body] = body - outcome.r
         remaining = tokens if reason is not None else tokens - outcome.r
-        notes = [outcome.note, _exposed(block, self.method)]
-        return replace(
+        notes = [outcome.note, untiled, _exposed(block, self.method)]
+        result = replace(
             planned,
             tokens_in=tokens,
             tokens_out=remaining,
@@ -209,7 +233,34 @@ class _TowerPlanner:
             tokens=dense,
             keys=axis.lead + size + axis.tail,
             idle=idle,
+            branches=branches,
+            tiles=tiles,
+            match=index if reused is None else reused.index,
         )
+        if reason is None:
+            self.fusing.append(result)
+        return result
+
+    def _tiles(self, block: Block) -> tuple[Tiles | None, str | None]:
+        """The tiles of a block's tokens, where the method asks for such; why there are none, if so."""
+        method = self.method
+        if not isinstance(method, Merging) or method.partition is None:
+            return None, None
+        sizes = [axis.size for axis in self.axes.table.canonical(present(block.tokens).body)]
+        if len(sizes) != 2 or not all(isinstance(size, int) for size in sizes):
+            return None, "the model does not tell the grid of these tokens, so every second one receives others"
+        if block.mask is Mask.TOKENS:
+            return None, "padding may fill a tile, so every second token receives others"
+        return Tiles(int(sizes[0]), int(sizes[1]), method.partition, method.partition_seed), None
+
+    def _reused(self, block: Block) -> PlannedBlock | None:
+        """The block whose match serves this one too, if any."""
+        every = self.method.match_every if isinstance(self.method, Merging) else 1
+        made = len(self.fusing) // every * every
+        if made == len(self.fusing):
+            return None
+        first = self.fusing[made]
+        return first if first.block.tokens == block.tokens and first.padded == (block.mask is Mask.TOKENS) else None
 
     def _never_removes(self, number: int) -> str | None:
         """Why a block of a graph that serves several r, or several sizes, removes no token at any, if so."""

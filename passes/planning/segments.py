@@ -15,6 +15,8 @@ aten = torch.ops.aten
 
 # Where a node of a rewritten graph keeps the number of its part.
 SEGMENT = "mctf_segment"
+# And the branch that it was made for, where branches alone run on fused tokens: the number of its block, and its kind.
+BRANCH = "mctf_branch"
 
 
 def ends(blocks: Sequence[Block]) -> set[fx.Node]:

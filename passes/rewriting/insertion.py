@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, cast
@@ -17,6 +17,7 @@ from mctf_compile.kernels.library import working_dtype
 from mctf_compile.kernels.ordering import descending
 from mctf_compile.kernels.pooling.aten import index_of
 from mctf_compile.methods import Choice, Combine, Evidence, Need, Site
+from mctf_compile.methods.base import ATTENTION
 from mctf_compile.narrowing import node_of, present
 from mctf_compile.passes.analysis.masks import MASKED
 from mctf_compile.passes.analysis.structure import Attention
@@ -44,7 +45,13 @@ class Program(fused_call.Program, Protocol):
     def evaluate(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
         """Run one node on the values of ``env``."""
 
-    def recomputed(self, node: fx.Node, replacements: dict[fx.Node, Value]) -> Any:
+    def on_original_tokens(self, node: fx.Node) -> Any:
+        """Run one node on the original tokens."""
+
+    def derived(self, nodes: Sequence[fx.Node], replacements: Mapping[fx.Node, Value]) -> Mapping[fx.Node, Any]:
+        """The values had others been the ``replacements``, as far as ``nodes`` are computed from them."""
+
+    def recomputed(self, node: fx.Node, replacements: Mapping[fx.Node, Value]) -> Any:
         """The value of ``node`` had others been the ``replacements``."""
 
 
@@ -75,16 +82,20 @@ class Insertion:
         self.uncut: set[int] = set()
         self.undone: dict[int, str] = {}
         self._seen: dict[int, dict[str, Tensor]] = {}
-        self._at_node = {b.block.attention.node: b for b in self.plan.fusing}
+        self._within = {n: (b, branch) for b in self.plan.fusing for branch in b.branches for n in branch.nodes}
+        self._choices: dict[Stream, Choice] = {}
+        self._entered: dict[tuple[Stream, fx.Node], Value] = {}
         self._at_entry = {b.block.entry: b for b in reversed(self.plan.fusing)}
-        self._at_weights = {
-            b.block.attention.weights: b for b in self.plan.fusing if b.block.attention.weights is not None
-        }
+        around = [] if self.plan.site is Site.BRANCH else self.plan.fusing
+        self._at_node = {b.block.attention.node: b for b in around}
+        self._at_weights = {b.block.attention.weights: b for b in around if b.block.attention.weights is not None}
         after = {Site.AFTER: "exit", Site.AROUND: "exit", Site.BETWEEN: "middle"}.get(self.plan.site)
         self._at_end = {getattr(b.block, after): b for b in self.plan.fusing} if after else {}
 
     def emit(self, node: fx.Node) -> object:
         """The value of ``node`` in the rewritten program, with whatever the plan has there."""
+        if self.plan.site is Site.BRANCH:
+            return self._emit_beside_stream(node)
         planned = self._at_node.get(node)
         if planned is None or planned.index in self.undone:
             result = self.program.evaluate(node, self.program.env)
@@ -107,6 +118,44 @@ class Insertion:
             result = self._fuse(planned, result)
         return result
 
+    def _emit_beside_stream(self, node: fx.Node) -> object:
+        """The value of ``node`` where branches alone run on fused tokens: all else reads the original ones.
+
+        Before::  x1 = add(x0, proj(attention(qkv(norm(x0)))))
+        After::   y0 = mctf.pool(norm(x0), ...)
+                  x1 = add(x0, mctf.unmerge(proj(attention(qkv(y0))), index))
+        """
+        if node not in self._within:
+            return self.program.on_original_tokens(node)
+        planned, branch = self._within[node]
+        read = {n: self._enter(planned, n) for n in node.all_input_nodes if n in branch.inputs}
+        return self.program.evaluate(node, ChainMap(read, self.program.env))
+
+    def _enter(self, block: PlannedBlock, node: fx.Node) -> Value:
+        """What a branch reads, fused as the block's tokens are."""
+        stream = self._stream(block)
+        if not stream.fusions:
+            self._see_ahead(block)
+            self._fuse(block, self._entry(block))
+        if (stream, node) not in self._entered:
+            value = replace(self.program.env[node], stream=stream)
+            self._entered[stream, node] = self._with_gain(stream.raise_to(value, 1), value, self._choices[stream])
+        return self._entered[stream, node]
+
+    def _see_ahead(self, block: PlannedBlock) -> None:
+        """Note what the method asks of an attention over all tokens, which is not there otherwise."""
+        if not self.plan.method.needs and not block.padded:
+            return
+        attention, stream = block.block.attention, self._stream(block)
+        inputs = {n: self.program.env[n] for b in block.branches if b.kind == ATTENTION for n in b.inputs}
+        if attention.weights is not None:
+            env = self.program.derived([attention.weights, attention.key], inputs)
+            self._seen[block.index] = self._look_at_map(env[attention.weights], block, env)
+            return
+        env = self.program.derived([attention.query, attention.key], inputs)
+        rule = present(rule_of(attention.node))
+        self._look_at_operands(FusedCall(self.program, rule, attention.node, stream, 0, env), block)
+
     def begin(self, node: fx.Node) -> None:
         """Called with each value that was emitted: original tokens that a block will fuse get their sizes.
 
@@ -116,15 +165,20 @@ class Insertion:
         if planned is None or self._entry(planned).generation:
             return
         stream, x = self._stream(planned), self._entry(planned)
+        if stream.fusions:
+            # One match serves several blocks.
+            return
         (place,) = stream.places(x.dims)
         tokens = stream.canonical(replace(x, stream=stream), place)
         stream.begin(tokens.new_ones(tokens.shape[:2], dtype=working_dtype(x.tensor.dtype)), place.lead, place.tail)
 
     def _stream(self, block: PlannedBlock) -> Stream:
         """The stream of a block's tokens; one of its own where nothing has fused them yet, or all came back."""
-        entry, value = present(block.block.entry), self._entry(block)
+        value = self._entry(block)
         if value.stream is not None:
             return value.stream
+        matched = block if block.match is None else self.plan.blocks[block.match]
+        entry = present(matched.block.entry)
         if entry not in self.streams:
             self.streams[entry] = Stream(present(block.block.tokens))
         return self.streams[entry]
@@ -250,15 +304,18 @@ class Insertion:
         """Where the keys of a scaled_dot_product_attention have the token axis."""
         return next(p for p in call.places_of(call.args["key"]) if p.dim == len(call.dims("key")) - 2)
 
-    def _look_at_map(self, weights: Value, block: PlannedBlock) -> dict[str, Tensor]:
-        """What a softmax over tokens tells, spelled out in the graph."""
+    def _look_at_map(
+        self, weights: Value, block: PlannedBlock, env: Mapping[fx.Node, Any] | None = None
+    ) -> dict[str, Tensor]:
+        """What a softmax over tokens tells, spelled out in the graph; ``env``: where else than there values are."""
+        env = self.program.env if env is None else env
         needs = set(self.plan.method.needs)
         seen: dict[str, Tensor] = {}
         stream, attention = self._stream(block), block.block.attention
         softmax = present(attention.weights)
         dim = wrap(cast(int, softmax.args[1]), len(weights.dims))
         keys = next(p for p in stream.places(weights.dims) if p.dim == dim)
-        logits = self.program.env[node_of(softmax.args[0])]
+        logits = env[node_of(softmax.args[0])]
         if block.padded:
             # As the logits would be were all products 0: a product may be as low as a mask.
             product = present(attention.product)
@@ -267,7 +324,7 @@ class Insertion:
             mask: Value = self.program.recomputed(node_of(softmax.args[0]), {product: nothing})
             seen["padding"] = self._masked(mask, keys, stream)
         if Need.KEYS in needs:
-            seen["keys"] = self._mean_key(attention, stream)
+            seen["keys"] = self._mean_key(env[attention.key], attention, stream)
         if Need.CLASS_LOGITS in needs:
             seen["class_logits"] = self._mean_row(logits, keys, stream, block.first)
         if Need.CLASS_ATTENTION in needs:
@@ -286,9 +343,8 @@ class Insertion:
         wide = Value(tensor.to(working_dtype(tensor.dtype)), dims, stream, weights.generation, weights.weights_dim)
         return stream.canonical(wide, keys).mean(-1)
 
-    def _mean_key(self, attention: Attention, stream: Stream) -> Tensor:
+    def _mean_key(self, value: Value, attention: Attention, stream: Stream) -> Tensor:
         """[B, N, D] mean over heads of the keys, in any layout."""
-        value = self.program.env[attention.key]
         (place,) = stream.places(value.dims)
         shared = {atom for dim in self.program.axes.of(present(attention.product)) for atom in atoms(dim)}
         tokens = value.dims[place.dim][len(place.before) : len(value.dims[place.dim]) - len(place.after)]
@@ -318,7 +374,7 @@ class Insertion:
         seen = {name: t if t.dtype is torch.bool else t.to(size.dtype) for name, t in seen.items()}
         if "padding" in seen:
             seen["padding"] = seen["padding"].expand_as(size)
-        return Evidence(tokens, size, block.lead, block.tail, block.number, block.depth, **seen)
+        return Evidence(tokens, size, block.lead, block.tail, block.number, block.depth, tiles=block.tiles, **seen)
 
     def _choose(self, evidence: Evidence, r: int) -> Choice:
         """The method's choice.
@@ -372,11 +428,20 @@ class Insertion:
         with nullcontext() if env is None else env.watched():
             choice = self._choose(evidence, r)
         stream.fusions.append(replace(self._fusion(choice, evidence, place), padding=block.block.padding))
-        fused = stream.raise_to(x, x.generation + 1)
-        if choice.gain is None:
+        self._choices[stream] = choice
+        return self._with_gain(stream.raise_to(x, x.generation + 1), x, choice)
+
+    def _with_gain(self, fused: Value, x: Value, choice: Choice) -> Value:
+        """What the tokens of ``x`` were fused to, times what the choice has beside the mean."""
+        stream, gain = present(fused.stream), choice.gain
+        if gain is None and choice.combine is not Combine.MLERP:
             return fused
-        gain = stream.factor(choice.gain.to(fused.tensor.dtype), fused, place)
-        return replace(fused, tensor=fused.tensor * gain)
+        (place,) = stream.places(fused.dims)
+        if choice.combine is Combine.MLERP:
+            tokens, ends = stream.canonical(x, place), stream.fusion(fused.generation, place.lead, place.tail)
+            factor = torch.ops.mctf.mlerp(tokens, present(ends.weight), ends.keep, ends.gone, ends.into)
+            gain = factor if gain is None else gain * factor
+        return replace(fused, tensor=fused.tensor * stream.factor(present(gain).to(fused.tensor.dtype), fused, place))
 
     def _relax(self, block: PlannedBlock, x: Value, evidence: Evidence, place: Place) -> Value:
         """``x`` with all tokens, which count as the method says."""

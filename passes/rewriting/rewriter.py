@@ -7,6 +7,7 @@ from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 from typing import Any, cast
 
 import torch
@@ -24,9 +25,9 @@ from mctf_compile.passes.analysis.token_axes import Axes
 from mctf_compile.passes.axes import Dims, Place, atoms, has_batch, mentions, places
 from mctf_compile.passes.pipeline import State, graph_pass
 from mctf_compile.passes.planning.counts import Counts
-from mctf_compile.passes.planning.macs import macs_by
-from mctf_compile.passes.planning.plan import Plan, stretches
-from mctf_compile.passes.planning.segments import SEGMENT, ends, segments
+from mctf_compile.passes.planning.macs import macs_by, shown
+from mctf_compile.passes.planning.plan import Plan, stretches, tokens_remaining
+from mctf_compile.passes.planning.segments import BRANCH, SEGMENT, ends, segments
 from mctf_compile.passes.rewriting.fused_call import FusedCall, flat_values
 from mctf_compile.passes.rewriting.insertion import Insertion
 from mctf_compile.passes.rewriting.projector import Projector
@@ -41,6 +42,7 @@ Env = Mapping[fx.Node, Any]
 
 # Why a block that could fuse stays dense.
 LOSES = "giving the original tokens back for later operators costs more than the fusion saves"
+UNPAID = "with all that fusing takes, it would cost more on fused tokens"
 
 
 @graph_pass("rewrite", requires=("plan",), ensures=("result",))
@@ -55,7 +57,9 @@ def run(state: State) -> str | None:
     state.result, state.unmerges, state.kept_fused = outcome.graph, outcome.unmerges, outcome.kept_fused
     known = state.findings
     declined = known.declined | outcome.wasted
-    if outcome.unmerges and not outcome.wasted:
+    if plan.site is Site.BRANCH:
+        declined = declined | _unpaid(state)
+    elif outcome.unmerges and not outcome.wasted:
         declined = declined | _losing(normal, plan, outcome)
     state.findings = replace(known, declined=declined, uncut=known.uncut | outcome.uncut)
     return None if state.findings == known else "plan"
@@ -74,6 +78,30 @@ def _losing(normal: fx.GraphModule, plan: Plan, outcome: Outcome) -> dict[int, s
     )
     losing = {stream for stream in outcome.given_back if after[stream] >= before[stream]}
     return {block: LOSES for block, stream in outcome.streams.items() if stream in losing}
+
+
+def _unpaid(state: State) -> dict[int, str]:
+    """The blocks whose branches take no less on fused tokens, with all that fusing them takes.
+
+    Where other numbers of tokens may be asked for, nobody knows yet.
+    """
+    plan, normal = present(state.plan), present(state.normal)
+    if state.adjustable or state.undecided:
+        return {}
+    part = plan.branch_of
+    remaining = tokens_remaining(state) if state.counts is not None else ()
+    before = macs_by(normal, part.get)
+    after = macs_by(present(state.result), lambda n: n.meta.get(BRANCH), state.counts, remaining)
+    state.branch_macs = {of: (before[of], after[of]) for of in dict.fromkeys(part.values())}
+    unpaid = {}
+    for block in plan.fusing:
+        # Blocks that share a match share what it takes.
+        together = {b.index for b in plan.fusing if b.match == block.match}
+        own = [macs for (index, _), macs in state.branch_macs.items() if index in together]
+        dense, fused = map(sum, zip(*own))
+        if fused >= dense:
+            unpaid[block.index] = f"{UNPAID}: {shown(fused)} instead of {shown(dense)}"
+    return unpaid
 
 
 @dataclass(frozen=True)
@@ -184,6 +212,7 @@ class Rewriter:
         self.kept_fused: list[FusedOutput] = []
         self.env: dict[fx.Node, Any] = _Values(self._emit)
         self._segment = 0
+        self._branch_of = plan.branch_of
         # By block, the number of tokens that it leaves, where that is an input of the graph.
         self.remaining: dict[int, SymInt] = {}
         self.insertion = Insertion(self)
@@ -197,6 +226,8 @@ class Rewriter:
         for planned in self.plan.fusing:
             block = planned.block
             first, last = self.order[block.attention.node], self.order[block.exit]
+            if self.plan.site is Site.BRANCH:
+                first, last = self.order[block.entry], first
             for unmerge in self.unmerges:
                 if first < self.order[unmerge.node] <= last:
                     found[planned.index] = f"the fused tokens would be given back within the block: {unmerge.reason}"
@@ -225,7 +256,7 @@ class Rewriter:
             with set_current_meta(node):
                 self.insertion.begin(node)
             if node in cuts:
-                self.close(present(get_proxy_mode()).tracer.graph)
+                self.close(self._graph)
         raise AssertionError("a graph without an output")
 
     def _returned(self, outputs: Any) -> Any:
@@ -250,8 +281,19 @@ class Rewriter:
         return results
 
     def _emit(self, node: fx.Node) -> Any:
+        branch = self._branch_of.get(node)
+        last = None if branch is None else next(reversed(self._graph.nodes))
         with set_current_meta(node):
-            return self.insertion.emit(node)
+            value = self.insertion.emit(node)
+        if last is not None:
+            for made in takewhile(lambda n: n is not last, reversed(self._graph.nodes)):
+                made.meta.setdefault(BRANCH, branch)
+        return value
+
+    @property
+    def _graph(self) -> fx.Graph:
+        """The graph that is being traced."""
+        return present(get_proxy_mode()).tracer.graph
 
     def _sources(self, node: fx.Node) -> list[fx.Node]:
         """The nodes whose values ``evaluate`` reads: for a part of a projection, the operands of the whole."""
@@ -347,10 +389,20 @@ class Rewriter:
             raise Declined(f"{name_of(node)} takes the tokens together with positions that are numbered otherwise")
         return rule.fused(fused)
 
-    def recomputed(self, node: fx.Node, replacements: dict[fx.Node, Value]) -> Any:
+    def on_original_tokens(self, node: fx.Node) -> Any:
+        """Run one node on the original tokens."""
+        values = (self.env[n] for n in node.all_input_nodes)
+        fused = any(value.generation for value in flat_values(values)) and node.target is not operator.getitem
+        return self._run_dense(node, self.env) if fused else self.evaluate(node, self.env)
+
+    def recomputed(self, node: fx.Node, replacements: Mapping[fx.Node, Value]) -> Any:
         """The value of ``node`` had others been the ``replacements``; only what lies between is run again."""
-        between, stack = set(), [node]
-        first = min(self.order[n] for n in replacements)
+        return self.derived([node], replacements)[node]
+
+    def derived(self, nodes: Sequence[fx.Node], replacements: Mapping[fx.Node, Value]) -> Env:
+        """The values had others been the ``replacements``, as far as ``nodes`` are computed from them."""
+        between, stack = set(), [*nodes]
+        first = min((self.order[n] for n in replacements), default=len(self.order))
         while stack:
             n = stack.pop()
             if n not in between and n not in replacements and self.order[n] > first:
@@ -360,7 +412,7 @@ class Rewriter:
         for n in sorted(between, key=self.order.__getitem__):
             if any(i in local.maps[0] for i in self._sources(n)):
                 local[n] = self.evaluate(n, local)
-        return local[node]
+        return local
 
     def _descends(self, node: fx.Node, source: fx.Node) -> bool:
         """Whether ``node`` is computed from ``source``."""
