@@ -32,6 +32,7 @@ class MCTF(Merging):
 
     name: ClassVar[str] = "mctf"
     source: ClassVar[str] = "Lee et al., CVPR 2024, arXiv 2403.10030"
+    keeps_images_apart: ClassVar[bool] = True
     needs: ClassVar[Collection[Need]] = (Need.IMPORTANCE,)
 
     attention: str = option("approx", one_of("approx", "exact", "current"))
@@ -61,7 +62,7 @@ class MCTF(Merging):
             self.tau_info,
             self.tau_size,
             self.matching == "bidirectional",
-            evidence.padding,
+            evidence.kind,
         )
         if self.pooling == "max":
             return Choice(keep, gone, into, combine=Combine.MAX)

@@ -30,6 +30,7 @@ class ToFu(Merging):
     name: ClassVar[str] = "tofu"
     source: ClassVar[str] = "Kim et al., WACV 2024, arXiv 2312.01026"
     site: ClassVar[Site] = Site.BETWEEN
+    keeps_images_apart: ClassVar[bool] = True
     needs: ClassVar[Collection[Need]] = (Need.KEYS,)
 
     prune_layers: int | None = option(None, integer(0, None))

@@ -26,6 +26,7 @@ class ToMe(Merging):
     name: ClassVar[str] = "tome"
     source: ClassVar[str] = "Bolya et al., ICLR 2023, arXiv 2210.09461"
     site: ClassVar[Site] = Site.BETWEEN
+    keeps_images_apart: ClassVar[bool] = True
     needs: ClassVar[Collection[Need]] = (Need.KEYS,)
 
     pooling: str = option("size", one_of("size", "mean", "mlerp"))
@@ -37,6 +38,6 @@ class ToMe(Merging):
 def match(evidence: Evidence, metric: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Bipartite soft matching of a metric [B, N, D] (section 3): (keep, gone, into)."""
     keep, gone, into = torch.ops.mctf.match(
-        metric, None, evidence.size, r, evidence.lead, evidence.tail, 1.0, 0.0, 0.0, False, evidence.padding
+        metric, None, evidence.size, r, evidence.lead, evidence.tail, 1.0, 0.0, 0.0, False, evidence.kind
     )
     return keep, gone, into
