@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from mctf_compile.errors import ConfigError
-from mctf_compile.passes.analysis.masks import MASKED
+from mctf_compile.passes.analysis.packs import MASKED
 
 
 class Checked:

@@ -151,7 +151,6 @@ def block_of(valid):
 PAIRS = {
     "causal": lambda v: torch.ones(N, N, dtype=torch.bool).tril()[None, None],
     "causal, compared": lambda v: (torch.arange(N)[:, None] >= torch.arange(N))[None, None],
-    "blocks": lambda v: (block_of(v)[:, None] == block_of(v))[None, None],
     "padding and causal": lambda v: columns(v) & torch.ones(N, N, dtype=torch.bool).tril(),
     "padding and blocks": lambda v: columns(v) & rows(v) & (block_of(v)[:, None] == block_of(v)),
     "either": lambda v: columns(v) | rows(v),

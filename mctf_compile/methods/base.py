@@ -83,7 +83,9 @@ class Evidence:
 
     ``x`` [B, N, C]: the residual stream; ``size`` [B, N]: token sizes; ``lead`` and ``tail``: protected tokens
     at its ends; ``index`` of ``depth``: the block in its tower. ``padding``: bool [B, N] where attention masks
-    tokens out, else None; padding and other tokens must not be combined where ``r`` leaves a choice. What is
+    tokens out, else None; padding and other tokens must not be combined where ``r`` leaves a choice. ``image``: int64
+    [B, N] where several images are packed into one sequence, else None; a token of one is never combined with one of
+    another, and no choice of ``r`` asks for it where each leaves for the next or a neighbour of its kind. What is
     floating is float32 or wider, but for ``x``, and autocast is off.
 
     ``importance`` [B, N]: the mean over heads and queries of the block's attention; ``class_attention``
@@ -99,6 +101,7 @@ class Evidence:
     index: int
     depth: int
     padding: Tensor | None = None
+    image: Tensor | None = None
     importance: Tensor | None = None
     class_attention: Tensor | None = None
     class_logits: Tensor | None = None
@@ -113,6 +116,11 @@ class Evidence:
         Source: Bolya & Hoffman, CVPR Workshops 2023 (arXiv 2303.17604), section 4.
         """
         return self.x if self.keys is None else self.keys
+
+    @property
+    def kind(self) -> Tensor | None:
+        """[B, N]: tokens of two kinds are not combined; None where all are of one."""
+        return self.padding if self.image is None else self.image
 
 
 class Combine(enum.Enum):
@@ -193,7 +201,8 @@ class Method(Options):
     reads of a block. ``sized``: whether a token that others left into counts for them too; a method without
     sizes leaves every token a size of 1. ``matches``: whether it chooses by ``match`` of
     ``mctf_compile.methods.combining``, which knows of tiles. ``reads``: where the modules that ``attach`` adds read the
-    tokens; None for a method that has none. ``hint``: what to do where its needs cannot be met.
+    tokens; None for a method that has none. ``keeps_images_apart``: whether ``choose`` combines no tokens of two images
+    that ``Evidence.image`` tells apart, and drops none. ``hint``: what to do where its needs cannot be met.
 
     Options of every method:
         layers: blocks (0-based) of a tower that it acts on; None for the method's default.
@@ -209,6 +218,7 @@ class Method(Options):
     sized: ClassVar[bool] = True
     matches: ClassVar[bool] = False
     reads: ClassVar[Reads | None] = None
+    keeps_images_apart: ClassVar[bool] = False
     hint: ClassVar[str] = ""
 
     layers: tuple[int, ...] | None = option(None, block_numbers)

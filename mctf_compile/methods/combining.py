@@ -22,7 +22,7 @@ def match(
     ``taus``: the temperatures of similarity, informativeness and size. Tokens leave from even positions, with ``both``
     from odd ones too; where one token of each tile receives the others, from all other places.
     """
-    tiles, a, kind = evidence.tiles, evidence.importance, evidence.padding
+    tiles, a, kind = evidence.tiles, evidence.importance, evidence.kind
     if tiles is None:
         keep, gone, into = torch.ops.mctf.match(
             metric, a, evidence.size, r, evidence.lead, evidence.tail, *taus, both, kind

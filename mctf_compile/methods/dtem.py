@@ -45,6 +45,7 @@ class DTEM(Merging):
     name: ClassVar[str] = "dtem"
     source: ClassVar[str] = "Lee & Hong, NeurIPS 2024, arXiv 2412.10569"
     site: ClassVar[Site] = Site.BETWEEN
+    keeps_images_apart: ClassVar[bool] = True
     needs: ClassVar[Collection[Need]] = (Need.LEARNED,)
     reads: ClassVar[Reads] = Reads.PROJECTION
 

@@ -34,6 +34,7 @@ class MCTF(Merging):
     name: ClassVar[str] = "mctf"
     source: ClassVar[str] = "Lee et al., CVPR 2024, arXiv 2403.10030"
     matches: ClassVar[bool] = True
+    keeps_images_apart: ClassVar[bool] = True
 
     attention: str = option("approx", one_of("approx", "exact", "current"))
     matching: str = option("bidirectional", one_of("bidirectional", "one_way"))

@@ -29,6 +29,7 @@ class ToFu(Merging):
     source: ClassVar[str] = "Kim et al., WACV 2024, arXiv 2312.01026"
     site: ClassVar[Site] = Site.BETWEEN
     matches: ClassVar[bool] = True
+    keeps_images_apart: ClassVar[bool] = True
 
     prune_layers: int | None = option(None, integer(0, None))
     combine: str = option("mlerp", one_of("mlerp", "average"))

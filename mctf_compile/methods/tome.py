@@ -26,6 +26,8 @@ class ToMe(Merging):
     source: ClassVar[str] = "Bolya et al., ICLR 2023, arXiv 2210.09461"
     site: ClassVar[Site] = Site.BETWEEN
     matches: ClassVar[bool] = True
+    keeps_images_apart: ClassVar[bool] = True
+
     pooling: str = option("size", one_of("size", "mean", "mlerp"))
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import accumulate, pairwise
 from typing import cast
 
 import networkx as nx
@@ -13,8 +14,11 @@ from torch import fx
 
 from mctf_compile.narrowing import function_of, node_of, present
 from mctf_compile.passes.analysis.dataflow import Dataflow
+from mctf_compile.passes.analysis.masks import mask_operands
 from mctf_compile.passes.analysis.mutations import updates_statistics
+from mctf_compile.passes.analysis.normalize import constants
 from mctf_compile.passes.analysis.observations import assign
+from mctf_compile.passes.analysis.packs import Packs
 from mctf_compile.passes.analysis.reasons import name_of
 from mctf_compile.passes.analysis.structure import Attention, Block
 from mctf_compile.passes.analysis.token_axes import Axes
@@ -31,11 +35,12 @@ def run(state: State) -> None:
     method = state.config.method
     protected = None if isinstance(method.protected, str) else method.protected
     graph = present(state.normal).graph
-    found = find_blocks(graph, present(state.axes), protected)
+    packs = Packs(graph, constants(state.gm, present(state.normal), state.examples))
+    found = find_blocks(graph, present(state.axes), protected, packs)
     state.blocks = assign(present(state.observations), found, graph)
 
 
-def find_blocks(graph: fx.Graph, axes: Axes, protected: int | None = None) -> list[Block]:
+def find_blocks(graph: fx.Graph, axes: Axes, protected: int | None = None, packs: Packs | None = None) -> list[Block]:
     """Every self-attention over a token axis, in the order of execution, with its residual stream.
 
     1. Attention is scaled_dot_product_attention, or a softmax over an axis that a product then contracts.
@@ -49,8 +54,21 @@ def find_blocks(graph: fx.Graph, axes: Axes, protected: int | None = None) -> li
     blocks = []
     for i, attention in enumerate(attentions):
         following = attentions[i + 1].node if i + 1 < len(attentions) else None
-        blocks.append(replace(_block(attention, following, flow, axes, protected), module=_module(attention.node)))
+        pack, images = (None, ()) if packs is None else _images(attention, packs, axes)
+        block = _block(attention, following, flow, axes, protected, images)
+        blocks.append(replace(block, pack=pack, module=_module(attention.node)))
     return blocks
+
+
+def _images(attention: Attention, packs: Packs, axes: Axes) -> tuple[fx.Node | None, tuple[int, ...]]:
+    """The mask of an attention that keeps images in one sequence apart, and their numbers of tokens."""
+    for mask, reader in mask_operands(attention).items():
+        if attention.weights is None or reader.target is aten.add.Tensor:
+            images = packs.of(mask, reader)
+            # Else what is known of the mask's positions is nothing of the tokens'.
+            if images and axes.of(mask)[-2:] == (attention.query_axis, attention.key_axis):
+                return mask, images
+    return None, ()
 
 
 def _module(node: fx.Node) -> str | None:
@@ -183,11 +201,18 @@ def _factors(product: fx.Node) -> Sequence[fx.Node]:
     return present(present(rule_of(product)).factors)(schema_arguments(product))
 
 
-def _block(attention: Attention, following: fx.Node | None, flow: Dataflow, axes: Axes, protected: int | None) -> Block:
+def _block(
+    attention: Attention,
+    following: fx.Node | None,
+    flow: Dataflow,
+    axes: Axes,
+    protected: int | None,
+    images: tuple[int, ...],
+) -> Block:
     keys, queries = axes.table.canonical(attention.key_axis), axes.table.canonical(attention.query_axis)
     if keys != queries:
         return Block(attention, None, problem="queries and keys run over different tokens")
-    tokens = _tokens(keys, protected)
+    tokens = Tokens(keys, product(keys), 0, 0, ()) if len(images) > 1 else _tokens(keys, protected)
     if isinstance(tokens, str):
         return Block(attention, None, problem=tokens)
     found = _residual(attention, tokens, following, flow, axes)
@@ -206,7 +231,28 @@ def _block(attention: Attention, following: fx.Node | None, flow: Dataflow, axes
     end = _mlp_end(middle, following, flow, axes) or middle
     if any(map(updates_statistics, flow.between(entry, end))):
         return Block(attention, None, entry, middle, problem="batch norm in training takes statistics over the tokens")
-    return Block(attention, tokens, entry, middle, end)
+    return Block(attention, tokens, entry, middle, end, packed=_packed(keys, images))
+
+
+def _packed(keys: Dim, images: Sequence[int]) -> tuple[int, ...]:
+    """The runs of positions within which tokens may be fused, of several images packed into one sequence.
+
+    Of an image that is joined of parts, the largest is what may be fused; each position of the others is a run of one.
+    """
+    parts = keys[0].parts if len(keys) == 1 and isinstance(keys[0], Cat) else ()
+    edges = [*accumulate(cast(list[int], [size for size, _ in parts]))]
+    found: list[int] = []
+    start = 0
+    if len(images) < 2:
+        return ()
+    for size in images:
+        cuts = [start, *(edge for edge in edges if start < edge < start + size), start + size]
+        pieces = [b - a for a, b in pairwise(cuts)]
+        largest = pieces.index(max(pieces))
+        for i, piece in enumerate(pieces):
+            found += [piece] if i == largest else [1] * piece
+        start += size
+    return tuple(found)
 
 
 def _residual(

@@ -13,6 +13,7 @@ from torch._ops import OpOverload
 from mctf_compile.narrowing import function_of, node_of, present
 from mctf_compile.passes.analysis.mutations import still_written
 from mctf_compile.passes.analysis.normalize import constants
+from mctf_compile.passes.analysis.packs import CPU, MASKED
 from mctf_compile.passes.analysis.structure import Attention, Block, Mask, Masks
 from mctf_compile.passes.analysis.token_axes import Axes
 from mctf_compile.passes.axes import Atom, Dim, atoms
@@ -21,16 +22,11 @@ from mctf_compile.passes.rules import RULES, Elements, find_rule, is_random, rul
 
 aten = torch.ops.aten
 
-# A logit below this is no attention at all, whatever a soft bias adds to a mask. Masks are written with -inf,
-# finfo.min, -1e9 or -1e4.
-MASKED = -5e3
-
 # As many marks are followed through one value: a table of them has 2 ** MARKS entries.
 MARKS = 4
 
 # A constant with more numbers is not looked at: it is no list of positions.
 LARGEST = 1 << 16
-CPU = torch.device("cpu")
 
 # Of a mask: the values each of which alone tells which tokens it masks out.
 Telling = frozenset[fx.Node]
@@ -71,14 +67,25 @@ def find_masks(
         told = {n: told for n, (kind, told) in found.items() if kind is Mask.TOKENS}
         own = {n: frozenset().union(*map(equal.__getitem__, nodes)) for n, nodes in told.items()}
         masks.update((n, masks.get(n, told) & told) for n, told in own.items())
+        # Of what masks pairs no token alone tells: it has no mean.
+        masks.update((n, frozenset()) for n, (kind, _) in found.items() if kind > Mask.TOKENS)
         taken.update(finder.taken)
         return [kind for kind, _ in found.values()], list(own.values())
 
     found = []
     for block in blocks:
         batch = None if block.tokens is None else block.tokens.batch
-        kinds, told = look(_mask_operands(block.attention), block.attention.key_axis, batch)
+        operands = mask_operands(block.attention)
+        pack = block.pack if block.pack in operands else None
+        if pack is not None:
+            del operands[pack]
+        kinds, told = look(operands, block.attention.key_axis, batch)
         padding = frozenset.intersection(*told) if told else frozenset()
+        if pack is not None:
+            # Padding in a pack is told by neither alone.
+            kinds.append(Mask.PAIRS if Mask.TOKENS in kinds else Mask.PACKED if block.packed else Mask.BIAS)
+            if block.packed:
+                padding = masks[pack] = equal[pack]
         found.append(replace(block, mask=max(kinds, default=Mask.NONE), padding=padding))
     # Attention of other queries than the tokens has its masks too.
     for node in graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
@@ -103,7 +110,7 @@ def _equal(graph: fx.Graph, written: set[fx.Node]) -> dict[fx.Node, Telling]:
     return {node: frozenset(groups[representative]) for node, representative in same.items()}
 
 
-def _mask_operands(attention: Attention) -> dict[fx.Node, fx.Node]:
+def mask_operands(attention: Attention) -> dict[fx.Node, fx.Node]:
     """What is combined with q kᵀ before the softmax, each with the operator that does it."""
     if attention.weights is None:
         mask = schema_arguments(attention.node).get("attn_mask")

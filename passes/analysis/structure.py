@@ -16,8 +16,9 @@ class Mask(enum.IntEnum):
     NONE = 0
     BIAS = 1  # a soft bias: fused tokens have the mean of their members'
     TOKENS = 2  # says of single tokens whether they take part (padding): others never fuse with them
-    GIVEN = 3  # has a number for every pair of tokens, and comes from outside the graph, where nobody can read it
-    PAIRS = 4  # says which token may see which: no two tokens can stand for one another
+    PACKED = 3  # lets the tokens of each of several images in one sequence see those of their own image alone
+    GIVEN = 4  # has a number for every pair of tokens, and comes from outside the graph, where nobody can read it
+    PAIRS = 5  # says which token may see which: no two tokens can stand for one another
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class Block:
     ``exit``: the residual stream after the MLP (``middle`` where no MLP follows). ``problem`` says why
     no token can be fused here, else None. ``mask``: what the logits allow (see ``masks``), and
     ``padding`` the values each of which alone tells which tokens they leave out.
+    ``pack``: the mask that keeps several images in one sequence apart, if any, and ``packed`` the lengths of the runs
+    of positions within which tokens may be fused then, in order.
     ``learned``: what a module attached to it says of its tokens (see ``observations``). ``module``: the path of the
     module that attention runs in, where the graph tells; for people to read.
     """
@@ -70,6 +73,8 @@ class Block:
     problem: str | None = None
     mask: Mask = Mask.NONE
     padding: frozenset[fx.Node] = frozenset()
+    pack: fx.Node | None = None
+    packed: tuple[int, ...] = ()
     learned: fx.Node | None = None
     module: str | None = None
 

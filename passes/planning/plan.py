@@ -77,6 +77,11 @@ class PlannedBlock:
         return self.block.mask is Mask.TOKENS
 
     @property
+    def packed(self) -> tuple[int, ...]:
+        """The runs of original tokens within which tokens fuse, where several images are packed into one sequence."""
+        return self.block.packed if self.block.mask is Mask.PACKED else ()
+
+    @property
     def removed(self) -> int:
         return 0 if self.reason is not None else present(self.tokens_in) - present(self.tokens_out)
 
@@ -177,7 +182,7 @@ class _TowerPlanner:
         planned = PlannedBlock(index, block, None, None, tower=self.number, number=number, depth=self.depth)
         reason = block.problem or _why_fixed(block, self.state, self.relaxed)
         reason = reason or findings.declined.get(index) or _unsupported(block, self.axes)
-        reason = reason or _excluded(block, self.method.modules)
+        reason = reason or _excluded(block, self.method.modules) or _not_apart(block, self.method, self.relaxed)
         if reason is None and number in self.chosen:
             reason = _unmet(block, self.axes, self.method)
         wanted = self.method.branches if isinstance(self.method, Merging) else ()
@@ -197,7 +202,7 @@ class _TowerPlanner:
         self.method.check_model(self.depth, dense)
         lead = place.lead if isinstance(self.method.protected, str) else self.method.protected
         # Padding may leave one token of either kind without a partner of its own.
-        spare = 2 if block.mask is Mask.TOKENS else 0
+        spare = 2 if block.mask is Mask.TOKENS else (len(block.packed) + 1) // 2
         tiles, untiled = self._tiles(block)
         receivers = None if tiles is None else tiles.receivers
         outcome = self._removal(number, Count(tokens, lead + place.tail, size + place.lead - lead, spare, receivers))
@@ -412,6 +417,17 @@ def _exposed(block: Block, method: Method) -> str | None:
     if not present(block.tokens).positional:
         return None
     return f"protected={method.protected} lets prefix tokens be fused; position 0 may then hold another token"
+
+
+def _not_apart(block: Block, method: Method, relaxed: bool) -> str | None:
+    """Why images that are packed into one sequence would not stay apart, if so."""
+    if block.mask is not Mask.PACKED:
+        return None
+    beside = method.fuses_at is Site.BRANCH
+    if relaxed or beside or not method.keeps_images_apart:
+        what = f"method {method.name!r}" + (" in training" if relaxed else " in branches" if beside else "")
+        return f"several images are packed into one sequence, and {what} does not keep their tokens apart"
+    return None
 
 
 def _unmet(block: Block, axes: Axes, method: Method) -> str | None:

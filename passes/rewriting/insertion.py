@@ -19,7 +19,7 @@ from mctf_compile.kernels.pooling.aten import index_of
 from mctf_compile.methods import Choice, Combine, Evidence, Need, Site
 from mctf_compile.methods.base import ATTENTION
 from mctf_compile.narrowing import node_of, present
-from mctf_compile.passes.analysis.masks import MASKED
+from mctf_compile.passes.analysis.packs import MASKED
 from mctf_compile.passes.analysis.structure import Attention
 from mctf_compile.passes.axes import Place, atoms, hint_of
 from mctf_compile.passes.planning.plan import PlannedBlock
@@ -104,7 +104,10 @@ class Insertion:
         if node in self._at_weights:
             planned = self._at_weights[node]
             if result.generation == self._entry(planned).generation:
-                self._seen[planned.index] = self._look_at_map(result, planned)
+                try:
+                    self._seen[planned.index] = self._look_at_map(result, planned)
+                except Declined as declined:
+                    self.undone[planned.index] = str(declined)
             else:
                 self.undone[planned.index] = "attention gets the original tokens back before its softmax"
         if node in self._at_end and self._at_end[node].index not in self.undone:
@@ -279,6 +282,8 @@ class Insertion:
         if block.padded:
             columns = max(call.places_of(call.args["attn_mask"]), key=lambda p: p.dim)
             seen["padding"] = self._masked(call.intensive("attn_mask"), columns, call.stream)
+        if block.packed:
+            seen["image"] = self._image(block)
         if Need.KEYS in needs:
             seen["keys"] = given.key.mean(1)
         if Need.CLASS_LOGITS in needs:
@@ -299,6 +304,10 @@ class Insertion:
             given.query, given.key, call.log_sizes(keys), given.bias, scale_of(call.call)
         )
         return Map(weights, norm, given.layout)
+
+    def _image(self, block: PlannedBlock) -> Tensor:
+        """Int64 [B, N]: the run of original tokens that each token is of, within which alone it may be fused."""
+        return self._stream(block).image(self._entry(block).generation, block.packed, block.block.padding)
 
     def _keys(self, call: FusedCall) -> Place:
         """Where the keys of a scaled_dot_product_attention have the token axis."""
@@ -323,6 +332,8 @@ class Insertion:
             nothing = replace(known, tensor=torch.zeros_like(known.tensor))
             mask: Value = self.program.recomputed(node_of(softmax.args[0]), {product: nothing})
             seen["padding"] = self._masked(mask, keys, stream)
+        if block.packed:
+            seen["image"] = self._image(block)
         if Need.KEYS in needs:
             seen["keys"] = self._mean_key(env[attention.key], attention, stream)
         if Need.CLASS_LOGITS in needs:
@@ -371,7 +382,7 @@ class Insertion:
             learned = stream.raise_to(learned, self._entry(block).generation)
             (place,) = stream.places(learned.dims)
             seen["learned"] = stream.canonical(learned, place)
-        seen = {name: t if t.dtype is torch.bool else t.to(size.dtype) for name, t in seen.items()}
+        seen = {name: t.to(size.dtype) if t.is_floating_point() else t for name, t in seen.items()}
         if "padding" in seen:
             seen["padding"] = seen["padding"].expand_as(size)
         return Evidence(tokens, size, block.lead, block.tail, block.number, block.depth, tiles=block.tiles, **seen)
@@ -379,14 +390,15 @@ class Insertion:
     def _choose(self, evidence: Evidence, r: int) -> Choice:
         """The method's choice.
 
-        With padding the tokens are first sorted by kind, padding last, so that each kind is spread over both sides of a
-        bipartite matching and has partners of its own.
+        Where tokens are of several kinds, padding or of one image of a pack, they are first sorted by kind, padding
+        last, so that each kind is spread over both sides of a bipartite matching and has partners of its own.
         """
-        if evidence.padding is None:
+        kind = evidence.kind
+        if kind is None:
             return self.plan.method.choose(evidence, r)
-        n, lead, tail = evidence.padding.shape[1], evidence.lead, evidence.tail
-        body = descending((~evidence.padding[:, lead : n - tail]).int()) + lead
-        position = torch.arange(n, device=body.device).expand_as(evidence.padding)
+        n, lead, tail = kind.shape[1], evidence.lead, evidence.tail
+        body = descending(-kind[:, lead : n - tail].int()) + lead
+        position = torch.arange(n, device=body.device).expand_as(kind)
         order = torch.cat([position[:, :lead], body, position[:, n - tail :]], 1)
         tensors = {f.name: t for f in fields(evidence) if isinstance(t := getattr(evidence, f.name), Tensor)}
         taken: dict[str, Any] = {n: _take(t, order) for n, t in tensors.items()}

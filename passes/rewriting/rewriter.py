@@ -19,6 +19,7 @@ from mctf_compile.errors import Declined
 from mctf_compile.kernels.library import without_autocast
 from mctf_compile.methods import Site
 from mctf_compile.narrowing import function_of, node_of, operator_of, present
+from mctf_compile.passes.analysis.mutations import still_written
 from mctf_compile.passes.analysis.projections import read_by
 from mctf_compile.passes.analysis.reasons import name_of
 from mctf_compile.passes.analysis.token_axes import Axes
@@ -217,6 +218,7 @@ class Rewriter:
         self.remaining: dict[int, SymInt] = {}
         self.insertion = Insertion(self)
         self._projector = Projector(axes, plan)
+        self._written = still_written(gm.graph)
         self._read = self._nodes_read()
         self._raised: dict[tuple[Stream, int, fx.Node, Tensor, Dims], Value] = {}
 
@@ -473,7 +475,7 @@ class Rewriter:
                 continue
             seen.add(n)
             read = sources(n)
-            if find_rule(n.target) is None or is_random(operator_of(n)):
+            if find_rule(n.target) is None or is_random(operator_of(n)) or n in self._written:
                 return False
             if read and mentions(self.axes.mixed_by(n), stream.tokens):
                 return False

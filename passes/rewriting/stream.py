@@ -114,6 +114,8 @@ class Stream:
     fusions: list[Fusion] = field(default_factory=list)
     # [B, N] sizes of the original tokens, by the protected ones at their ends.
     _ones: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    # int64 [B, N]: the run of tokens of a pack that each original token is in.
+    _image: Tensor | None = None
     _ends: dict[tuple[int, int, int], Fusion] = field(default_factory=dict)
     _through: dict[tuple[int, int, int, int], Fusion] = field(default_factory=dict)
     _maps: dict[tuple[int, int, int, int], Tensor] = field(default_factory=dict)
@@ -151,6 +153,22 @@ class Stream:
     def begin(self, ones: Tensor, lead: int, tail: int) -> None:
         """Give the original tokens their sizes: [B, N] of 1, over an axis with these ends."""
         self._ones[lead, tail] = ones
+
+    def image(self, generation: int, packed: tuple[int, ...], padding: frozenset[fx.Node]) -> Tensor:
+        """int64 [B, M]: which of the runs ``packed`` of original tokens each token of a generation is of.
+
+        ``padding``: the masks that tell. Raises ``Declined`` where an earlier fusion did not keep the runs apart.
+        """
+        if any(not padding & fusion.padding for fusion in self.fusions[:generation]):
+            raise Declined("tokens of several images that are packed into one sequence were fused before")
+        if self._image is None:
+            ones = next(iter(self._ones.values()))[:, :1].long()
+            parts = [ones.expand(-1, size) * number for number, size in enumerate(packed)]
+            self._image = torch.cat(parts, 1)
+        found = self._image
+        for fusion in self.fusions[:generation]:
+            found = found.gather(1, fusion.keep)
+        return found
 
     def size(self, generation: int, lead: int, tail: int) -> Tensor:
         """[B, N] sizes of the tokens of a generation, over an axis with these ends."""
