@@ -21,7 +21,7 @@ from mctf_compile.methods.combining import combined, match
 from mctf_compile.passes.rewriting.insertion import Insertion
 from mctf_compile.passes.rewriting.stream import Stream
 from mctf_compile.testing import Recorder, TinyViT, VitSpec, assert_rewrite_sound
-from mctf_compile.testing.soundness import check_rewrite
+from mctf_compile.testing.soundness import assert_fused_alike, check_rewrite
 from mctf_compile.testing.strategies import fusion_options, vit_specs
 
 aten = torch.ops.aten
@@ -521,3 +521,17 @@ def test_a_wrong_partition_says_what_is_right(options, message):
     with pytest.raises(ConfigError) as raised:
         FusionConfig(**options)
     assert message in str(raised.value)
+
+
+def test_padding_is_told_without_the_attention_that_a_branch_avoids():
+    """The mask alone tells it, whether it is an argument of attention or a softmax reads logits that it has filled."""
+    torch.manual_seed(0)
+    models = [TinyViT(VitSpec(spelling=s, side="padding", grid=6)).double().eval() for s in ("sdpa", "softmax")]
+    models[1].load_state_dict(models[0].state_dict())
+    images, valid = models[0].example(16, 0)
+    options = {"method": "tome", "r": 4, "span": "branch"}
+    with torch.no_grad():
+        works = [mctf_compile.explain(model, images.double(), valid, **options) for model in models]
+        assert_fused_alike(*models, images.double(), valid, **options)
+    assert [report.removed for report in works] == [12, 12]
+    assert works[0].macs_after == works[1].macs_after

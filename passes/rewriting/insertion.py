@@ -328,8 +328,9 @@ class Insertion:
         if block.padded:
             # As the logits would be were all products 0: a product may be as low as a mask.
             product = present(attention.product)
-            known: Value = self.program.env[product]
-            nothing = replace(known, tensor=torch.zeros_like(known.tensor))
+            known: Value = env[product]
+            shape, dtype, device = known.tensor.shape, known.tensor.dtype, known.tensor.device
+            nothing = replace(known, tensor=torch.zeros(shape, dtype=dtype, device=device))
             mask: Value = self.program.recomputed(node_of(softmax.args[0]), {product: nothing})
             seen["padding"] = self._masked(mask, keys, stream)
         if block.packed:
