@@ -96,7 +96,7 @@ def test_writes_happen_once_and_are_seen(write, fuses, attention):
     kinds = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(3))
     x = kinds[:, torch.arange(24) % 3].contiguous()
     results, means = [], []
-    for run in (lambda m: m(x), Recorder({"r": 4, "attention": attention, "min_tokens": 1, **ONLY_SIMILARITY}).run):
+    for run in (lambda m: m(x), Recorder({"r": 2, "attention": attention, "min_tokens": 1, **ONLY_SIMILARITY}).run):
         model = Written(write)
         with torch.no_grad():
             results.append(run(model) if run.__name__ == "<lambda>" else run(model, x))
