@@ -13,7 +13,7 @@ from torch._ops import OpOverload
 from mctf_compile.narrowing import function_of, node_of, present
 from mctf_compile.passes.analysis.mutations import still_written
 from mctf_compile.passes.analysis.normalize import constants
-from mctf_compile.passes.analysis.packs import CPU, MASKED
+from mctf_compile.passes.analysis.packs import MASKED, computed, number
 from mctf_compile.passes.analysis.structure import Attention, Block, Mask, Masks
 from mctf_compile.passes.analysis.token_axes import Axes
 from mctf_compile.passes.axes import Atom, Dim, atoms
@@ -407,10 +407,7 @@ class _Finder:
 
     def _evaluated(self, node: fx.Node) -> Tensor | None:
         if node.op in ("placeholder", "get_attr"):
-            # Of those that the model holds a single number alone is taken for what it will be.
-            known = self.values.get(node)
-            fixed = known is not None and known.numel() == 1 and not isinstance(known, torch.nn.Parameter)
-            return present(known).detach().cpu() if fixed else None
+            return number(node, self.values)
         value, target = node.meta.get("val"), node.target
         if not isinstance(target, OpOverload) or is_random(target) or node in self.written:
             return None
@@ -418,11 +415,7 @@ class _Finder:
             return None
         if any(self._constant(n) is None for n in node.all_input_nodes):
             return None
-        args, kwargs = fx.node.map_aggregate(
-            (node.args, node.kwargs),
-            lambda a: self.constants[a] if isinstance(a, fx.Node) else CPU if isinstance(a, torch.device) else a,
-        )
-        result: Tensor = target(*args, **kwargs)
+        result: Tensor = computed(node, self.constants)
         return result
 
     def _soft(self, value: Tensor | None) -> bool:

@@ -44,7 +44,7 @@ def functionalize(gm: fx.GraphModule) -> None:
     after it, or the graph returns several views of what it has written to.
     """
     graph = gm.graph
-    if not any(map(_is_write, graph.nodes)):
+    if not any(map(is_write, graph.nodes)):
         return
     order = {node: i for i, node in enumerate(graph.nodes)}
     names: dict[fx.Node, list[fx.Node]] = {}
@@ -55,7 +55,7 @@ def functionalize(gm: fx.GraphModule) -> None:
     live = _live(graph)
     written: dict[fx.Node, fx.Node] = {}
     own: dict[int, _Own] = {}
-    for node in [n for n in graph.nodes if _is_write(n)]:
+    for node in [n for n in graph.nodes if is_write(n)]:
         family = set().union(*(memory[s] for n in (node, *node.all_input_nodes[:1]) for s in _storages(n)))
         if not family & live:
             continue
@@ -116,7 +116,7 @@ class _Own:
         step = _step(name)
         source = name.args[0] if step is None or name.target is not operator.getitem else node_of(name.args[0]).args[0]
         before = self.steps.get(source) if isinstance(source, fx.Node) else None
-        if before is None or _is_write(name):
+        if before is None or is_write(name):
             return before
         return None if step is None else (*before, step)
 
@@ -251,7 +251,7 @@ _TO = (aten.to.dtype, aten.to.device, aten.to.other, aten.to.dtype_layout, aten.
 
 def still_written(graph: fx.Graph) -> set[fx.Node]:
     """The values in memory that an operator of the graph writes to, so that none of them is what made it."""
-    memory = set().union(*(_storages(n) for n in graph.nodes if _is_write(n)))
+    memory = set().union(*(_storages(n) for n in graph.nodes if is_write(n)))
     return {n for n in graph.nodes if _storages(n) & memory}
 
 
@@ -268,7 +268,8 @@ def _live(graph: fx.Graph) -> set[fx.Node]:
     return live
 
 
-def _is_write(node: fx.Node) -> bool:
+def is_write(node: fx.Node) -> bool:
+    """Whether an operator writes into memory that it is given."""
     return node.op == "call_function" and isinstance(node.target, OpOverload) and node.target._schema.is_mutable
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
-from mctf_compile.narrowing import function_of
+from mctf_compile.narrowing import function_of, present
+from mctf_compile.passes.analysis.mutations import is_write
 from mctf_compile.passes.rules import is_random
 
 # A logit below this is no attention at all, whatever a soft bias adds to a mask. Masks are written with -inf,
@@ -29,7 +30,7 @@ class Packs:
 
     def __init__(self, graph: fx.Graph, values: Mapping[fx.Node, Tensor]) -> None:
         self.values = values
-        self._writes = [n for n in graph.nodes if isinstance(n.target, OpOverload) and n.target._schema.is_mutable]
+        self._writes = [n for n in graph.nodes if is_write(n)]
         self._found: dict[fx.Node, tuple[int, ...]] = {}
 
     def of(self, mask: fx.Node, reader: fx.Node) -> tuple[int, ...]:
@@ -62,14 +63,7 @@ class Packs:
                 stack = [w for w in stack if w not in needed]
         known: dict[fx.Node, Any] = {}
         for node in sorted(needed):
-            if node.op == "get_attr":
-                known[node] = self.values[node].detach().cpu()
-                continue
-            args, kwargs = fx.node.map_aggregate(
-                (node.args, node.kwargs),
-                lambda a: known[a] if isinstance(a, fx.Node) else CPU if isinstance(a, torch.device) else a,
-            )
-            known[node] = function_of(node)(*args, **kwargs)
+            known[node] = number(node, self.values) if node.op == "get_attr" else computed(node, known)
         value: Tensor = known[mask]
         return value
 
@@ -77,8 +71,7 @@ class Packs:
         """Whether a node is an operator that makes one tensor and draws nothing, or a single number of the graph's."""
         value = node.meta.get("val")
         if node.op == "get_attr":
-            held = self.values.get(node)
-            return held is not None and held.numel() == 1 and not isinstance(held, torch.nn.Parameter)
+            return number(node, self.values) is not None
         if node.op != "call_function" or not isinstance(node.target, OpOverload) or is_random(node.target):
             return False
         if not isinstance(value, Tensor) or not all(isinstance(size, int) for size in value.shape):
@@ -96,6 +89,22 @@ class Packs:
                 found.add(node)
                 stack.extend(node.all_input_nodes[:1])
         return found
+
+
+def number(node: fx.Node, values: Mapping[fx.Node, Tensor]) -> Tensor | None:
+    """What the model holds, where that is one number that is not trained: such alone is taken for what it will be."""
+    known = values.get(node)
+    fixed = known is not None and known.numel() == 1 and not isinstance(known, torch.nn.Parameter)
+    return present(known).detach().cpu() if fixed else None
+
+
+def computed(node: fx.Node, known: Mapping[fx.Node, Any]) -> Any:
+    """What an operator makes of the ``known`` values of its operands, on the CPU."""
+    args, kwargs = fx.node.map_aggregate(
+        (node.args, node.kwargs),
+        lambda a: known[a] if isinstance(a, fx.Node) else CPU if isinstance(a, torch.device) else a,
+    )
+    return function_of(node)(*args, **kwargs)
 
 
 def runs(mask: Tensor) -> tuple[int, ...]:

@@ -201,8 +201,8 @@ class _TowerPlanner:
         tokens, dense = place.lead + body + place.tail, place.lead + size + place.tail
         self.method.check_model(self.depth, dense)
         lead = place.lead if isinstance(self.method.protected, str) else self.method.protected
-        # Padding may leave one token of either kind without a partner of its own.
-        spare = 2 if block.mask is Mask.TOKENS else (len(block.packed) + 1) // 2
+        # Padding may leave one token of either kind without a partner of its own, and so may every image of a pack.
+        spare = 2 if planned.padded else (len(planned.packed) + 1) // 2
         tiles, untiled = self._tiles(block)
         receivers = None if tiles is None else tiles.receivers
         outcome = self._removal(number, Count(tokens, lead + place.tail, size + place.lead - lead, spare, receivers))

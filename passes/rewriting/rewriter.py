@@ -6,7 +6,7 @@ import operator
 from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import takewhile
 from typing import Any, cast
 
@@ -218,9 +218,13 @@ class Rewriter:
         self.remaining: dict[int, SymInt] = {}
         self.insertion = Insertion(self)
         self._projector = Projector(axes, plan)
-        self._written = still_written(gm.graph)
         self._read = self._nodes_read()
         self._raised: dict[tuple[Stream, int, fx.Node, Tensor, Dims], Value] = {}
+
+    @cached_property
+    def _written(self) -> set[fx.Node]:
+        """The values in memory that an operator writes to."""
+        return still_written(self.gm.graph)
 
     def wasted(self) -> dict[int, str]:
         """The blocks in which tokens were given back between the fusion and the end of the MLP."""

@@ -114,8 +114,8 @@ class Stream:
     fusions: list[Fusion] = field(default_factory=list)
     # [B, N] sizes of the original tokens, by the protected ones at their ends.
     _ones: dict[tuple[int, int], Tensor] = field(default_factory=dict)
-    # int64 [B, N]: the run of tokens of a pack that each original token is in.
-    _image: Tensor | None = None
+    # int64 [B, N]: the run of tokens that each original token is in, by the lengths of a pack's runs.
+    _images: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
     _ends: dict[tuple[int, int, int], Fusion] = field(default_factory=dict)
     _through: dict[tuple[int, int, int, int], Fusion] = field(default_factory=dict)
     _maps: dict[tuple[int, int, int, int], Tensor] = field(default_factory=dict)
@@ -161,11 +161,11 @@ class Stream:
         """
         if any(not padding & fusion.padding for fusion in self.fusions[:generation]):
             raise Declined("tokens of several images that are packed into one sequence were fused before")
-        if self._image is None:
+        if packed not in self._images:
             ones = next(iter(self._ones.values()))[:, :1].long()
             parts = [ones.expand(-1, size) * number for number, size in enumerate(packed)]
-            self._image = torch.cat(parts, 1)
-        found = self._image
+            self._images[packed] = torch.cat(parts, 1)
+        found = self._images[packed]
         for fusion in self.fusions[:generation]:
             found = found.gather(1, fusion.keep)
         return found
