@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import cache
 from typing import Any, TypeVar
 
 import sympy
@@ -11,7 +12,7 @@ import torch
 from torch import SymInt, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.convert_frame import compile_lock
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import transform_subclass
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
@@ -46,6 +47,16 @@ COUNTED = {
     torch.ops.mctf.best: _scores_flops,
 }
 
+
+# A graph is counted before and after its rewrites, and its blocks are alike: most calls have been made before.
+_calls: dict[Hashable, tuple[Any, Any]] = {}
+CALLS = 10_000
+# What a call is made on that its signature holds whole; a symbolic size, a wrapper or a generator is none of these.
+PLAIN = {
+    *(int, float, bool, complex, str, type(None)),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+    *(torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor),
+}
 
 Part = TypeVar("Part")
 
@@ -99,8 +110,15 @@ def macs_by(
 def _flops_by_node(gm: fx.GraphModule) -> dict[fx.Node, int]:
     """Twice the MACs of each node."""
     # The counter hooks the modules of the whole process, which Dynamo would trace in another thread.
-    with compile_lock, FakeTensorMode(allow_non_fake_inputs=True):
-        return _counted(gm, [_concrete(n.meta.get("val")) for n in gm.graph.nodes if n.op == "placeholder"])
+    with compile_lock, _without_data():
+        inputs = [_concrete(n.meta.get("val")) for n in gm.graph.nodes if n.op == "placeholder"]
+        return _counted(gm, inputs, _calls)
+
+
+@cache
+def _without_data() -> FakeTensorMode:
+    """The one mode of all counts on plain sizes: what a call makes in one of them is good in the others."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def _flops_by_counts(gm: fx.GraphModule, counts: Counts) -> dict[fx.Node, sympy.Expr]:
@@ -112,15 +130,15 @@ def _flops_by_counts(gm: fx.GraphModule, counts: Counts) -> dict[fx.Node, sympy.
     given = len(inputs) - len(counts.remaining)
     # Some operators compute the shapes of their results with plain numbers, and in Python with symbols.
     with compile_lock, enable_python_dispatcher(), counts.mode:
-        found = _counted(gm, [*map(_concrete, inputs[:given]), *inputs[given:]])
+        found = _counted(gm, [*map(_concrete, inputs[:given]), *inputs[given:]], {})
     if any(counts.env.replace(size.node.expr).is_number for size in counts.remaining):
         raise PassError("work cannot be counted: an operator takes the number of tokens for a plain one")
     return {node: flops.node.expr if isinstance(flops, SymInt) else flops for node, flops in found.items()}
 
 
-def _counted(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, Any]:
+def _counted(gm: fx.GraphModule, inputs: Sequence[Any], calls: dict[Hashable, tuple[Any, Any]]) -> dict[fx.Node, Any]:
     with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter, torch.no_grad():
-        run = _ByNode(gm, counter)
+        run = _ByNode(gm, counter, calls)
         run.run(*inputs)
     return run.flops
 
@@ -177,17 +195,56 @@ class _Numbers(fx.Interpreter):
 
 
 class _ByNode(_Numbers):
-    """Notes what a counter counts at each node."""
+    """Notes what a counter counts at each node.
 
-    def __init__(self, gm: fx.GraphModule, counter: FlopCounterMode) -> None:
+    ``calls``: twice the MACs and the results of calls that were made before, by their signatures; it gains others.
+    """
+
+    def __init__(self, gm: fx.GraphModule, counter: FlopCounterMode, calls: dict[Hashable, tuple[Any, Any]]) -> None:
         super().__init__(gm)
-        self.counter, self.flops = counter, dict[fx.Node, Any]()
+        self.counter, self.calls, self.flops = counter, calls, dict[fx.Node, Any]()
 
     def run_node(self, n: fx.Node) -> Any:
         self.counter.flop_counts.clear()
         result = super().run_node(n)
         self.flops[n] = self.counter.get_total_flops()
         return result
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = _signature(target, args, kwargs)
+        if call in self.calls:
+            flops, result = self.calls[call]
+            self.counter.flop_counts["Global"][target] += flops
+            return result
+        result = super().call_function(target, args, kwargs)
+        if call is not None:
+            if len(self.calls) == CALLS:
+                self.calls.clear()
+            self.calls[call] = self.counter.get_total_flops(), result
+        return result
+
+
+def _signature(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable | None:
+    """What the count and the results of a call on tensors without data depend on; None where more than is seen."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return None
+    types, devices = list[type](), set[str]()
+
+    def described(value: Any) -> Any:
+        types.append(type(value))
+        if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
+            return value
+        types.extend(map(type, value.shape))
+        devices.add(value.device.type)
+        return value.dtype, value.device, tuple(value.shape), value.stride()
+
+    call = fx.node.map_aggregate((args, kwargs), described)
+    if not PLAIN.issuperset(types):
+        return None
+    # An operator of any device has no other dtype of its own than the default one.
+    autocast = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in sorted(devices)]
+    # 1, 1.0 and True are equal, and their products have other dtypes.
+    return target, call, tuple(types), tuple(autocast), torch.get_default_dtype()
 
 
 def _concrete(value: Any) -> Any:
