@@ -234,15 +234,16 @@ def _signature(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ha
         types.append(type(value))
         if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
             return value
-        types.extend(map(type, value.shape))
+        layout = *value.shape, *value.stride()
+        types.extend(map(type, layout))
         devices.add(value.device.type)
-        return value.dtype, value.device, tuple(value.shape), value.stride()
+        return value.dtype, value.device, layout
 
     call = fx.node.map_aggregate((args, kwargs), described)
     if not PLAIN.issuperset(types):
         return None
-    # An operator of any device has no other dtype of its own than the default one.
-    autocast = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in sorted(devices)]
+    known = filter(torch.amp.is_autocast_available, sorted(devices))
+    autocast = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in known]
     # 1, 1.0 and True are equal, and their products have other dtypes.
     return target, call, tuple(types), tuple(autocast), torch.get_default_dtype()
 
