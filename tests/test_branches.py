@@ -294,6 +294,32 @@ def test_only_the_branch_runs_on_fused_tokens(layers, branches, expected):
     assert tokens_of_linears(layers().eval(), torch.randn(2, 16, 32), branches=branches) == expected
 
 
+class Unread(Blocks):
+    """A block, and a self-attention that no residual connection is seen around: it is added to a copy."""
+
+    def __init__(self, spelled: bool) -> None:
+        super().__init__()
+        self.spelled = spelled
+        self.qkv2, self.proj2 = nn.Linear(32, 96), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attend(self.norm1(x))
+        x = x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv2(x).chunk(3, -1))
+        y = (q @ k.mT / 4).softmax(-1) @ v if self.spelled else F.scaled_dot_product_attention(q, k, v)
+        x = x.clone()
+        x += self.proj2(y.transpose(1, 2).flatten(2))
+        return x
+
+
+@pytest.mark.parametrize("spelled", [False, True])
+def test_self_attention_is_neither_an_mlp_nor_attention_to_others(spelled):
+    torch.manual_seed(0)
+    model, x = Unread(spelled).eval(), torch.randn(2, 16, 32)
+    assert tokens_of_linears(model, x, branches=("mlp",)) == [16, 16, 10, 10, 16, 16]
+    assert tokens_of_linears(model, x, branches=("attention", "cross")) == [10, 10, 16, 16, 16, 16]
+
+
 @dataclass(frozen=True)
 class ByKeys(Merging):
     """ToMe's matching of keys, which in a branch take a projection of all tokens."""
@@ -485,6 +511,32 @@ def test_blocks_reuse_a_match():
         None,
     ]
     assert len(found.groups) == 2
+
+
+class Remixed(Blocks):
+    """Two blocks whose tokens have the positions of one table, and between them, or not, a layer over the tokens."""
+
+    def __init__(self, mixed: bool) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(16, 32))
+        self.mix = nn.Linear(16, 16) if mixed else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attend(self.norm1(x) * self.table)
+        x = x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        x = self.mix(x.mT).mT
+        x = x + self.attend(self.norm3(x) * self.table)
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_match_serves_its_residual_stream_alone(mixed):
+    options = {"method": "tome", "r": 5, "span": "branch", "match_every": 2}
+    report = mctf_compile.explain(Remixed(mixed).eval(), torch.randn(2, 16, 32), **options)
+    assert [block.note for block in report.blocks] == [
+        None,
+        None if mixed else "as block 0 matched its tokens, 1 block before",
+    ]
 
 
 @pytest.mark.parametrize("name", ["mctf", "tome", "tofu"])

@@ -209,9 +209,9 @@ def _block(
     protected: int | None,
     images: tuple[int, ...],
 ) -> Block:
-    keys, queries = axes.table.canonical(attention.key_axis), axes.table.canonical(attention.query_axis)
-    if keys != queries:
+    if not is_own(attention, axes):
         return Block(attention, None, problem="queries and keys run over different tokens")
+    keys = axes.table.canonical(attention.key_axis)
     tokens = Tokens(keys, product(keys), 0, 0, ()) if len(images) > 1 else _tokens(keys, protected)
     if isinstance(tokens, str):
         return Block(attention, None, problem=tokens)
@@ -302,6 +302,11 @@ def _mlp_end(middle: fx.Node, following: fx.Node | None, flow: Dataflow, axes: A
     after = nx.descendants(flow.graph.subgraph(span), middle) | {middle}
     added = sums(span[1:] if following is None else span[1:-1], axes)
     return next((n for n, a, b in added if {a, b} <= after and axes.of(a) == axes.of(middle)), None)
+
+
+def is_own(attention: Attention, axes: Axes) -> bool:
+    """Whether the queries of an attention run over the tokens of its keys."""
+    return axes.table.canonical(attention.query_axis) == axes.table.canonical(attention.key_axis)
 
 
 def sums(nodes: Iterable[fx.Node], axes: Axes) -> Iterator[tuple[fx.Node, fx.Node, fx.Node]]:

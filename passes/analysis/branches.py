@@ -13,7 +13,7 @@ from torch import fx
 from mctf_compile.methods import Site
 from mctf_compile.methods.base import ATTENTION, CROSS, MLP
 from mctf_compile.narrowing import present
-from mctf_compile.passes.analysis.blocks import sums
+from mctf_compile.passes.analysis.blocks import is_own, sums
 from mctf_compile.passes.analysis.dataflow import Dataflow
 from mctf_compile.passes.analysis.structure import Attention, Block
 from mctf_compile.passes.analysis.token_axes import Axes
@@ -62,7 +62,7 @@ def find_branches(graph: fx.Graph, blocks: Sequence[Block], axes: Axes) -> list[
         if block.problem is not None or block.tokens is None:
             found.append(())
             continue
-        finder = _Finder(flow, axes, block.tokens)
+        finder = _Finder(flow, axes, blocks, block.tokens)
         middle = present(block.middle)
         later = {b.entry for b in blocks if b.entry is not None and (b.entry is middle or flow.leads(middle, b.entry))}
         following = min(later, key=flow.order.__getitem__, default=None)
@@ -74,8 +74,9 @@ def find_branches(graph: fx.Graph, blocks: Sequence[Block], axes: Axes) -> list[
 class _Finder:
     """Finds branches of one residual stream."""
 
-    def __init__(self, flow: Dataflow, axes: Axes, tokens: Tokens) -> None:
+    def __init__(self, flow: Dataflow, axes: Axes, blocks: Sequence[Block], tokens: Tokens) -> None:
         self.flow, self.axes, self.tokens = flow, axes, tokens
+        self.own = [block.attention.node for block in blocks if is_own(block.attention, axes)]
 
     def of_attention(self, block: Block) -> Branch | None:
         """The branch of a block's attention."""
@@ -104,7 +105,8 @@ class _Finder:
                 )
                 start = next((s for s in (beside, stream, entry) if self.flow.leads(s, result)), None)
                 if goes_on and start is not None and not leads_around_layers(start, result, self.flow):
-                    yield self._branch(CROSS if self._queries(start, result) else MLP, start, result, set())
+                    kind = self._kind(start, result)
+                    yield kind and self._branch(kind, start, result, set())
                     stream = node
                     break
 
@@ -114,21 +116,24 @@ class _Finder:
             return {attention.node}
         return {attention.product, attention.node, *self.flow.between(attention.product, attention.node)}
 
-    def _queries(self, start: fx.Node, result: fx.Node) -> bool:
-        """Whether a branch is attention whose queries are its tokens, and whose keys are others.
+    def _kind(self, start: fx.Node, result: fx.Node) -> str | None:
+        """What a way from a residual stream back to it is; None for self-attention, which its own block answers for.
 
-        That is a softmax over those, of which a product takes what does not come from the branch.
+        In cross-attention there is a softmax over other tokens: a product takes what does not come from the branch.
         """
-        ways = [*self.flow.between(start, result), result]
+        ways = {*self.flow.between(start, result), result}
+        if not ways.isdisjoint(self.own):
+            return None
         if any(_packet(node) is aten.scaled_dot_product_attention for node in ways):
-            return True
+            return CROSS
         maps = [node for node in ways if _packet(node) is aten.softmax]
         products = [node for node in ways if (rule := find_rule(node.target)) is not None and rule.factors is not None]
-        return any(
-            self.flow.leads(weights, node) and not set(node.all_input_nodes) <= set(ways)
+        crosses = any(
+            self.flow.leads(weights, node) and not ways.issuperset(node.all_input_nodes)
             for weights in maps
             for node in products
         )
+        return CROSS if crosses else MLP
 
     def _branch(self, kind: str, stream: fx.Node, result: fx.Node, core: Collection[fx.Node]) -> Branch | None:
         """What of the way from ``stream`` to ``result`` runs on fused tokens; None where nothing does."""

@@ -83,8 +83,10 @@ class Block:
 class Tower:
     """The blocks along one residual stream, by their place among all, and the module around them, where known.
 
-    Numbers of blocks, schedules and targets are those of a tower.
+    Numbers of blocks, schedules and targets are those of a tower. ``streams``: for each block the number of its
+    residual stream, of which a tower has several where layers lead from one to the next.
     """
 
     blocks: tuple[int, ...]
+    streams: tuple[int, ...]
     module: str = ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import takewhile
 
 import networkx as nx
@@ -36,13 +36,15 @@ def find_towers(blocks: Sequence[Block], axes: Axes, graph: fx.Graph) -> list[To
     if not blocks:
         return []
     flow, channels = Dataflow(graph), _channels(graph, axes)
-    chains: list[list[int]] = []
+    # By block the number of its residual stream in its tower.
+    chains: list[dict[int, int]] = []
     for j in range(len(blocks)):
-        before = _predecessor(blocks, j, flow, axes, channels)
+        before, same = _predecessor(blocks, j, flow, axes, channels)
         if before is None:
-            chains.append([j])
+            chains.append({j: 0})
         else:
-            next(chain for chain in chains if before in chain).append(j)
+            chain = next(chain for chain in chains if before in chain)
+            chain[j] = chain[before] if same else max(chain.values()) + 1
     return [_tower(blocks, chain) for chain in chains]
 
 
@@ -54,21 +56,23 @@ def _end(block: Block) -> fx.Node:
     return block.exit or block.middle or block.attention.node
 
 
-def _predecessor(blocks: Sequence[Block], j: int, flow: Dataflow, axes: Axes, channels: set[Atom]) -> int | None:
-    """The block whose tower block ``j`` goes on with."""
+def _predecessor(
+    blocks: Sequence[Block], j: int, flow: Dataflow, axes: Axes, channels: set[Atom]
+) -> tuple[int | None, bool]:
+    """The block whose tower block ``j`` goes on with, and whether it works on the same residual stream."""
     start = _start(blocks[j])
     leading = [i for i in reversed(range(j)) if _end(blocks[i]) is start or flow.leads(_end(blocks[i]), start)]
     if not leading:
         # Blocks side by side read one residual stream.
-        return next((i for i in reversed(range(j)) if _start(blocks[i]) is start), None)
+        return next((i for i in reversed(range(j)) if _start(blocks[i]) is start), None), True
     if blocks[j].entry is None:
-        return leading[0]
+        return leading[0], False
     on_streams = sorted(leading, key=lambda i: blocks[i].entry is None)
     around = next((i for i in on_streams if leads_around_layers(_end(blocks[i]), start, flow)), None)
     if around is not None:
-        return around
+        return around, True
     more = _positions(start, axes, channels) > _positions(_end(blocks[leading[0]]), axes, channels)
-    return None if more else leading[0]
+    return None if more else leading[0], False
 
 
 def leads_around_layers(source: fx.Node, node: fx.Node, flow: Dataflow) -> bool:
@@ -104,9 +108,9 @@ def _positions(node: fx.Node, axes: Axes, channels: set[Atom]) -> int:
     return count
 
 
-def _tower(blocks: Sequence[Block], chain: Sequence[int]) -> Tower:
+def _tower(blocks: Sequence[Block], chain: Mapping[int, int]) -> Tower:
     """A chain with the name of the module that all its blocks are in."""
     paths = [module.split(".") for i in chain if (module := blocks[i].module)]
     shared = [names[0] for names in takewhile(lambda names: len(set(names)) == 1, zip(*paths))]
     # One block's own module is more than a tower is called by.
-    return Tower(tuple(chain), ".".join(shared if len(paths) > 1 else shared[:1]))
+    return Tower(tuple(chain), tuple(chain.values()), ".".join(shared if len(paths) > 1 else shared[:1]))

@@ -206,7 +206,7 @@ class _TowerPlanner:
         tiles, untiled = self._tiles(block)
         receivers = None if tiles is None else tiles.receivers
         outcome = self._removal(number, Count(tokens, lead + place.tail, size + place.lead - lead, spare, receivers))
-        reused = self._reused(block)
+        reused = self._reused(number, block)
         if reused is not None and outcome.r:
             ago = number - reused.number
             note = f"as block {reused.number} matched its tokens, {ago} block{'s' * (ago > 1)} before"
@@ -258,14 +258,15 @@ class _TowerPlanner:
             return None, "padding may fill a tile, so every second token receives others"
         return Tiles(int(sizes[0]), int(sizes[1]), method.partition, method.partition_seed), None
 
-    def _reused(self, block: Block) -> PlannedBlock | None:
-        """The block whose match serves this one too, if any."""
+    def _reused(self, number: int, block: Block) -> PlannedBlock | None:
+        """The block on the same residual stream whose match serves this one too, if any."""
         every = self.method.match_every if isinstance(self.method, Merging) else 1
-        made = len(self.fusing) // every * every
-        if made == len(self.fusing):
+        matched = next((b for b in reversed(self.fusing) if b.match == b.index), None)
+        if matched is None or sum(b.match == matched.index for b in self.fusing) >= every:
             return None
-        first = self.fusing[made]
-        return first if first.block.tokens == block.tokens and first.padded == (block.mask is Mask.TOKENS) else None
+        streams, padded = self.tower.streams, block.mask is Mask.TOKENS
+        alike = matched.block.tokens == block.tokens and matched.padded == padded
+        return matched if alike and streams[matched.number] == streams[number] else None
 
     def _never_removes(self, number: int) -> str | None:
         """Why a block of a graph that serves several r, or several sizes, removes no token at any, if so."""
