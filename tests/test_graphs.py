@@ -8,6 +8,9 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
+from mctf_compile.errors import PassError
+from mctf_compile.passes.analysis import normalize
+from mctf_compile.testing.graphs import GraphCase
 from mctf_compile.testing.growing import Grower, Rejected
 from mctf_compile.testing.moves import NOT_CAPTURED, Builder, copies_apart, drawn_operators
 from mctf_compile.testing.programs import Kinds
@@ -129,3 +132,24 @@ def test_tokens_of_one_kind_are_held_alike():
     table, body = g.value(g.hold((5, 5), torch.float32)), g.value(g.hold((2, 3), torch.float32))
     assert torch.equal(table[1], table[3]) and torch.equal(table[:, 1], table[:, 3])
     assert torch.equal(body[:, 0], body[:, 2]) and not torch.equal(body[:, 0], body[:, 1])
+
+
+def test_what_pytorch_does_not_trace_is_no_fault_of_a_pass(monkeypatch):
+    """``channel_shuffle`` has other strides on tensors without data."""
+    g = Grower(random.Random(0).choice, Kinds((0, 1) * 8), False)
+    x = g.given("x", (2, 16, 8), torch.float32)
+    maps = g(aten.reshape.default, g(aten.transpose.int, x, 1, 2), [2, 8, 4, 4])
+    tokens = g(aten.transpose.int, g(aten.flatten.using_ints, g(aten.channel_shuffle.default, maps, 2), 2), 1, 2)
+    g(aten.view.default, g(aten.permute.default, tokens, [2, 0, 1]), [8, 32])
+    report = GraphCase(g.program(), {"r": 2}).check().report
+    assert not report.fused
+    assert (report.reason or "").startswith("PyTorch does not trace the program: pass normalize failed")
+
+    def failing(*args):
+        raise ValueError("out of order")
+
+    monkeypatch.setattr(normalize, "canonicalize", failing)
+    g = Grower(random.Random(0).choice, Kinds((0, 1) * 8), False)
+    g(aten.relu.default, g.given("x", (2, 16, 8), torch.float32))
+    with pytest.raises(PassError, match="out of order"):
+        GraphCase(g.program(), {"r": 2}).check()

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mctf_compile.errors import ConfigError
+from mctf_compile.errors import ConfigError, PassError
 from mctf_compile.passes.rewriting.rewriter import LOSES, UNPAID
 from mctf_compile.report import Report
 from mctf_compile.testing.moves import FEATURES, SPELLINGS, Builder, sdpa
@@ -60,7 +61,11 @@ class GraphCase:
                 return ways[self.way]()
             except ConfigError as error:
                 # How many blocks a tower has is found out by the rewrite.
-                return Soundness([Report([], lambda: (0, 0), reason=str(error))], [], 0.0, None)
+                return _dense(str(error))
+            except PassError as error:
+                if self._runs_without_data():
+                    raise
+                return _dense(f"PyTorch does not trace the program: {error}")
 
     def program(self) -> str:
         """A program that fails as this case does."""
@@ -93,6 +98,16 @@ class GraphCase:
                 f"        assert_rewrite_sound(Program(), *inputs, tolerance={self.grown.tolerance}{options})",
             ]
         )
+
+    def _runs_without_data(self) -> bool:
+        """Whether PyTorch gives all results of the program their shapes, as any compiler asks it to."""
+        module, inputs = self.grown.make()
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            try:
+                module(*map(mode.from_tensor, inputs))
+            except (RuntimeError, ValueError, TypeError):
+                return False
+        return True
 
     def _check_graph(self) -> Soundness:
         return self._compare()[0]
@@ -181,6 +196,11 @@ class GraphCase:
             for of in (self.grown.inputs, self.grown.held)
         )
         return replace(self.grown, kinds=self.grown.kinds.apart(), inputs=inputs, held=held)
+
+
+def _dense(reason: str) -> Soundness:
+    """What is found of a program that is not rewritten."""
+    return Soundness([Report([], lambda: (0, 0), reason=reason)], [], 0.0, None)
 
 
 def _run(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> list[Tensor]:

@@ -106,7 +106,7 @@ class _Finder:
                 start = next((s for s in (beside, stream, entry) if self.flow.leads(s, result)), None)
                 if goes_on and start is not None and not leads_around_layers(start, result, self.flow):
                     kind = self._kind(start, result)
-                    yield kind and self._branch(kind, start, result, set())
+                    yield None if kind is None else self._branch(kind, start, result, set())
                     stream = node
                     break
 
