@@ -171,9 +171,12 @@ class GraphCase:
             recorder = Recorder(dict(self.options))
             runs.append((recorder, self._fused(recorder, program, module, inputs)))
         (recorder, one), (other, plain) = runs
-        declined = [block.reason or "" for of in (recorder, other) for block in of.reports[0].blocks]
-        if any(reason.startswith((LOSES, UNPAID)) for reason in declined):
-            # What attention costs depends on its spelling, and so does what pays.
+        reports = recorder.reports[0], other.reports[0]
+        declined = [block.reason or "" for report in reports for block in report.blocks]
+        nonlinear = self.options.get("pooling") in ("max", "mlerp") and any(report.unmerged for report in reports)
+        if nonlinear or any(reason.startswith((LOSES, UNPAID)) for reason in declined):
+            # What attention costs depends on its spelling, and so does what pays; and where tokens come back within
+            # attention, a maximum over its map is taken in one spelling and over its results in another.
             return self._check_graph()
         problems = recorder.miscounted() + other.miscounted()
         form = {"spelling": "attention in another spelling", "tables": "one table for several readers"}[self.way]
