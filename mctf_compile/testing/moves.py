@@ -433,9 +433,11 @@ class Builder:
         try:
             of, lead = g.kinds.of, g.kinds.lead
             kinds = {g.kinds.body: of[lead : lead + g.kinds.body], g.kinds.total: of}
-            for d, size in enumerate(g.value(part).shape):
+            # Whole numbers that an operator gave a history have no views with one.
+            value = g.value(part).detach()
+            for d, size in enumerate(value.shape):
                 if size in kinds:
-                    copies_apart(g.value(part).movedim(d, 1 if g.value(part).dim() > 1 else 0), kinds[size], False)
+                    copies_apart(value.movedim(d, 1 if value.dim() > 1 else 0), kinds[size], False)
         except Rejected:
             self.torn.add(part)
 
