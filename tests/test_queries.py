@@ -275,4 +275,4 @@ def test_transformers_decoders(make, encoder, modules):
         asked = mctf_compile.explain(model, kwargs=given, r=4, min_tokens=1, modules=modules)
     assert [b.removed for b in report.blocks] == [*[0, 4, 4][:encoder], 0, 0, 0]
     assert {b.reason for b in report.blocks[encoder:]} == {QUERIES}
-    assert [b.removed for b in asked.blocks] == [*[0, 0, 0][:encoder], 0, 4, 4]
+    assert [b.removed > 0 for b in asked.blocks] == [*[False] * encoder, False, True, True]

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
 from mctf_compile.narrowing import present
 from mctf_compile.passes.analysis.normalize import constants
+from mctf_compile.passes.analysis.readings import from_inputs, reading_at
 from mctf_compile.passes.analysis.sizes import Sizes
-from mctf_compile.passes.analysis.structure import Block
+from mctf_compile.passes.analysis.structure import Attention, Block
 from mctf_compile.passes.analysis.token_axes import Axes
-from mctf_compile.passes.axes import FEATURES, Dim, Size, Tokens, atoms, mentions, places, product, size_at
+from mctf_compile.passes.axes import Size, Tokens, mentions, places, product, size_at
 from mctf_compile.passes.pipeline import State, graph_pass
-from mctf_compile.passes.rules import rule_of, schema_arguments, sources
-from mctf_compile.passes.rules.base import wrap
-
-aten = torch.ops.aten
+from mctf_compile.passes.rules import sources
 
 
 @graph_pass("queries", requires=("blocks", "sizes"), ensures=("blocks",))
@@ -26,15 +23,6 @@ def run(state: State) -> None:
     normal = present(state.normal)
     known = constants(state.gm, normal, state.examples)
     state.blocks = mark_queries(present(state.blocks), normal.graph, present(state.axes), known, present(state.sizes))
-
-
-@dataclass(frozen=True)
-class _Reading:
-    """Attention of tokens at ``query_axis`` to others at ``key_axis``, whose values are ``value``."""
-
-    query_axis: Dim
-    key_axis: Dim
-    value: fx.Node
 
 
 def mark_queries(
@@ -57,14 +45,15 @@ def mark_queries(
     ``known``: the parameters and buffers of the graph. A symbolic number of tokens counts as what it is for the inputs
     that the graph was captured with.
     """
-    given = _from_inputs(graph, known)
-    readings = [reading for reading in _readings(graph, axes) if reading.value in given]
+    given = from_inputs(graph, known)
+    found = [reading for node in graph.nodes if (reading := reading_at(node, axes)) is not None]
+    readings = [reading for reading in found if reading.value in given]
     return [replace(b, queries=_are_queries(b, readings, axes, given, sizes)) for b in blocks]
 
 
 def _are_queries(
     block: Block,
-    readings: Sequence[_Reading],
+    readings: Sequence[Attention],
     axes: Axes,
     given: Collection[fx.Node],
     sizes: Sizes,
@@ -90,59 +79,6 @@ def _longer(other: Size, own: Size, sizes: Sizes) -> bool:
     """Whether a sequence is known to be longer than another."""
     known = sizes.known(other) and sizes.known(own)
     return known and size_at(other, sizes.hints) > size_at(own, sizes.hints)
-
-
-def _from_inputs(graph: fx.Graph, known: Collection[fx.Node]) -> set[fx.Node]:
-    """The tensors whose values depend on what the model is given, and not on its parameters and on shapes alone."""
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            own = node not in known and isinstance(node.meta.get("val"), Tensor)
-        else:
-            own = node.op == "call_function" and not found.isdisjoint(sources(node))
-        if own:
-            found.add(node)
-    return found
-
-
-def _readings(graph: fx.Graph, axes: Axes) -> Iterator[_Reading]:
-    """Every attention of a graph, whatever its queries and keys are."""
-    for node in graph.nodes:
-        packet = getattr(node.target, "overloadpacket", None)
-        if node not in axes.dims:
-            continue
-        if packet is aten.scaled_dot_product_attention:
-            args = schema_arguments(node)
-            yield _Reading(axes.of(args["query"])[-2], axes.of(args["key"])[-2], args["value"])
-        elif packet is aten.softmax:
-            dims = axes.of(node)
-            at = wrap(schema_arguments(node)["dim"], len(dims))
-            value = _value(node, dims[at], axes)
-            if value is not None:
-                yield _Reading(tuple(axis for d, dim in enumerate(dims) if d != at for axis in dim), dims[at], value)
-
-
-def _value(weights: fx.Node, keys: Dim, axes: Axes) -> fx.Node | None:
-    """What a softmax over ``keys`` weighs: the other operand of the next product, which sums over them."""
-    inside = {atom for atom in atoms(keys) if atom.name != FEATURES}
-
-    def over_keys(node: fx.Node) -> bool:
-        dims = axes.dims.get(node)
-        return isinstance(dims, tuple) and any(atom in inside for dim in axes.of(node) for atom in atoms(dim))
-
-    queue, seen = [weights], {weights}
-    while queue:
-        node = queue.pop(0)
-        for user in node.users:
-            rule = rule_of(user) if user.op == "call_function" else None
-            if rule is not None and rule.factors is not None:
-                others = [n for n in rule.factors(schema_arguments(user)) if n is not node]
-                if len(others) == 1 and over_keys(others[0]) and not over_keys(user):
-                    return others[0]
-            elif user not in seen and over_keys(user):
-                seen.add(user)
-                queue.append(user)
-    return None
 
 
 def _origins(stream: fx.Node, tokens: Tokens, axes: Axes) -> list[fx.Node]:
