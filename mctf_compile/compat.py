@@ -102,6 +102,13 @@ def resumed_at() -> str | None:
     return None
 
 
+def reads_numbers(gm: fx.GraphModule) -> bool:
+    """Whether a graph reads numbers off tensors, at which Dynamo cuts it unless one graph is demanded."""
+    from torch._dynamo import config
+
+    return not config.capture_scalar_outputs and bool(gm.graph.find_nodes(op="call_method", target="item"))
+
+
 def break_in(error: BaseException) -> GraphBreak | None:
     """The graph break that made a capture without any fail; None for another failure."""
     from torch._dynamo.exc import Unsupported

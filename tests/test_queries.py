@@ -7,55 +7,17 @@ from collections.abc import Callable
 import pytest
 import torch
 import transformers
+from decoders import Attend, C, Layer
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import mctf_compile
 from mctf_compile.passes.planning.plan import QUERIES
 from mctf_compile.testing import assert_rewrite_sound
 
-C = 16
 OPTIONS = {"method": "tome", "r": 2, "min_tokens": 1, "layers": [0, 1]}
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 TEXT = torch.randn(2, 7, C, generator=torch.Generator().manual_seed(1))
 LONG = torch.randn(2, 40, C, generator=torch.Generator().manual_seed(2))
-
-
-class Attend(nn.Module):
-    """Attention of some tokens to others, [B, N, C] and [B, K, C] -> [B, N, C], in one operator or in three."""
-
-    def __init__(self, plain: bool = False) -> None:
-        super().__init__()
-        self.q, self.k, self.v, self.o = (nn.Linear(C, C) for _ in range(4))
-        self.plain = plain
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        q, k, v = (f(z).unflatten(2, (2, -1)).transpose(1, 2) for f, z in ((self.q, x), (self.k, y), (self.v, y)))
-        if self.plain:
-            out = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
-        else:
-            out = F.scaled_dot_product_attention(q, k, v)
-        return self.o(out.transpose(1, 2).flatten(2))
-
-
-class Layer(nn.Module):
-    """A layer of a decoder; ``cross_first``: it reads before its tokens see one another, as in a Perceiver."""
-
-    def __init__(self, plain: bool = False, cross_first: bool = False) -> None:
-        super().__init__()
-        self.norms = nn.ModuleList(nn.LayerNorm(C) for _ in range(3))
-        self.self_attn, self.cross_attn = Attend(plain), Attend(plain)
-        self.mlp = nn.Sequential(nn.Linear(C, 2 * C), nn.GELU(), nn.Linear(2 * C, C))
-        self.cross_first = cross_first
-
-    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
-        if self.cross_first:
-            x = x + self.cross_attn(self.norms[1](x), memory)
-        y = self.norms[0](x)
-        x = x + self.self_attn(y, y)
-        if not self.cross_first:
-            x = x + self.cross_attn(self.norms[1](x), memory)
-        return x + self.mlp(self.norms[2](x))
 
 
 class Decoder(nn.Module):

@@ -20,7 +20,7 @@ from mctf_compile.passes.analysis.normalize import constants
 from mctf_compile.passes.analysis.observations import assign
 from mctf_compile.passes.analysis.packs import Packs
 from mctf_compile.passes.analysis.readings import from_inputs, is_of_inputs, reading_at
-from mctf_compile.passes.analysis.reasons import name_of
+from mctf_compile.passes.analysis.reasons import name_of, padded, windows
 from mctf_compile.passes.analysis.structure import Attention, Block
 from mctf_compile.passes.analysis.token_axes import Axes
 from mctf_compile.passes.axes import FEATURES, Cat, Dim, Dims, Size, Tokens, atoms, mentions, places, product
@@ -242,7 +242,7 @@ def _block(
         return Block(attention, None, problem=problem)
     entry, middle = found
     if not mentions(axes.of(entry), tokens):
-        return Block(attention, None, entry, middle, problem=_remade(attention.key, entry, flow, axes))
+        return Block(attention, None, entry, middle, problem=_remade(attention, entry, flow, axes))
     tokens = _with_batch(tokens, axes.of(entry), axes.of(attention.query))
     if isinstance(tokens, str):
         return Block(attention, None, entry, middle, problem=tokens)
@@ -337,14 +337,16 @@ def sums(nodes: Iterable[fx.Node], axes: Axes) -> Iterator[tuple[fx.Node, fx.Nod
             yield node, a, b
 
 
-def _remade(key: fx.Node, entry: fx.Node, flow: Dataflow, axes: Axes) -> str:
+def _remade(attention: Attention, entry: fx.Node, flow: Dataflow, axes: Axes) -> str:
     """What makes new tokens of those in the residual stream before attention sees them."""
     stream = {atom for dim in axes.of(entry) for atom in atoms(dim)}
-    for node in flow.between(entry, key):
+    for node in flow.between(entry, attention.key):
         dims = axes.dims.get(node)
         if isinstance(dims, tuple) and len(dims) > 2:
             held = [{atom for atom in atoms(dim)} & stream for dim in axes.of(node)]
             if sum(map(bool, held)) < 2:
+                if (said := padded(node, axes, axes.table.canonical(attention.key_axis))) is not None:
+                    return said
                 return f"{name_of(node)} makes other tokens of those in the residual stream before attention"
     return "attention runs over other tokens than those in the residual stream"
 
@@ -376,6 +378,9 @@ def _with_batch(tokens: Tokens, stream: Dims, query: Dims) -> Tokens | str:
     found = places(stream, tokens)
     if found is None:
         many = f"{tokens.total} tokens" if isinstance(tokens.total, int) else "tokens"
+        cut = windows(stream, tokens.body)
+        if cut is not None and "×" in cut[0]:
+            return f"attention runs within windows of {cut[1]} tokens of a grid of {cut[0]}"
         return f"attention runs within windows or groups of {many} of a larger grid"
     if len(found) != 1:
         return "the residual stream has the token axis twice"

@@ -9,13 +9,12 @@ from torch import fx
 
 from mctf_compile.narrowing import present
 from mctf_compile.passes.analysis.normalize import constants
-from mctf_compile.passes.analysis.readings import from_inputs, reading_at
+from mctf_compile.passes.analysis.readings import from_inputs, reading_at, values_read
 from mctf_compile.passes.analysis.sizes import Sizes
 from mctf_compile.passes.analysis.structure import Attention, Block
 from mctf_compile.passes.analysis.token_axes import Axes
 from mctf_compile.passes.axes import Size, Tokens, mentions, places, product, size_at
 from mctf_compile.passes.pipeline import State, graph_pass
-from mctf_compile.passes.rules import sources
 
 
 @graph_pass("queries", requires=("blocks", "sizes"), ensures=("blocks",))
@@ -96,7 +95,7 @@ def _origins(stream: fx.Node, tokens: Tokens, axes: Axes) -> list[fx.Node]:
     stack, seen = [stream], {stream}
     while stack:
         node = stack.pop()
-        before = [n for n in sources(node) if has_tokens(n)]
+        before = [n for n in values_read(node) if has_tokens(n)]
         if not before:
             found.append(node)
         stack.extend(n for n in before if n not in seen)

@@ -11,7 +11,7 @@ from mctf_compile.passes.analysis.structure import Attention
 from mctf_compile.passes.analysis.token_axes import Axes
 from mctf_compile.passes.analysis.towers import is_layer
 from mctf_compile.passes.axes import FEATURES, Dim, atoms
-from mctf_compile.passes.rules import rule_of, schema_arguments, sources
+from mctf_compile.passes.rules import find_rule, rule_of, schema_arguments, sources
 from mctf_compile.passes.rules.base import wrap
 
 aten = torch.ops.aten
@@ -42,7 +42,7 @@ def _spelled_out(softmax: fx.Node, axes: Axes) -> Attention | None:
     after = _nearest(softmax, lambda n: list(n.users), lambda n: True)
     if logits is None or after is None or over_keys(after[1]):
         return None
-    factors, weighed = _factors(logits[1]), [n for n in _factors(after[1]) if n is not after[0]]
+    factors, weighed = factors_of(logits[1]), [n for n in factors_of(after[1]) if n is not after[0]]
     keys = [n for n in factors if over_keys(n)]
     queries = [n for n in factors if n not in keys]
     if len(keys) != 1 or len(queries) != 1 or len(weighed) != 1 or not over_keys(weighed[0]):
@@ -52,7 +52,8 @@ def _spelled_out(softmax: fx.Node, axes: Axes) -> Attention | None:
     return Attention(after[1], queries[0], keys[0], weighed[0], logits[1], softmax, dims[at], own)
 
 
-def _factors(node: fx.Node) -> Sequence[fx.Node]:
+def factors_of(node: fx.Node) -> Sequence[fx.Node]:
+    """The two operands of a product; none of another node."""
     rule = rule_of(node) if node.op == "call_function" else None
     return () if rule is None or rule.factors is None else rule.factors(schema_arguments(node))
 
@@ -67,7 +68,7 @@ def _nearest(
         for n in step(node):
             if n in seen or not passes(n):
                 continue
-            if _factors(n):
+            if factors_of(n):
                 return node, n
             seen.add(n)
             queue.append(n)
@@ -86,10 +87,19 @@ def _is_input(node: fx.Node, given: Collection[fx.Node]) -> bool:
         if n.op == "call_function" and is_layer(n):
             return False
         found |= n in given and n.op == "placeholder"
-        before = [s for s in sources(n) if s not in seen]
+        before = [s for s in values_read(n) if s not in seen]
         stack.extend(before)
         seen.update(before)
     return found
+
+
+def values_read(node: fx.Node) -> list[fx.Node]:
+    """The inputs of a node whose values tell its own; what holds one number everywhere reads at most that number."""
+    rule = find_rule(node.target)
+    if rule is None or rule.uniform is None:
+        return sources(node)
+    number = rule.uniform(schema_arguments(node))
+    return [number] if isinstance(number, fx.Node) else []
 
 
 def from_inputs(graph: fx.Graph, known: Collection[fx.Node]) -> set[fx.Node]:
@@ -102,7 +112,7 @@ def from_inputs(graph: fx.Graph, known: Collection[fx.Node]) -> set[fx.Node]:
         if node.op == "placeholder":
             own = node not in known and isinstance(node.meta.get("val"), torch.Tensor)
         else:
-            own = node.op == "call_function" and not found.isdisjoint(sources(node))
+            own = node.op == "call_function" and not found.isdisjoint(values_read(node))
         if own:
             found.add(node)
     return found

@@ -25,11 +25,13 @@ class Mask(enum.IntEnum):
 class Masks:
     """The masks over single tokens of a graph.
 
-    ``padding``: by mask the values each of which alone tells which tokens it masks out. ``assumed``: the inputs with a
+    ``padding``: by mask the values each of which alone tells which tokens it masks out; ``marks``: those that together
+    tell all of it, where they are known. ``assumed``: the inputs with a
     number for every pair of tokens that were taken for padding.
     """
 
     padding: dict[fx.Node, frozenset[fx.Node]]
+    marks: dict[fx.Node, frozenset[fx.Node]]
     assumed: frozenset[fx.Node] = frozenset()
 
 

@@ -101,6 +101,8 @@ class Plan:
     projections: dict[fx.Node, Projection] = field(default_factory=dict)
     # The masks over single tokens, each with the values that alone tell which ones it masks out.
     masks: dict[fx.Node, frozenset[fx.Node]] = field(default_factory=dict)
+    # And with those that together tell all of it.
+    marks: dict[fx.Node, frozenset[fx.Node]] = field(default_factory=dict)
 
     @property
     def site(self) -> Site:
@@ -148,7 +150,8 @@ def make_plan(
             own = replace(cast(Merging, method), r=[requests[i] for i in tower.blocks], target=None)
         planner = _TowerPlanner(state, own, number, tower, relaxed, adjustable, numbers)
         planned.update((block.index, block) for block in map(planner.plan, range(len(tower.blocks))))
-    return Plan(method, [planned[i] for i in range(len(blocks))], relaxed, masks=present(state.masks))
+    ordered = [planned[i] for i in range(len(blocks))]
+    return Plan(method, ordered, relaxed, masks=present(state.masks), marks=present(state.marks))
 
 
 class _TowerPlanner:
