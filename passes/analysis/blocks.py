@@ -242,10 +242,12 @@ def _block(
         return Block(attention, None, problem=problem)
     entry, middle = found
     if not mentions(axes.of(entry), tokens):
-        return Block(attention, None, entry, middle, problem=_remade(attention, entry, flow, axes))
+        problem = _padding(attention, entry, flow, axes) or _remade(attention, entry, flow, axes)
+        return Block(attention, None, entry, middle, problem=problem)
     tokens = _with_batch(tokens, axes.of(entry), axes.of(attention.query))
     if isinstance(tokens, str):
-        return Block(attention, None, entry, middle, problem=tokens)
+        problem = _padding(attention, entry, flow, axes) or tokens
+        return Block(attention, None, entry, middle, problem=problem)
     if not _ends_are_keys(axes.of(entry), keys, tokens):
         problem = "the residual stream holds protected tokens beside its others that attention does not read as keys"
         return Block(attention, None, entry, middle, problem=problem)
@@ -337,6 +339,12 @@ def sums(nodes: Iterable[fx.Node], axes: Axes) -> Iterator[tuple[fx.Node, fx.Nod
             yield node, a, b
 
 
+def _padding(attention: Attention, entry: fx.Node, flow: Dataflow, axes: Axes) -> str | None:
+    """What padding makes of the tokens between the residual stream and attention, if anything does."""
+    keys = axes.table.canonical(attention.key_axis)
+    return next(filter(None, (padded(node, axes, keys) for node in flow.between(entry, attention.key))), None)
+
+
 def _remade(attention: Attention, entry: fx.Node, flow: Dataflow, axes: Axes) -> str:
     """What makes new tokens of those in the residual stream before attention sees them."""
     stream = {atom for dim in axes.of(entry) for atom in atoms(dim)}
@@ -345,8 +353,6 @@ def _remade(attention: Attention, entry: fx.Node, flow: Dataflow, axes: Axes) ->
         if isinstance(dims, tuple) and len(dims) > 2:
             held = [{atom for atom in atoms(dim)} & stream for dim in axes.of(node)]
             if sum(map(bool, held)) < 2:
-                if (said := padded(node, axes, axes.table.canonical(attention.key_axis))) is not None:
-                    return said
                 return f"{name_of(node)} makes other tokens of those in the residual stream before attention"
     return "attention runs over other tokens than those in the residual stream"
 
@@ -379,7 +385,7 @@ def _with_batch(tokens: Tokens, stream: Dims, query: Dims) -> Tokens | str:
     if found is None:
         many = f"{tokens.total} tokens" if isinstance(tokens.total, int) else "tokens"
         cut = windows(stream, tokens.body)
-        if cut is not None and "×" in cut[0]:
+        if cut is not None and "×" in cut[0] and cut[0] != cut[1]:
             return f"attention runs within windows of {cut[1]} tokens of a grid of {cut[0]}"
         return f"attention runs within windows or groups of {many} of a larger grid"
     if len(found) != 1:

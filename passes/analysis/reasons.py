@@ -96,8 +96,8 @@ def windows(dims: Dims, tokens: Dim) -> tuple[str, str] | None:
 
     None unless the tokens are a part of every dimension that holds any of them, in sizes that are numbers.
     """
-    inside = set(atoms(tokens))
-    held = [dim for dim in dims if inside & set(atoms(dim))]
+    inside = set(tokens)
+    held = [dim for dim in dims if inside & set(dim)]
     parts = [tuple(axis for axis in dim if axis in inside) for dim in held]
     sizes = [(product(dim), product(part)) for dim, part in zip(held, parts)]
     if {axis for part in parts for axis in part} != inside or not all(isinstance(n, int) for s in sizes for n in s):
