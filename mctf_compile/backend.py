@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from mctf_compile.assumed import Checked
-from mctf_compile.compat import break_behind, unwrapped
+from mctf_compile.compat import GraphBreak, break_behind, resumed_at, unwrapped
 from mctf_compile.compiler import fuse_or_decline
 from mctf_compile.config import FusionConfig
 from mctf_compile.dynamic import Adjustable
@@ -17,7 +17,9 @@ from mctf_compile.errors import MctfError
 from mctf_compile.inner.lowering import compile_lowered, inner_compiler
 from mctf_compile.narrowing import present
 from mctf_compile.outputs import Noted
+from mctf_compile.passes.analysis.blocks import GIVEN
 from mctf_compile.recompiling import last_size
+from mctf_compile.report import Report
 
 
 def mctf(
@@ -60,11 +62,9 @@ def _compiled(
     if config.method.active or config.lowering.dynamic_r:
         if _split_by_ddp(gm):
             warnings.warn(SPLIT_BY_DDP, stacklevel=2)
-        elif report.reason is not None:
-            warnings.warn(f"mctf: the graph stays dense: {report.reason}", stacklevel=2)
-        broken = break_behind(gm)
-        if broken is not None and report.blocks:
-            warnings.warn(f"mctf: {IN_PIECES.format(broken)}", stacklevel=2)
+        else:
+            for line in _said_of_breaks(report, break_behind(gm), resumed_at()):
+                warnings.warn(f"mctf: {line}", stacklevel=2)
     if report.reason is not None:
         return inner_compiler(config)(gm, example_inputs)
     last = last_size(gm, example_inputs)
@@ -79,6 +79,21 @@ def _compiled(
     return Noted(run, found.kept_fused) if found.kept_fused else run
 
 
+def _said_of_breaks(report: Report, behind: GraphBreak | None, before: str | None) -> list[str]:
+    """Why a graph stays dense, if it does, and the graph break that it ends in, or goes on behind, if any.
+
+    Nothing is said of a graph without attention that goes on behind a break: the one before it has named that.
+    """
+    dense = [] if report.reason is None else [f"the graph stays dense: {report.reason}"]
+    if all(block.reason == GIVEN for block in report.blocks):
+        at = behind or before
+        if behind is None and before is not None and not report.blocks:
+            return []
+        return dense if at is None else [f"{line}; {PIECE.format(at)}" for line in dense]
+    return dense if behind is None else [*dense, IN_PIECES.format(behind)]
+
+
+PIECE = "it is a piece of a model that a graph break cuts at {}"
 IN_PIECES = (
     "Dynamo cuts the model by a graph break at {}, and tokens are given back there; without the break they fuse "
     "throughout."

@@ -28,6 +28,7 @@ from mctf_compile.compat import (
     forget_compilations,
     line_of_users,
     parameters_gathered,
+    reads_numbers,
 )
 from mctf_compile.errors import MctfError
 
@@ -62,6 +63,10 @@ class _Stop(Exception):
     """Raised in the place of running a graph."""
 
 
+class _Asked(Exception):
+    """Raised of a graph that Dynamo makes in one piece where that is demanded, and in several where it is not."""
+
+
 def capture(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], take: Take[T]) -> Captured[T]:
     """What ``take`` makes of each graph that Dynamo captures of ``model(*args, **kwargs)`` with static shapes.
 
@@ -94,6 +99,8 @@ def _one_graph(
         torch.compile(_call(), backend=backend, fullgraph=True, dynamic=False)(model, args, kwargs)
     except _Stop:
         return Captured(backend.found)
+    except _Asked:
+        return []
     except Exception as error:
         backend.raise_failure()
         found = break_in(error)
@@ -138,6 +145,8 @@ class _Backend(Generic[T]):
         self.failure: Exception | None = None
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        if not self.run and reads_numbers(gm):
+            raise _Asked
         try:
             with _disable_current_modes():
                 self.found.append(self.take(gm, inputs))

@@ -6,6 +6,7 @@ import inspect
 import linecache
 import logging
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -53,19 +54,26 @@ def trace_artifact(name: str, encoding: str, payload: Callable[[], str]) -> None
 
 @dataclass(frozen=True)
 class GraphBreak:
-    """A line of the user's program that Dynamo does not follow, and the first line of what it says to that."""
+    """A line of the user's program that Dynamo does not follow, and the first line of what it says to that.
+
+    ``setting``: with what Dynamo says that it does follow it, as a line of Python, if anything.
+    """
 
     place: str
     why: str
+    setting: str | None = None
 
     @classmethod
     def of(cls, reason: str, stack: Sequence[FrameSummary]) -> GraphBreak:
         why = reason.strip().splitlines()[0].rstrip(".")
+        setting = re.search(r"torch\._dynamo\.config\.\w+ = \w+", reason)
         # What Dynamo calls a branch among the reasons of graphs.
-        return cls(line_of_users(stack), "Data-dependent branching" if why.startswith("generic_jump") else why)
+        why = "Data-dependent branching" if why.startswith("generic_jump") else why
+        return cls(line_of_users(stack), why, setting and setting[0])
 
     def __str__(self) -> str:
-        return f"{self.place} ({self.why})"
+        advice = f"; Dynamo advises {self.setting}" if self.setting else ""
+        return f"{self.place} ({self.why}{advice})"
 
 
 def line_of_users(stack: Iterable[FrameSummary]) -> str:
@@ -78,6 +86,27 @@ def break_behind(gm: fx.GraphModule) -> GraphBreak | None:
     """The graph break that Dynamo's graph ends in; None where it ends with the function that is compiled."""
     reason: Any = getattr(gm, "compile_subgraph_reason", None)
     return GraphBreak.of(reason.reason, reason.user_stack) if getattr(reason, "graph_break", False) else None
+
+
+def resumed_at() -> str | None:
+    """The line of the graph break behind which the function goes on that Dynamo compiles, if it is such a one."""
+    from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX as RESUMED
+
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_locals.get("code") if frame.f_code.co_name == "_compile" else None
+        if isinstance(code, CodeType):
+            at = re.fullmatch(RESUMED + r"_.*_at_(\d+)", code.co_name)
+            return f"line {at[1]} of {code.co_filename}" if at else None
+        frame = frame.f_back
+    return None
+
+
+def reads_numbers(gm: fx.GraphModule) -> bool:
+    """Whether a graph reads numbers off tensors, at which Dynamo cuts it unless one graph is demanded."""
+    from torch._dynamo import config
+
+    return not config.capture_scalar_outputs and bool(gm.graph.find_nodes(op="call_method", target="item"))
 
 
 def break_in(error: BaseException) -> GraphBreak | None:

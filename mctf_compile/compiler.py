@@ -22,7 +22,7 @@ from mctf_compile.logs import tell
 from mctf_compile.narrowing import present
 from mctf_compile.options.schedule import NOT_CHOSEN
 from mctf_compile.passes import ANALYSIS, LOWERING, REWRITING, State, run_passes
-from mctf_compile.passes.analysis.normalize import fake_inputs
+from mctf_compile.passes.analysis.normalize import constants, fake_inputs
 from mctf_compile.passes.analysis.reasons import why_no_attention
 from mctf_compile.passes.lowering.autocast import devices_of, keep_autocast_out
 from mctf_compile.passes.planning.macs import count_macs, macs_by_block, macs_by_counts, work_by_counts
@@ -143,7 +143,7 @@ def make_report(state: State) -> Report:
     if not fused:
         reasons = {b.reason for b in planned} - {NOT_CHOSEN} or {NOT_CHOSEN}
         reason = (
-            why_no_attention(normal.graph)
+            why_no_attention(normal.graph, present(state.axes), constants(state.gm, normal, state.examples))
             if not planned
             else (reasons.pop() if len(reasons) == 1 else "no block can fuse")
         )

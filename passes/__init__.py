@@ -11,6 +11,7 @@ from mctf_compile.passes.analysis import (
     normalize,
     observations,
     projections,
+    queries,
     token_axes,
     towers,
 )
@@ -26,6 +27,7 @@ ANALYSIS: tuple[Pass, ...] = (
     token_axes.run,
     blocks.run,
     masks.run,
+    queries.run,
     towers.run,
     branches.run,
 )

@@ -76,6 +76,7 @@ class State:
     # By block the branches of its residual stream, where the method acts in them.
     branches: list[tuple[Branch, ...]] | None = None
     masks: dict[fx.Node, frozenset[fx.Node]] | None = None
+    marks: dict[fx.Node, frozenset[fx.Node]] | None = None
     # The positions of the inputs that are masks over pairs, and taken for padding.
     assumed: tuple[int, ...] = ()
     towers: list[Tower] | None = None

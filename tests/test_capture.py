@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 import mctf_compile
 from mctf_compile import ConfigError
 from mctf_compile.capture import capture
+from mctf_compile.passes.analysis.blocks import GIVEN
 from mctf_compile.testing import assert_rewrite_sound, check_rewrite
 
 TOKENS = torch.randn(2, 12, 16, generator=torch.Generator().manual_seed(0))
@@ -189,6 +191,77 @@ def test_compiling_names_the_break():
     model = Net(graph_break).eval()
     with torch.no_grad(), pytest.warns(UserWarning, match=r"cuts the model by a graph break at line \d+ of .*test_cap"):
         torch.compile(model, backend="mctf", options={"r": 2, "inner": "eager"})(TOKENS)
+
+
+class Packed(nn.Module):
+    """Attention that asks for the numbers of tokens of several images, as the vision towers of Qwen2-VL."""
+
+    def __init__(self, plain: bool = False) -> None:
+        super().__init__()
+        self.qkv, self.out, self.plain = nn.Linear(16, 48), nn.Linear(16, 16), plain
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        parts = self.qkv(x).unflatten(1, (3, 2, 8)).permute(1, 2, 0, 3).unbind(0)
+        numbers = ends.diff().tolist()
+        images = zip(*(t.split(numbers, 1) for t in parts))
+        return self.out(torch.cat([self.attend(*image) for image in images], 1).transpose(0, 1).flatten(1))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.plain:
+            return (q @ k.mT * 8**-0.5).softmax(-1) @ v
+        return F.scaled_dot_product_attention(q[None], k[None], v[None])[0]
+
+
+class PackedNet(nn.Module):
+    def __init__(self, plain: bool = False) -> None:
+        super().__init__()
+        self.attention = nn.ModuleList(Packed(plain) for _ in range(2))
+        self.mlp = nn.ModuleList(nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 999), nn.Linear(999, 16)) for _ in "ab")
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        for attention, mlp in zip(self.attention, self.mlp):
+            x = x + attention(x, ends)
+            x = x + mlp(x)
+        return x
+
+
+ENDS = torch.tensor([0, 24, 40])
+BREAK = 1 + open(__file__).read().splitlines().index("        numbers = ends.diff().tolist()")
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["one", "three"])
+def test_attention_behind_a_break_is_named_with_the_break_and_its_remedy(plain):
+    report = mctf_compile.explain(PackedNet(plain).eval(), torch.randn(40, 16), ENDS, r=2)
+    assert report.reason == GIVEN and len(report.blocks) == 2
+    (remark,) = report.remarks
+    assert "graphs of the model, 1 of them with attention" in remark
+    assert remark.count(f"line {BREAK} of {__file__}") == 1
+    assert remark.count("torch._dynamo.config.capture_scalar_outputs = True") == 1
+
+
+def test_compiling_names_a_break_between_attention_and_its_tokens():
+    model = PackedNet().eval()
+    compiled = torch.compile(model, backend="mctf", options={"r": 2, "inner": "eager"})
+    x = torch.randn(40, 16)
+    with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        torch.testing.assert_close(compiled(x, ENDS), model(x, ENDS))
+    said = [str(w.message) for w in caught if str(w.message).startswith("mctf:")]
+    assert len(said) == len(set(said)) == 2 and all(f"line {BREAK} of {__file__}" in line for line in said)
+    assert "no self-attention" in said[0] and "capture_scalar_outputs = True" in said[0]
+    assert GIVEN in said[1]
+
+
+def test_attention_of_two_inputs_that_layers_read_is_in_one_graph():
+    """Queries and keys that the graph itself makes are no others'."""
+    layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+
+    def cross(x: Tensor, y: Tensor) -> Tensor:
+        q, k, v = (layer(t) for layer, t in zip(layers, (x, y, y)))
+        return x + F.scaled_dot_product_attention(q, k, v)
+
+    report = mctf_compile.explain(cross, TOKENS, torch.randn(2, 20, 16), r=2)
+    assert not report.blocks and report.reason == "the graph has no self-attention over tokens"
 
 
 def test_a_block_that_is_compiled_alone_says_how_to_fuse_it():

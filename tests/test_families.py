@@ -122,11 +122,12 @@ def test_transformer_encoder_fuses(norm_first, batch_first, train):
     [
         ("mixer_s32_224", {}, "the graph has no self-attention over tokens"),
         ("resnet18", {}, "the graph has no self-attention over tokens"),
-        ("xcit_nano_12_p16_224", {"depth": 2}, "the graph has no self-attention over tokens"),
+        ("xcit_nano_12_p16_224", {"depth": 2}, "attention over channels (cross-covariance)"),
+        ("efficientvit_b0", {}, "attention without a softmax between queries and keys"),
         (
             "swin_tiny_patch4_window7_224",
             {"depths": (2,), "num_heads": (3,)},
-            "attention runs within windows or groups of 49 tokens of a larger grid",
+            "attention runs within windows of 7×7 tokens of a grid of 56×56",
         ),
         ("pvt_v2_b0", {}, "would be given back within the block: a 3×3 convolution mixes the original tokens"),
     ],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import cast
@@ -19,7 +19,8 @@ from mctf_compile.passes.analysis.mutations import updates_statistics
 from mctf_compile.passes.analysis.normalize import constants
 from mctf_compile.passes.analysis.observations import assign
 from mctf_compile.passes.analysis.packs import Packs
-from mctf_compile.passes.analysis.reasons import name_of
+from mctf_compile.passes.analysis.readings import from_inputs, is_of_inputs, reading_at
+from mctf_compile.passes.analysis.reasons import name_of, padded, windows
 from mctf_compile.passes.analysis.structure import Attention, Block
 from mctf_compile.passes.analysis.token_axes import Axes
 from mctf_compile.passes.axes import FEATURES, Cat, Dim, Dims, Size, Tokens, atoms, mentions, places, product
@@ -35,12 +36,14 @@ def run(state: State) -> None:
     method = state.config.method
     protected = None if isinstance(method.protected, str) else method.protected
     graph = present(state.normal).graph
-    packs = Packs(graph, constants(state.gm, present(state.normal), state.examples))
-    found = find_blocks(graph, present(state.axes), protected, packs)
+    known = constants(state.gm, present(state.normal), state.examples)
+    found = find_blocks(graph, present(state.axes), protected, known)
     state.blocks = assign(present(state.observations), found, graph)
 
 
-def find_blocks(graph: fx.Graph, axes: Axes, protected: int | None = None, packs: Packs | None = None) -> list[Block]:
+def find_blocks(
+    graph: fx.Graph, axes: Axes, protected: int | None = None, known: Mapping[fx.Node, torch.Tensor] | None = None
+) -> list[Block]:
     """Every self-attention over a token axis, in the order of execution, with its residual stream.
 
     1. Attention is scaled_dot_product_attention, or a softmax over an axis that a product then contracts.
@@ -48,16 +51,30 @@ def find_blocks(graph: fx.Graph, axes: Axes, protected: int | None = None, packs
        and value all descend.
     3. The MLP ends at the next addition of two descendants of that sum.
     4. The batch axes are those of the residual stream that are neither tokens nor channels.
+
+    Attention of queries and keys that the graph is given is none that could be followed; it has an entry all the same.
+    ``known`` holds the tensors of the graph's constants (parameters and buffers), as far as they are known.
     """
-    flow = Dataflow(graph)
-    attentions = [attention for node in graph.nodes if (attention := _attention(node, axes)) is not None]
-    blocks = []
+    flow, packs = Dataflow(graph), Packs(graph, known or {})
+    own = {node: found for node in graph.nodes if (found := _attention(node, axes)) is not None}
+    attentions = list(own.values())
+    blocks = _of_inputs(graph, axes, from_inputs(graph, known or {}), own)
     for i, attention in enumerate(attentions):
         following = attentions[i + 1].node if i + 1 < len(attentions) else None
-        pack, images = (None, ()) if packs is None else _images(attention, packs, axes)
+        pack, images = _images(attention, packs, axes)
         block = _block(attention, following, flow, axes, protected, images)
         blocks.append(replace(block, pack=pack, module=_module(attention.node)))
-    return blocks
+    return sorted(blocks, key=lambda block: block.attention.weights or block.attention.node)
+
+
+def _of_inputs(graph: fx.Graph, axes: Axes, given: Collection[fx.Node], beside: Collection[fx.Node]) -> list[Block]:
+    """Attention whose queries and keys another graph has made, without that at the nodes ``beside``."""
+    found = (reading_at(node, axes) for node in graph.nodes if node not in beside)
+    return [
+        Block(attention, None, problem=GIVEN, module=_module(attention.node))
+        for attention in found
+        if attention is not None and is_of_inputs(attention, given)
+    ]
 
 
 def _images(attention: Attention, packs: Packs, axes: Axes) -> tuple[fx.Node | None, tuple[int, ...]]:
@@ -80,6 +97,10 @@ def _module(node: fx.Node) -> str | None:
     # Dynamo writes a path as Python: L['self']._modules['blocks'][3].attn.
     path = re.sub(r"^L\['\w+'\]\.?|_modules(?=\[)", "", path)
     return re.sub(r"\['?(\w+)'?\]", r".\1", path).strip(".").replace("..", ".") or None
+
+
+# Why nothing can be fused where another graph has made queries and keys, as one before a graph break does.
+GIVEN = "its queries and keys are inputs of the graph: what makes them of the tokens is in another"
 
 
 def _attention(node: fx.Node, axes: Axes) -> Attention | None:
@@ -221,10 +242,12 @@ def _block(
         return Block(attention, None, problem=problem)
     entry, middle = found
     if not mentions(axes.of(entry), tokens):
-        return Block(attention, None, entry, middle, problem=_remade(attention.key, entry, flow, axes))
+        problem = _padding(attention, entry, flow, axes) or _remade(attention, entry, flow, axes)
+        return Block(attention, None, entry, middle, problem=problem)
     tokens = _with_batch(tokens, axes.of(entry), axes.of(attention.query))
     if isinstance(tokens, str):
-        return Block(attention, None, entry, middle, problem=tokens)
+        problem = _padding(attention, entry, flow, axes) or tokens
+        return Block(attention, None, entry, middle, problem=problem)
     if not _ends_are_keys(axes.of(entry), keys, tokens):
         problem = "the residual stream holds protected tokens beside its others that attention does not read as keys"
         return Block(attention, None, entry, middle, problem=problem)
@@ -321,10 +344,16 @@ def sums(nodes: Iterable[fx.Node], axes: Axes) -> Iterator[tuple[fx.Node, fx.Nod
             yield node, a, b
 
 
-def _remade(key: fx.Node, entry: fx.Node, flow: Dataflow, axes: Axes) -> str:
+def _padding(attention: Attention, entry: fx.Node, flow: Dataflow, axes: Axes) -> str | None:
+    """What padding makes of the tokens between the residual stream and attention, if anything does."""
+    keys = axes.table.canonical(attention.key_axis)
+    return next(filter(None, (padded(node, axes, keys) for node in flow.between(entry, attention.key))), None)
+
+
+def _remade(attention: Attention, entry: fx.Node, flow: Dataflow, axes: Axes) -> str:
     """What makes new tokens of those in the residual stream before attention sees them."""
     stream = {atom for dim in axes.of(entry) for atom in atoms(dim)}
-    for node in flow.between(entry, key):
+    for node in flow.between(entry, attention.key):
         dims = axes.dims.get(node)
         if isinstance(dims, tuple) and len(dims) > 2:
             held = [{atom for atom in atoms(dim)} & stream for dim in axes.of(node)]
@@ -360,6 +389,9 @@ def _with_batch(tokens: Tokens, stream: Dims, query: Dims) -> Tokens | str:
     found = places(stream, tokens)
     if found is None:
         many = f"{tokens.total} tokens" if isinstance(tokens.total, int) else "tokens"
+        cut = windows(stream, tokens.body)
+        if cut is not None and "×" in cut[0] and cut[0] != cut[1]:
+            return f"attention runs within windows of {cut[1]} tokens of a grid of {cut[0]}"
         return f"attention runs within windows or groups of {many} of a larger grid"
     if len(found) != 1:
         return "the residual stream has the token axis twice"

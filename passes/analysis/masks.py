@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
-from mctf_compile.narrowing import function_of, node_of, present
+from mctf_compile.narrowing import function_of, present
 from mctf_compile.passes.analysis.mutations import still_written
 from mctf_compile.passes.analysis.normalize import constants
 from mctf_compile.passes.analysis.packs import MASKED, computed, number
+from mctf_compile.passes.analysis.readings import reading_at
 from mctf_compile.passes.analysis.structure import Attention, Block, Mask, Masks
 from mctf_compile.passes.analysis.token_axes import Axes
 from mctf_compile.passes.axes import Atom, Dim, atoms
@@ -38,7 +39,7 @@ def run(state: State) -> None:
     values = constants(state.gm, normal, state.examples)
     assumed = state.config.lowering.padding == "assume"
     blocks, masks = find_masks(normal.graph, present(state.blocks), present(state.axes), values, assumed=assumed)
-    state.blocks, state.masks = blocks, masks.padding
+    state.blocks, state.masks, state.marks = blocks, masks.padding, masks.marks
     inputs = normal.graph.find_nodes(op="placeholder")
     state.assumed = tuple(i for i, node in enumerate(inputs) if node in masks.assumed)
 
@@ -57,6 +58,7 @@ def find_masks(
     ``assumed``: whether masks over pairs that are inputs of the graph are taken for padding.
     """
     masks: dict[fx.Node, Telling] = {}
+    marks: dict[fx.Node, Telling] = {}
     taken: set[fx.Node] = set()
     written = still_written(graph)
     equal = _equal(graph, written)
@@ -70,6 +72,7 @@ def find_masks(
         # Of what masks pairs no token alone tells: it has no mean.
         masks.update((n, frozenset()) for n, (kind, _) in found.items() if kind > Mask.TOKENS)
         taken.update(finder.taken)
+        marks.update((node, known) for node in readers if (known := finder.marks(node)) is not None)
         return [kind for kind, _ in found.values()], list(own.values())
 
     found = []
@@ -88,11 +91,10 @@ def find_masks(
                 padding = masks[pack] = equal[pack]
         found.append(replace(block, mask=max(kinds, default=Mask.NONE), padding=padding))
     # Attention of other queries than the tokens has its masks too.
-    for node in graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
-        mask, keys = schema_arguments(node)["attn_mask"], axes.of(node_of(schema_arguments(node)["key"]))[-2]
-        if mask is not None and mask not in masks and keys:
-            look({mask: node}, keys, None)
-    return found, Masks(masks, frozenset(taken))
+    for reading in (reading_at(node, axes) for node in graph.nodes):
+        if reading is not None and reading.key_axis:
+            look({m: n for m, n in mask_operands(reading).items() if m not in masks}, reading.key_axis, None)
+    return found, Masks(masks, marks, frozenset(taken))
 
 
 def _equal(graph: fx.Graph, written: set[fx.Node]) -> dict[fx.Node, Telling]:
@@ -101,6 +103,9 @@ def _equal(graph: fx.Graph, written: set[fx.Node]) -> dict[fx.Node, Telling]:
     same: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         key: Any = node
+        if _is_as_it_was(node) and node not in written:
+            same[node] = same[node.all_input_nodes[0]]
+            continue
         if find_rule(node.target) is not None and not is_random(node.target) and node not in written:
             key = (node.target, str(fx.node.map_arg((node.args, node.kwargs), lambda n: same.get(n, n))))
         same[node] = first.setdefault(key, node)
@@ -108,6 +113,15 @@ def _equal(graph: fx.Graph, written: set[fx.Node]) -> dict[fx.Node, Telling]:
     for node, representative in same.items():
         groups.setdefault(representative, set()).add(node)
     return {node: frozenset(groups[representative]) for node, representative in same.items()}
+
+
+def _is_as_it_was(node: fx.Node) -> bool:
+    """Whether a cast casts nothing: its operand has the dtype already, and is where it is."""
+    rule = find_rule(node.target)
+    if rule is None or rule.elements is not Elements.CONVERTED:
+        return False
+    before, after = node.all_input_nodes[0].meta["val"], node.meta["val"]
+    return bool(before.dtype == after.dtype and before.device == after.device)
 
 
 def mask_operands(attention: Attention) -> dict[fx.Node, fx.Node]:
@@ -230,6 +244,11 @@ class _Finder:
         if told is None:
             return (self._unread(mask) if len(self.at(mask)) > 1 else Mask.TOKENS), frozenset()
         return self._allowed(told, mask)
+
+    def marks(self, mask: fx.Node) -> Telling | None:
+        """The values that alone tell a mask: it is the same wherever those are. None where others may."""
+        told = self.told(mask)
+        return None if told is None or told.soft.any() else frozenset(mark.node for mark in told.marks)
 
     def read(self, mask: fx.Node, reader: fx.Node) -> Told | None:
         """What the logits are, told by the marks, after an operator has combined them with ``mask``."""

@@ -25,11 +25,13 @@ class Mask(enum.IntEnum):
 class Masks:
     """The masks over single tokens of a graph.
 
-    ``padding``: by mask the values each of which alone tells which tokens it masks out. ``assumed``: the inputs with a
+    ``padding``: by mask the values each of which alone tells which tokens it masks out; ``marks``: those that together
+    tell all of it, where they are known. ``assumed``: the inputs with a
     number for every pair of tokens that were taken for padding.
     """
 
     padding: dict[fx.Node, frozenset[fx.Node]]
+    marks: dict[fx.Node, frozenset[fx.Node]]
     assumed: frozenset[fx.Node] = frozenset()
 
 
@@ -61,6 +63,7 @@ class Block:
     ``padding`` the values each of which alone tells which tokens they leave out.
     ``pack``: the mask that keeps several images in one sequence apart, if any, and ``packed`` the lengths of the runs
     of positions within which tokens may be fused then, in order.
+    ``queries``: whether its tokens are a decoder's, which read another sequence (see ``queries``).
     ``learned``: what a module attached to it says of its tokens (see ``observations``). ``module``: the path of the
     module that attention runs in, where the graph tells; for people to read.
     """
@@ -75,6 +78,7 @@ class Block:
     padding: frozenset[fx.Node] = frozenset()
     pack: fx.Node | None = None
     packed: tuple[int, ...] = ()
+    queries: bool = False
     learned: fx.Node | None = None
     module: str | None = None
 

@@ -101,6 +101,8 @@ class Plan:
     projections: dict[fx.Node, Projection] = field(default_factory=dict)
     # The masks over single tokens, each with the values that alone tell which ones it masks out.
     masks: dict[fx.Node, frozenset[fx.Node]] = field(default_factory=dict)
+    # And with those that together tell all of it.
+    marks: dict[fx.Node, frozenset[fx.Node]] = field(default_factory=dict)
 
     @property
     def site(self) -> Site:
@@ -148,7 +150,8 @@ def make_plan(
             own = replace(cast(Merging, method), r=[requests[i] for i in tower.blocks], target=None)
         planner = _TowerPlanner(state, own, number, tower, relaxed, adjustable, numbers)
         planned.update((block.index, block) for block in map(planner.plan, range(len(tower.blocks))))
-    return Plan(method, [planned[i] for i in range(len(blocks))], relaxed, masks=present(state.masks))
+    ordered = [planned[i] for i in range(len(blocks))]
+    return Plan(method, ordered, relaxed, masks=present(state.masks), marks=present(state.marks))
 
 
 class _TowerPlanner:
@@ -182,7 +185,7 @@ class _TowerPlanner:
         planned = PlannedBlock(index, block, None, None, tower=self.number, number=number, depth=self.depth)
         reason = block.problem or _why_fixed(block, self.state, self.relaxed)
         reason = reason or findings.declined.get(index) or _unsupported(block, self.axes)
-        reason = reason or _excluded(block, self.method.modules) or _not_apart(block, self.method, self.relaxed)
+        reason = reason or _left_out(block, self.method.modules) or _not_apart(block, self.method, self.relaxed)
         if reason is None and number in self.chosen:
             reason = _unmet(block, self.axes, self.method)
         wanted = self.method.branches if isinstance(self.method, Merging) else ()
@@ -322,6 +325,12 @@ def stretches(graph: fx.Graph, blocks: Sequence[PlannedBlock], streams: Mapping[
 # More tokens than any block has.
 MANY = 1 << 20
 
+# Why a decoder's queries stay as they are by default.
+QUERIES = (
+    "its tokens are a decoder's queries, which read another sequence by cross-attention; they fuse only where "
+    "modules=... names them"
+)
+
 
 def _varies(block: Block) -> bool:
     """Whether a block has another number of tokens at another call."""
@@ -386,7 +395,7 @@ def _check_layers(method: Method, blocks: Sequence[Block], towers: Sequence[Towe
     free = [
         t
         for t in towers
-        if any(blocks[i].problem is None and not _excluded(blocks[i], method.modules) for i in t.blocks)
+        if any(blocks[i].problem is None and not _left_out(blocks[i], method.modules) for i in t.blocks)
     ]
     depths = sorted({len(tower.blocks) for tower in free or towers})
     beyond = [i for i in method.layers or () if depths and i >= depths[-1]]
@@ -402,10 +411,13 @@ def _check_layers(method: Method, blocks: Sequence[Block], towers: Sequence[Towe
         )
 
 
-def _excluded(block: Block, modules: Sequence[str] | None) -> str | None:
-    """Why the option ``modules`` leaves a block out, if it does: it names neither its module nor one around it."""
+def _left_out(block: Block, modules: Sequence[str] | None) -> str | None:
+    """Why the option ``modules`` leaves a block out, if it does: it names neither its module nor one around it.
+
+    Without it a decoder's queries are left out.
+    """
     if modules is None:
-        return None
+        return QUERIES if block.queries else None
     parts = (block.module or "").split(".")
     paths = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
     if any(fnmatchcase(path, pattern) for path in paths for pattern in modules):

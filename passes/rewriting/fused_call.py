@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -39,10 +40,19 @@ class FusedCall:
     """One node to be run on fused tokens, as a rule sees it."""
 
     def __init__(
-        self, program: Program, rule: Rule, node: fx.Node, stream: Stream, generation: int, env: Mapping[fx.Node, Any]
+        self,
+        program: Program,
+        rule: Rule,
+        node: fx.Node,
+        stream: Stream,
+        generation: int,
+        env: Mapping[fx.Node, Any],
+        others: Mapping[Stream, int] = MappingProxyType({}),
     ) -> None:
         self.program, self.rule, self.node = program, rule, node
         self.stream, self.generation, self.env = stream, generation, env
+        # The generations of other streams, whose tokens the operator does not mix.
+        self.others = others
         self.call: Call = program.axes.call(node)
         self.args, self.target = self.call.args, function_of(node)
         self.packet = getattr(node.target, "overloadpacket", None)
@@ -76,9 +86,25 @@ class FusedCall:
 
     def operand_value(self, node: fx.Node) -> Value:
         """The value of a node in the generation of this call."""
-        value = self.program.in_generation(node, self.env[node], self.stream, self.generation, self._like)
+        value = self._with_others(node, self.env[node])
+        value = self.program.in_generation(node, value, self.stream, self.generation, self._like)
         if len(value.dims) != len(self.env[node].dims) and not self.rule.broadcasts:
             raise Declined("a value without the batch axis meets fused tokens in another layout")
+        return value
+
+    def _with_others(self, node: fx.Node, value: Value) -> Value:
+        """A value with the tokens of other streams, where it has those, in their generations."""
+        for other, generation in self.others.items():
+            if not mentions(value.dims, other.tokens):
+                continue
+            if mentions(value.dims, self.tokens):
+                if value.generation:
+                    raise Declined("two token axes that are fused apart meet")
+                # What is left of it are the tokens of this stream, all of them.
+                fused = self.program.in_generation(node, value, other, generation, self._like)
+                value = Value(fused.tensor, fused.dims)
+            else:
+                value = self.program.in_generation(node, value, other, generation, self._like)
         return value
 
     def value(self, name: str) -> Value:
@@ -88,7 +114,7 @@ class FusedCall:
     def intensive(self, name: str) -> Value:
         """A tensor argument, attention weights turned into those of one copy of each token."""
         value = self.value(name)
-        return self.stream.intensive(value) if value.generation else value
+        return present(value.stream).intensive(value) if value.generation else value
 
     def dims(self, name: str) -> Dims:
         return self.program.axes.of(self.args[name])
@@ -180,7 +206,7 @@ class FusedCall:
         for p in self.stream.places(self.dims(name)):
             held = {p.dim, *p.rest}
             if not all(isinstance(dense[d], int) for d in held):
-                extent = self._extent(p, 0)
+                extent = _extent(self.stream, p, 0)
                 if extent is None:
                     raise Declined("two symbolic sizes share a dimension with the token axis")
                 count = count * extent
@@ -188,13 +214,6 @@ class FusedCall:
         for d in rest:
             count = count * (dense[d] if isinstance(dense[d], int) else fused[d])
         return count
-
-    def _extent(self, place: Place, generation: int) -> int | torch.SymInt | None:
-        """The size of a dimension that has the tokens of a generation at a place; None beside symbolic axes."""
-        beside = product(place.before + place.after)
-        if not isinstance(beside, int):
-            return None
-        return beside * (place.lead + self.stream.body(generation) + place.tail)
 
     def expected_shape(self, dims: Dims, dense: Sequence[Any]) -> list[int | torch.SymInt | None] | None:
         """The shape a result must have: as before, its token axes shrunk. None: no whole token axis.
@@ -205,9 +224,10 @@ class FusedCall:
         if found is None:
             return None
         shape: list[int | torch.SymInt | None] = [size if isinstance(size, int) else None for size in dense]
-        for p in found:
-            shape = [1 if d in p.rest else size for d, size in enumerate(shape)]
-            shape[p.dim] = self._extent(p, self.generation)
+        for stream, generation in ((self.stream, self.generation), *self.others.items()):
+            for p in places(dims, stream.tokens) or ():
+                shape = [1 if d in p.rest else size for d, size in enumerate(shape)]
+                shape[p.dim] = _extent(stream, p, generation)
         return shape
 
     def out_dims(self) -> list[Dims]:
@@ -326,11 +346,31 @@ class FusedCall:
             raise Declined(f"{name_of(self.node)} lets the images of a batch meet one another")
         self._check(tensor, dims, index)
         if not mentions(dims, self.tokens):
-            return Value(tensor, dims)
+            held = [(s, g) for s, g in self.others.items() if mentions(dims, s.tokens)]
+            return Value(tensor, dims, *held[0]) if held else Value(tensor, dims)
+        if any(mentions(dims, other.tokens) for other in self.others):
+            raise Declined("two token axes that are fused apart meet")
         if not has_batch(dims, self.tokens):
             raise Declined("the images are regrouped")
         stream = self.stream if self.generation else None
         return Value(tensor, dims, stream, self.generation, weights_dim if self.generation else None)
+
+
+def _extent(stream: Stream, place: Place, generation: int) -> int | torch.SymInt | None:
+    """The size of a dimension that has the tokens of a generation at a place; None beside symbolic axes."""
+    beside = product(place.before + place.after)
+    if not isinstance(beside, int):
+        return None
+    return beside * (place.lead + stream.body(generation) + place.tail)
+
+
+def generations(fused: Iterable[Value]) -> dict[Stream, int]:
+    """The youngest generation of each stream whose fused tokens some values have."""
+    found: dict[Stream, int] = {}
+    for value in fused:
+        stream = present(value.stream)
+        found[stream] = max(found.get(stream, 0), value.generation)
+    return found
 
 
 def flat_values(values: Any) -> list[Value]:

@@ -29,7 +29,7 @@ from mctf_compile.passes.planning.counts import Counts
 from mctf_compile.passes.planning.macs import macs_by, shown
 from mctf_compile.passes.planning.plan import Plan, stretches, tokens_remaining
 from mctf_compile.passes.planning.segments import BRANCH, SEGMENT, ends, segments
-from mctf_compile.passes.rewriting.fused_call import FusedCall, flat_values
+from mctf_compile.passes.rewriting.fused_call import FusedCall, flat_values, generations
 from mctf_compile.passes.rewriting.insertion import Insertion
 from mctf_compile.passes.rewriting.projector import Projector
 from mctf_compile.passes.rewriting.stream import Fusion, Stream, Value
@@ -364,9 +364,7 @@ class Rewriter:
         if not fused:
             return self._run_dense(node, env)
         try:
-            if len({v.stream for v in fused}) > 1:
-                raise Declined("two token axes that are fused apart meet")
-            return self._run_fused(node, present(fused[0].stream), max(v.generation for v in fused), env)
+            return self._run_fused(node, generations(fused), env)
         except Declined as declined:
             self.unmerges.append(Unmerge(node, str(declined)))
             return self._run_dense(node, env)
@@ -379,12 +377,17 @@ class Rewriter:
         target = aten.reshape.default if node.target is aten.view.default else function_of(node)
         return self._dense(node, call(target, args, kwargs))
 
-    def _run_fused(self, node: fx.Node, stream: Stream, generation: int, env: Env) -> Any:
+    def _run_fused(self, node: fx.Node, at: Mapping[Stream, int], env: Env) -> Any:
+        """Run one node on fused tokens: those of one stream, or beside them those of others that it does not mix."""
         rule = rule_of(node)
         if rule is None:
             raise Declined(f"{name_of(node)} has no rule for fused tokens")
-        fused = FusedCall(self, rule, node, stream, generation, env)
         mixed = self.axes.mixed_by(node)
+        stream = next((s for s in at if mentions(mixed, s.tokens)), next(iter(at)))
+        others = {other: generation for other, generation in at.items() if other is not stream}
+        if others and (not rule.beside or any(mentions(mixed, other.tokens) for other in others)):
+            raise Declined("two token axes that are fused apart meet")
+        fused = FusedCall(self, rule, node, stream, at[stream], env, others)
         if not mentions(mixed, stream.tokens):
             if set(atoms(stream.tokens.batch)) & {axis for dim in mixed for axis in atoms(dim)}:
                 raise Declined(f"{name_of(node)} mixes the images of a batch")
@@ -466,10 +469,14 @@ class Rewriter:
     def _agrees(self, node: fx.Node, stream: Stream, fusion: Fusion) -> bool:
         """Whether the members of each token that a fusion made have equal values in ``node``, or are all masked by it.
 
-        They are where the fusion kept apart what it masks. They have where it is computed, position by position, from
-        nothing else that tells tokens apart than a boolean which the fusion kept apart.
+        They are where the fusion kept apart what it masks. They have where what tells a mask has other tokens, as that
+        over keys when queries are fused; and where it is computed, position by position, from nothing else that tells
+        tokens apart than a boolean which the fusion kept apart.
         """
         if self.plan.masks.get(node, frozenset()) & fusion.padding:
+            return True
+        marks = self.plan.marks.get(node)
+        if marks is not None and not any(mentions(self.axes.of(mark), stream.tokens) for mark in marks):
             return True
         stack, seen = [node], {n for n in fusion.padding if n.meta["val"].dtype is torch.bool}
         while stack:

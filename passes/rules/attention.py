@@ -110,7 +110,7 @@ def sized_attention(call: Fused[V]) -> V:
         if keys.before or keys.after:
             raise Declined("attention meets the token axis inside a product of axes")
         if call.to_itself(keys):
-            if given.bias is not None or given.query.shape[2] != given.key.shape[2]:
+            if given.bias is not None or not call.places_of(call.args["query"]):
                 raise Declined("tokens that count for themselves alone meet a bias, or queries of another kind")
             out = torch.ops.mctf.policy_attention(
                 given.query, given.key, given.value, call.size(keys), scale_of(call.call)
@@ -130,6 +130,7 @@ def sized_attention(call: Fused[V]) -> V:
     broadcasts=True,
     called="attention within windows",
     layer=True,
+    beside=True,
 )
 def attention(call: Call) -> Flow:
     q, k, v = (call.dims(name) for name in ("query", "key", "value"))

@@ -51,7 +51,8 @@ class Rule:
     is no longer the residual stream that it reads; ``channels`` is the dimension of its input that weights are
     multiplied by, and ``factors`` gives the two operands of a product, by its arguments. ``uniform`` gives the number
     that the result holds everywhere, or None where nobody knows it. ``prevails``: whether the result is a sum or a
-    choice of the operands, so that a number which masks still does with others that do not.
+    choice of the operands, so that a number which masks still does with others that do not. ``beside``:
+    whether ``fused`` may also be given operands with the fused tokens of another stream, which it does not mix.
     """
 
     axes: Callable[[Call], Flow]
@@ -67,6 +68,7 @@ class Rule:
     factors: Callable[[Arguments], Sequence[fx.Node]] | None = None
     uniform: Callable[[Arguments], Any] | None = None
     prevails: bool = False
+    beside: bool = False
 
 
 RULES: dict[OpOverload, Rule] = {}
