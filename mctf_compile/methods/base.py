@@ -291,7 +291,8 @@ class Merging(Method):
         partition: in branches, the tile of the token grid in which one token receives others, as ``(2, 2)``; None for
             every second token.
         partition_seed: of the place in each tile that receives, the same at every call; None for the first.
-        match_every: in branches, how many blocks one after another fuse the tokens that the first of them has matched.
+        match_every: in branches, how many blocks one after another on a residual stream fuse the tokens that the first
+            of them has matched.
         branches: which branches those are: one or several of ``attention``, ``cross`` (to other tokens) and ``mlp``.
     """
 
