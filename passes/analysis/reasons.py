@@ -109,7 +109,7 @@ def windows(dims: Dims, tokens: Dim) -> tuple[str, str] | None:
 def padded(node: fx.Node, axes: Axes, tokens: Dim) -> str | None:
     """What padding makes of a residual stream before attention over ``tokens``; None of another operator."""
     found = windows(axes.of(node), tokens) if node.target in PADDING else None
-    if found is None:
+    if found is None or node.meta["val"].shape == node.all_input_nodes[0].meta["val"].shape:
         return None
     grid, window = found
     cut = "" if grid == window else f" and cut in windows of {window}"
