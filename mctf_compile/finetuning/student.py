@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from mctf_compile.compat import compiled_apart
+from mctf_compile.compat import buffers_left_alone, compiled_apart
 from mctf_compile.compiler import explain
 from mctf_compile.config import FusionConfig
 from mctf_compile.dynamic import set_r
@@ -47,7 +47,8 @@ class Readout(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         model = cast(Any, self.model)
         tokens = model.forward_features(images)
-        return model.forward_head(tokens, pre_logits=True), model.forward_head(tokens)
+        # FSDP2 hangs its hooks on what is returned, which must be no view of what others change.
+        return model.forward_head(tokens, pre_logits=True).clone(), model.forward_head(tokens)
 
 
 class Student:
@@ -104,7 +105,7 @@ class Student:
         self._readout = readout
         self._run: nn.Module = readout
         if world.size > 1 and not sharded:
-            self._run = nn.parallel.DistributedDataParallel(readout, broadcast_buffers=False)
+            self._run = nn.parallel.DistributedDataParallel(readout, **buffers_left_alone())
 
     def __call__(self, images: Tensor, fewer: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """Features [B, C] and logits [B, K], in float32; with ``fewer`` tokens removed by each block."""
