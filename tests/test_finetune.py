@@ -57,7 +57,7 @@ def tiny(*_: Any, **kwargs: Any) -> nn.Module:
 IMAGES = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
 # One step of plain gradient descent: what changes is the gradient.
-STEP = Recipe(epochs=1, batch=8, opt="momentum", lr=1.0, weight_decay=0, sched="none", smoothing=0.1, seed=3)
+STEP = Recipe(epochs=1, batch=8, opt="momentum", lr=0.1, weight_decay=0, sched="none", smoothing=0.1, seed=4)
 # What the blocks remove in its gentler pass.
 FEWER = [2, 1]
 
@@ -67,7 +67,7 @@ def stepped(folder: Path, recipe: Recipe, labels: Tensor | None = LABELS, **kwar
     folder.mkdir(parents=True, exist_ok=True)
     model = tiny()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    finetune(model, IMAGES, labels, recipe, OPTIONS, Checkpoints(folder), inner="aot_eager", **kwargs)
+    finetune(model, IMAGES, labels, recipe, OPTIONS, Checkpoints(folder), **{"inner": "eager", **kwargs})
     after = load_file(folder / "weights.safetensors")
     return {name: (before[name] - after[name]) / recipe.lr for name in before}
 
@@ -92,7 +92,7 @@ def plain_gradients(parts: int = 1, teacher: nn.Module | None = None) -> tuple[f
 
         return torch.compile(forward, backend="mctf", options={**OPTIONS, "r": r, "inner": "eager"})(images)
 
-    for number, part in enumerate(order_of(3, 0).chunk(parts)):
+    for number, part in enumerate(order_of(4, 0).chunk(parts)):
         images, labels = IMAGES[part], LABELS[part]
         (features, logits), (other_features, other_logits) = run(images, REMOVED), run(images, FEWER)
         if teacher is None:
@@ -125,8 +125,9 @@ def metrics_of(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_a_step_follows_the_gradient_of_the_paper_s_loss(parts: int, tmp_path: Path) -> None:
-    """In two parts activations are computed anew, too, which changes nothing."""
-    found = stepped(tmp_path, replace(STEP, accumulate=parts, checkpointing=parts > 1))
+    """At once, with the backward compiled too; and in two parts that compute activations anew."""
+    inner = "aot_eager" if parts == 1 else "eager"
+    found = stepped(tmp_path, replace(STEP, accumulate=parts, checkpointing=parts > 1), inner=inner)
     loss, expected, _ = plain_gradients(parts)
     (line,) = metrics_of(tmp_path)
     assert line["fewer"] == max(FEWER) and line["loss"] == pytest.approx(loss, rel=1e-6)
@@ -151,7 +152,7 @@ from test_finetune import *
 from mctf_compile.evaluating.sharding import world
 
 torch.set_num_threads(1)
-kind, folder = sys.argv[1], Path(sys.argv[2])
+folder = Path(sys.argv[1])
 
 
 class Stopped(Exception):
@@ -164,61 +165,48 @@ def stop(what, done, total):
 
 
 with world() as processes:
-    given = {"inner": "eager", "world": processes, "sharded": kind == "fsdp"}
-    (folder / "step").mkdir(parents=True, exist_ok=True)
-    finetune(tiny(), IMAGES, LABELS, STEP, OPTIONS, Checkpoints(folder / "step", processes.first), **given)
-    (folder / "run").mkdir(exist_ok=True)
-    for progress in (stop, None):
-        checkpoints = Checkpoints(folder / "run", processes.first)
+    for kind in ("ddp", "fsdp"):
+        given = {"inner": "eager", "world": processes, "sharded": kind == "fsdp"}
+        (folder / kind).mkdir(exist_ok=True)
+        checkpoints = Checkpoints(folder / kind, processes.first)
         try:
-            found = finetune(tiny(), IMAGES, LABELS, RUN, OPTIONS, checkpoints, **given, progress=progress)
+            finetune(tiny(), IMAGES, LABELS, RUN, OPTIONS, checkpoints, **given, progress=stop if kind == "fsdp" else None)
         except Stopped:
-            continue
-    assert found.begun == 1, found
+            found = finetune(tiny(), IMAGES, LABELS, RUN, OPTIONS, checkpoints, **given)
+            assert found.begun == 1, found
 """
-RUN = Recipe(epochs=3, batch=8, lr=1e-2, seed=3, ema=0.5)
+RUN = replace(STEP, epochs=2, ema=0.5)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_processes_do_what_one_does(kind: str, tmp_path: Path) -> None:
-    """One step with its gradients, and a run that is stopped and goes on."""
-    program = tmp_path / "program.py"
+def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
+    """By DDP, and by FSDP2 with a run that is stopped and goes on: the gradients of a step, and the end of the run."""
+    program, root = tmp_path / "program.py", Path(__file__).parents[1]
     program.write_text(TWO)
-    root = Path(__file__).parents[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            program,
-            kind,
-            tmp_path,
-        ],
+        [*launch, program, tmp_path],
         env={**os.environ, "PYTHONPATH": f"{root}:{root / 'tests'}", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     loss, expected, places = plain_gradients()
     # The premise: not as many samples count on the one process as on the other.
     assert sum(place < 4 for place in places) != sum(place >= 4 for place in places)
-    (line,) = metrics_of(tmp_path / "step")
-    assert line["loss"] == pytest.approx(loss, rel=1e-6)
-    before, after = tiny().state_dict(), load_file(tmp_path / "step" / "weights.safetensors")
-    same_gradients({name: before[name] - after[name] for name in before}, expected)
     (tmp_path / "alone").mkdir()
     finetune(tiny(), IMAGES, LABELS, RUN, OPTIONS, Checkpoints(tmp_path / "alone"), inner="eager")
-    for name in ("weights.safetensors", "weights-ema.safetensors"):
-        alone, together = (load_file(tmp_path / where / name) for where in ("alone", "run"))
-        assert alone.keys() == together.keys()
-        for key, value in alone.items():
-            # Adam divides by the size of a gradient, that of its rounding where there is nothing else.
-            torch.testing.assert_close(together[key], value, rtol=0, atol=2e-4, msg=key)
-    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2, 3]
+    before = tiny().state_dict()
+    for kind in ("ddp", "fsdp"):
+        lines = metrics_of(tmp_path / kind)
+        assert [line["step"] for line in lines] == [1, 2] and lines[0]["loss"] == pytest.approx(loss, rel=1e-6)
+        after = torch.load(tmp_path / kind / "checkpoint-00000001.pt", weights_only=True)["model"]
+        same_gradients({name: (before[name] - after[name]) / RUN.lr for name in before}, expected)
+        for name in ("weights.safetensors", "weights-ema.safetensors"):
+            alone, together = (load_file(tmp_path / where / name) for where in ("alone", kind))
+            assert alone.keys() == together.keys()
+            for key, value in alone.items():
+                torch.testing.assert_close(together[key], value, rtol=1e-5, atol=2e-6, msg=key)
 
 
 # What each step sees.
@@ -336,7 +324,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_the_weights_change(tmp_pa
     images = IMAGES.clone()
     images[int(order_of(0, 0)[7])] = torch.nan
     model = tiny()
-    with pytest.raises(MctfError, match="the loss of step 2 is nan; a smaller learning rate than 0.001 may help"):
+    with pytest.raises(MctfError, match="the loss of step 2 is nan; a smaller learning rate"):
         recipe = Recipe(epochs=1, batch=4, lr=1e-3, sched="none")
         finetune(model, images, LABELS, recipe, OPTIONS, Checkpoints(tmp_path), inner="eager", save_every=1)
     saved = Checkpoints(tmp_path).read()
@@ -370,7 +358,7 @@ def test_a_model_that_cannot_compute_activations_anew_is_refused(tmp_path: Path)
 
 
 def test_a_model_in_which_nothing_fuses_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(MctfError, match="nothing to train with fused tokens: .*among the layers that fuse"):
+    with pytest.raises(MctfError, match="nothing to train with fused tokens: not among the layers that fuse"):
         finetune(tiny(), IMAGES, LABELS, STEP, {**OPTIONS, "r": 4, "layers": []}, Checkpoints(tmp_path))
 
 

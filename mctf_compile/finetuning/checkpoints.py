@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,9 @@ class Checkpoints:
     def _unwritten(self, file: Path, error: Exception) -> MctfError:
         found = self.all()
         kept = f"{found[-1].name} is whole, and the same command goes on from there" if found else "nothing is lost yet"
-        return MctfError(f"{file} cannot be written: {str(error).splitlines()[0]}; {kept}")
+        # PyTorch does not say that a disk is full.
+        free = f"{shutil.disk_usage(self.folder).free >> 20} MiB are free there"
+        return MctfError(f"{file} cannot be written: {str(error).splitlines()[0]} ({free}); {kept}")
 
 
 def step_of(file: Path) -> int:
