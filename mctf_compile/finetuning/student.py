@@ -82,7 +82,8 @@ class Student:
         sharded: bool,
     ) -> None:
         readout, method = Readout(model), FusionConfig.from_options(options).method
-        report = explain(readout, image, **options)
+        # Of a single image the graph shows no batch, which modules that learn need.
+        report = explain(readout, image.repeat(2, 1, 1, 1), **options)
         if not report.fused:
             reasons = "; ".join(sorted({block.reason for block in report.blocks if block.reason})) or report.reason
             raise MctfError(f"there is nothing to train with fused tokens: {reasons}")
