@@ -122,7 +122,7 @@ def compiled_apart() -> dict[str, Any]:
 
 
 def buffers_left_alone() -> dict[str, Any]:
-    """Arguments for ``DistributedDataParallel`` by which a call does not write buffers, which an earlier one may need."""
+    """Arguments for ``DistributedDataParallel`` by which a call leaves buffers alone, which an earlier one may need."""
     known = inspect.signature(torch.nn.parallel.DistributedDataParallel).parameters
     return {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
 
