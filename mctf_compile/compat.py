@@ -150,6 +150,12 @@ def compiled_apart() -> dict[str, Any]:
     return {"isolate_recompiles": True} if "isolate_recompiles" in known else {}
 
 
+def buffers_left_alone() -> dict[str, Any]:
+    """Arguments for ``DistributedDataParallel`` by which a call leaves buffers alone, which an earlier one may need."""
+    known = inspect.signature(torch.nn.parallel.DistributedDataParallel).parameters
+    return {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+
+
 @contextmanager
 def counters_restored() -> Iterator[None]:
     """Dynamo counts what happens within, but not for those who look afterwards."""

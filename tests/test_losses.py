@@ -189,3 +189,97 @@ def test_consistency_without_a_sure_sample_has_a_gradient() -> None:
     student = torch.zeros(3, 2, requires_grad=True)
     losses.consistency(student, torch.ones(3, 2), SURE, torch.tensor([0, 0, 0]), 1.0).backward()
     assert torch.equal(student.grad, torch.zeros(3, 2))
+
+
+def passes(seed: int, images: int = 6) -> tuple[Tensor, Tensor]:
+    """Features [B, 4] and logits [B, 3] that are to be trained."""
+    generator = torch.Generator().manual_seed(seed)
+    made = (torch.randn(images, width, generator=generator, dtype=torch.float64) for width in (4, 3))
+    features, logits = (2 * values for values in made)
+    return features.requires_grad_(), logits.requires_grad_()
+
+
+LABELS = torch.tensor([0, 1, 2, 2, 1, 0])
+
+
+def written_out(student: tuple[Tensor, Tensor], gentler: tuple[Tensor, Tensor], target: Tensor) -> list[Tensor]:
+    """Mean over samples of sum of -target log p, for both passes; and the consistency, sample by sample."""
+    own, second = (-(target * y.log_softmax(1)).sum(1).mean() for _, y in (student, gentler))
+    label = target.argmax(1)
+    sure = [i for i in range(len(label)) if student[1][i].softmax(0)[label[i]] > 0.4]
+    assert 0 < len(sure) < len(label)
+    distance = [(gentler[0][i].detach() - student[0][i]).pow(2).sum() / 4 for i in sure]
+    return [own, second, torch.stack(distance).mean()]
+
+
+def gradients_of(total: Tensor, *tensors: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(total, tensors))
+
+
+def test_mctf_is_the_sum_of_its_formula() -> None:
+    student, gentler = passes(0), passes(1)
+    smooth = 0.8 * torch.nn.functional.one_hot(LABELS, 3) + 0.2 / 3
+    parts = written_out(student, gentler, smooth)
+    expected = parts[0] + parts[1] + 2 * parts[2]
+    got = losses.mctf(student, LABELS, gentler, consistency_weight=2, label_smoothing=0.2)
+    for a, b in zip((got.own, got.gentler, got.consistency, got.total), (*parts, expected)):
+        torch.testing.assert_close(a, b)
+    learned = (*student, gentler[1])
+    for a, b in zip(gradients_of(got.total, *learned), gradients_of(expected, *learned)):
+        torch.testing.assert_close(a, b)
+    assert torch.autograd.grad(got.total, gentler[0], allow_unused=True) == (None,)
+
+
+def test_without_a_gentler_pass_it_is_the_cross_entropy() -> None:
+    student = passes(0)
+    got = losses.mctf(student, LABELS)
+    torch.testing.assert_close(got.total, torch.nn.functional.cross_entropy(student[1], LABELS))
+    assert got.gentler == got.consistency == 0
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_distillation_is_the_sum_of_its_formula(temperature: float) -> None:
+    student, gentler, teacher = passes(0), passes(1), passes(2)[1]
+    target = (teacher.detach() / temperature).softmax(1)
+    scaled = [(features, logits / temperature) for features, logits in (student, gentler)]
+    entropy = -(target * target.log()).sum(1).mean()
+    # Which samples count does not depend on the temperature.
+    consistency = written_out(student, gentler, target)[2]
+    own, second = ((part - entropy) * temperature**2 for part in written_out(*scaled, target)[:2])
+    expected = own + second + 3 * consistency
+    got = losses.distillation(student, teacher, gentler, temperature=temperature)
+    for a, b in zip((got.own, got.gentler, got.consistency, got.total), (own, second, consistency, expected)):
+        torch.testing.assert_close(a, b)
+    learned = (*student, gentler[1])
+    for a, b in zip(gradients_of(got.total, *learned), gradients_of(expected, *learned)):
+        torch.testing.assert_close(a, b)
+    assert torch.autograd.grad(got.total, teacher, allow_unused=True) == (None,)
+
+
+def test_a_teacher_that_is_followed_costs_nothing() -> None:
+    student = passes(0)
+    got = losses.distillation(student, student[1], student)
+    torch.testing.assert_close(got.total, torch.zeros((), dtype=torch.float64))
+
+
+def test_shares_of_a_batch_add_up_to_the_whole() -> None:
+    """Gradients are the mean over two processes, of which one has no sample that counts."""
+    student, gentler = passes(0), passes(1)
+    label = student[1].argmin(1)
+    label[4:] = student[1][4:].argmax(1)
+    whole = losses.mctf(student, label, gentler)
+    sure = [student[1][i].softmax(0)[label[i]] > 0.4 for i in range(6)]
+    assert not any(sure[:3]) and sum(sure[3:]) > 1
+    count = sum(sure)
+    totals = []
+    for share in (slice(0, 3), slice(3, 6)):
+        own, other = (tuple(x[share] for x in part) for part in (student, gentler))
+        totals.append(losses.mctf(own, label[share], other, over=lambda _: torch.as_tensor(count / 2)).total)
+    learned = (*student, gentler[1])
+    for a, b in zip(gradients_of(sum(totals) / 2, *learned), gradients_of(whole.total, *learned)):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_mean_over_one_process_is_the_value() -> None:
+    value = torch.tensor(3.0)
+    assert losses.mean_over_processes(value) is value

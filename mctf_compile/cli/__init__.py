@@ -9,10 +9,22 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from mctf_compile.cli import bench, coverage, evaluate, explain, export, fuzz, linearity, report, tune, visualize
+from mctf_compile.cli import (
+    bench,
+    coverage,
+    evaluate,
+    explain,
+    export,
+    finetune,
+    fuzz,
+    linearity,
+    report,
+    tune,
+    visualize,
+)
 from mctf_compile.cli.console import INTERRUPTED, report_error
 
-COMMANDS = (explain, report, export, visualize, bench, evaluate, tune, linearity, fuzz, coverage)
+COMMANDS = (explain, report, export, visualize, bench, evaluate, tune, finetune, linearity, fuzz, coverage)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

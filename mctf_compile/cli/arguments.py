@@ -123,6 +123,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def count(text: str) -> int:
+    """A whole number from 0 on; raises ``ArgumentTypeError`` for anything else."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
+
+
 def readable(text: str) -> Path:
     """A path of a file that is there."""
     path = Path(text)

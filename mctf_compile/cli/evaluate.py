@@ -8,7 +8,16 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from mctf_compile.cli.arguments import Subcommands, named_model, parse_names, parse_pair, positive, readable, writable
+from mctf_compile.cli.arguments import (
+    Subcommands,
+    count,
+    named_model,
+    parse_names,
+    parse_pair,
+    positive,
+    readable,
+    writable,
+)
 from mctf_compile.cli.console import CommandError, stages, wide_console
 from mctf_compile.cli.models import load
 
@@ -79,13 +88,6 @@ def add(commands: Subcommands) -> None:
     parser.add_argument("--plot", type=writable, metavar="FILE", help="draw the result here; needs matplotlib")
     parser.add_argument("--json", type=writable, metavar="FILE", help="write the result here too")
     parser.set_defaults(run=run)
-
-
-def count(text: str) -> int:
-    """A whole number from 0 on; raises ``ArgumentTypeError`` for anything else."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
-    return int(text)
 
 
 def parse_options(text: str) -> dict[str, Any]:

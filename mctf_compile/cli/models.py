@@ -75,13 +75,15 @@ def load(args: argparse.Namespace, progress: Callable[[str, int, int], None]) ->
     return model
 
 
-def fill(model: nn.Module, weights: Mapping[str, Tensor], file: Path, strict: bool = True) -> None:
+def fill(
+    model: nn.Module, weights: Mapping[str, Tensor], file: Path, strict: bool = True, named: str = "--weights"
+) -> None:
     """Load a state dict; raises ``CommandError`` where it is another model's."""
     try:
         model.load_state_dict(weights, strict=strict)
     except RuntimeError as error:
         problems = [line.strip() for line in str(error).splitlines()[1:]]
-        raise CommandError(f"--weights {file} is of another model: {' '.join(problems)[:200]}") from error
+        raise CommandError(f"{named} {file} is of another model: {' '.join(problems)[:200]}") from error
 
 
 def image_files(folder: Path, count: int) -> list[Path]:

@@ -47,6 +47,49 @@ class Outcomes:
         return len(self.top)
 
 
+# The file of a folder that says what is kept in it.
+FACTS = "run.json"
+
+
+def claim(folder: Path, facts: Mapping[str, Any], rank: int, run: str, kept: str) -> None:
+    """Make a folder that of one run, told from others by ``facts``; a run with equal facts may go on in it.
+
+    Args:
+        folder: made where it is missing.
+        facts: what the run depends on, as JSON takes it.
+        rank: the number of this process among those that claim it.
+        run: what the folder is of, for messages.
+        kept: what is in it.
+
+    Raises:
+        ConfigError: the folder was begun with other facts, which the message names, or holds something else.
+        MctfError: it cannot be written.
+    """
+    given = json.loads(json.dumps(dict(facts)))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / FACTS
+        if not file.exists():
+            # Another process may be at the same.
+            if not all(path.name.startswith(FACTS) for path in folder.iterdir()):
+                raise ConfigError(f"{folder} is not empty and holds no {run}; name another folder")
+            new = folder / f"{FACTS}.{rank}"
+            new.write_text(json.dumps(given, indent=1) + "\n")
+            os.replace(new, file)
+        found = json.loads(file.read_text())
+    except OSError as error:
+        raise MctfError(f"{kept} cannot be kept in {folder}: {error}") from error
+    except ValueError as error:
+        raise ConfigError(f"{folder / FACTS} is damaged: {error}") from error
+    wrong = sorted(name for name in {*found, *given} if found.get(name) != given.get(name))
+    if wrong:
+        name = wrong[0]
+        raise ConfigError(
+            f"{folder} holds another {run}: its {name} is {found.get(name)!r}, and now it is {given.get(name)!r}; name "
+            "another folder"
+        )
+
+
 # The outcomes of each batch, by its number.
 Batches = dict[int, Outcomes]
 
@@ -66,33 +109,9 @@ class Kept:
         MctfError: it cannot be written.
     """
 
-    FACTS = "run.json"
-
     def __init__(self, folder: Path, facts: Mapping[str, Any], rank: int = 0) -> None:
         self.folder, self.rank = folder, rank
-        given = json.loads(json.dumps(dict(facts)))
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            file = folder / self.FACTS
-            if not file.exists():
-                # Another process may be at the same.
-                if not all(path.name.startswith(self.FACTS) for path in folder.iterdir()):
-                    raise ConfigError(f"{folder} is not empty and holds no evaluation; name another folder")
-                new = folder / f"{self.FACTS}.{rank}"
-                new.write_text(json.dumps(given, indent=1) + "\n")
-                os.replace(new, file)
-            found = json.loads(file.read_text())
-        except OSError as error:
-            raise MctfError(f"outcomes cannot be kept in {folder}: {error}") from error
-        except ValueError as error:
-            raise ConfigError(f"{folder / self.FACTS} is damaged: {error}") from error
-        wrong = sorted(name for name in {*found, *given} if found.get(name) != given.get(name))
-        if wrong:
-            name = wrong[0]
-            raise ConfigError(
-                f"{folder} holds another evaluation: its {name} is {found.get(name)!r}, and now it is "
-                f"{given.get(name)!r}; name another folder"
-            )
+        claim(folder, facts, rank, "evaluation", "outcomes")
 
     def read(self, key: str) -> Batches:
         """The outcomes that are there, of every process. A line that was not finished is none."""

@@ -43,13 +43,16 @@ ALONE = World()
 
 
 @contextmanager
-def world() -> Iterator[World]:
-    """The processes that ``torchrun`` started, where it did; else this one alone."""
+def world(backend: str = "gloo") -> Iterator[World]:
+    """The processes that ``torchrun`` started, where it did; else this one alone.
+
+    ``backend``: what they exchange tensors by, as ``torch.distributed`` names it.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or dist.is_initialized():
         yield World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else ALONE
         return
-    dist.init_process_group("gloo")
+    dist.init_process_group(backend)
     try:
         yield World(dist.get_rank(), dist.get_world_size())
     finally:

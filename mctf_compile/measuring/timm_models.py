@@ -65,6 +65,20 @@ def evaluation_transform(model: nn.Module, img_size: int | None) -> Callable[[An
     return transform
 
 
+def training_transform(model: nn.Module, img_size: int | None, augmentation: dict[str, Any]) -> Callable[[Any], Tensor]:
+    """What makes of a PIL image, by chance, the [C, H, W] that a timm model is trained on.
+
+    ``augmentation``: arguments of ``timm.data.create_transform``; raises ``ConfigError`` for others.
+    """
+    config = data.resolve_model_data_config(model, {"input_size": input_size(model, img_size)})
+    try:
+        transform: Callable[[Any], Tensor] = data.create_transform(**{**config, **augmentation}, is_training=True)
+    except (TypeError, ValueError, AssertionError, KeyError) as error:
+        said = ", ".join(f"{name}={value!r}" for name, value in augmentation.items())
+        raise ConfigError(f"timm has no augmentation by {said}: {error}") from error
+    return transform
+
+
 def corrupted(
     transform: Any, corrupt: Callable[[Tensor, int], Tensor]
 ) -> tuple[Callable[[Any], Tensor], Callable[[Tensor, int], Tensor]]:

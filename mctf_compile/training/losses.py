@@ -6,15 +6,33 @@ from a teacher is a constant: no gradient flows into it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, mse_loss, normalize
 
 from mctf_compile.errors import ConfigError
+
+# What one pass of a network returns: its class token after the final norm [B, C], and its logits [B, K].
+Pass = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class TwoPassLoss:
+    """The loss of :func:`mctf` and :func:`distillation`: scalars. ``total`` is the weighted sum, the parts are not.
+
+    ``own``: of the pass that fuses r tokens; ``gentler``: of the pass that fuses fewer, and ``consistency`` between the
+    two, both 0 without such a pass.
+    """
+
+    total: Tensor
+    own: Tensor
+    gentler: Tensor
+    consistency: Tensor
 
 
 @dataclass(frozen=True)
@@ -189,8 +207,100 @@ def cut(
     return total
 
 
+def mctf(
+    student: Pass,
+    labels: Tensor,
+    gentler: Pass | None = None,
+    *,
+    consistency_weight: float = 3.0,
+    threshold: float = 0.4,
+    label_smoothing: float = 0.0,
+    over: Callable[[Tensor], Tensor] | None = None,
+) -> TwoPassLoss:
+    """The training loss of MCTF: classify with r tokens fused and with fewer, and follow the latter.
+
+    Args:
+        student: class token [B, C] after the final norm and logits [B, K], of the pass that fuses r tokens.
+        labels: int64 [B].
+        gentler: the same of a pass that fuses fewer; the published runs draw their number anew at every step. None:
+            the cross-entropy of the student alone.
+        consistency_weight: of the consistency; the published runs have 3.
+        threshold: see :func:`consistency`; so is ``over``.
+        label_smoothing: of both cross-entropies; the published runs have 0.1.
+        over: see there.
+
+    Returns:
+        The two cross-entropies, the consistency, and ``own + gentler + consistency_weight * consistency``.
+
+    Source: Lee et al., CVPR 2024, token reduction consistency.
+    """
+
+    def classify(logits: Tensor) -> Tensor:
+        return cross_entropy(logits, labels, label_smoothing=label_smoothing)
+
+    return _two_passes(student, gentler, classify, labels, consistency_weight, threshold, over)
+
+
+def distillation(
+    student: Pass,
+    teacher_logits: Tensor,
+    gentler: Pass | None = None,
+    *,
+    temperature: float = 1.0,
+    consistency_weight: float = 3.0,
+    threshold: float = 0.4,
+    over: Callable[[Tensor], Tensor] | None = None,
+) -> TwoPassLoss:
+    """As :func:`mctf`, with the classes of a dense model in the place of labels; no images need labels.
+
+    Args:
+        student: class token [B, C] after the final norm and logits [B, K], of the pass that fuses r tokens.
+        teacher_logits: [B, K] of the dense model, for the same images; a constant.
+        gentler: the same as ``student`` of a pass that fuses fewer, or None.
+        temperature: that both models' logits are divided by. The divergence is multiplied by its square, which keeps
+            the size of the gradients.
+        consistency_weight: of the consistency, for which the teacher's likeliest class is the label.
+        threshold: see :func:`consistency`; so is ``over``.
+        over: see there.
+
+    Returns:
+        The mean divergences KL(teacher || student) of both passes, the consistency, and their weighted sum.
+
+    Source: Hinton et al., 2015, *Distilling the Knowledge in a Neural Network*, arXiv 1503.02531.
+    """
+
+    def follow(logits: Tensor) -> Tensor:
+        return temperature**2 * _divergence(logits / temperature, teacher_logits / temperature).mean()
+
+    return _two_passes(student, gentler, follow, teacher_logits.argmax(1), consistency_weight, threshold, over)
+
+
+def _two_passes(
+    student: Pass,
+    gentler: Pass | None,
+    own_loss: Callable[[Tensor], Tensor],
+    labels: Tensor,
+    weight: float,
+    threshold: float,
+    over: Callable[[Tensor], Tensor] | None,
+) -> TwoPassLoss:
+    """``own_loss`` of the logits of both passes, and their consistency."""
+    (features, logits), zero = student, student[1].new_zeros(())
+    own = own_loss(logits)
+    if gentler is None:
+        return TwoPassLoss(own, own, zero, zero)
+    follows = consistency(features, gentler[0], logits, labels, threshold, over)
+    second = own_loss(gentler[1])
+    return TwoPassLoss(own + second + weight * follows, own, second, follows)
+
+
 def consistency(
-    student_cls: Tensor, teacher_cls: Tensor, student_logits: Tensor, labels: Tensor, threshold: float = 0.4
+    student_cls: Tensor,
+    teacher_cls: Tensor,
+    student_logits: Tensor,
+    labels: Tensor,
+    threshold: float = 0.4,
+    over: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Token reduction consistency: one network with many tokens fused follows itself with few fused.
 
@@ -200,6 +310,9 @@ def consistency(
         student_logits: [B, K] classes of the student's pass.
         labels: int64 [B].
         threshold: samples count where the student's probability of their label exceeds it.
+        over: takes the number of samples that count here, a scalar, and returns what to divide by in its place. Where
+            several processes have a part of the batch each and gradients are their mean, give
+            :func:`mean_over_processes`: the mean is then over the samples of all of them.
 
     Returns:
         A scalar: the mean over those samples of the squared error's mean over C, and 0 where there are none. The
@@ -209,7 +322,17 @@ def consistency(
     """
     error = (teacher_cls.detach() - student_cls).square().mean(-1)
     probability = student_logits.softmax(-1).gather(1, labels[:, None]).squeeze(1)
-    return _mean_where(error, probability > threshold)
+    return _mean_where(error, probability > threshold, over)
+
+
+def mean_over_processes(value: Tensor) -> Tensor:
+    """The mean of a tensor over all processes of the default group; the tensor itself where there is one process."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    # The sum: gloo has no mean.
+    total = value.detach().to(torch.float32, copy=True)
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
 
 
 def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
@@ -218,6 +341,7 @@ def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
     return kl_div(student.log_softmax(-1), target, reduction="none", log_target=True).sum(-1)
 
 
-def _mean_where(values: Tensor, chosen: Tensor) -> Tensor:
+def _mean_where(values: Tensor, chosen: Tensor, over: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """The mean of the chosen values, 0 where there are none; no shape depends on how many."""
-    return values.where(chosen, 0).sum() / chosen.sum().clamp(min=1)
+    count = chosen.sum() if over is None else over(chosen.sum())
+    return values.where(chosen, 0).sum() / count.where(count > 0, 1)
