@@ -118,6 +118,9 @@ FUSED = {
         heads(x), heads(x), heads(x), (x[..., 0] > 0)[:, None, None]
     ),
     "attention with a bias": lambda x: F.scaled_dot_product_attention(heads(x), heads(x), heads(x), torch.ones(N, N)),
+    "linalg matmul": lambda x: torch.linalg.matmul(x.mT, x),
+    "maximum of the grid": lambda x: F.adaptive_max_pool2d(image(x), 1) + F.adaptive_max_pool1d(x.mT, 1)[..., None],
+    "cat by name": lambda x: torch.hstack((torch.ones(B, 1, C), x)) + torch.column_stack((torch.ones(B, 1, C), x)),
     "reshape": lambda x: x.reshape(B * N, C).view(B, N, 2, 4).flatten(2).unflatten(2, (4, 2)),
     "transposes": lambda x: x.permute(1, 0, 2).swapaxes(0, 1).movedim(1, 2).mT.squeeze().unsqueeze(0)[0],
     "expand": lambda x: x[:, :, None].expand(-1, -1, 3, -1).sum(2) + x.mean(1, keepdim=True).expand_as(x),
@@ -136,6 +139,16 @@ FUSED = {
     "slopes of channels": lambda x: F.prelu(x.mT, torch.ones(C) / 3),
     "compared with the mean": lambda x: F.cosine_similarity(x, x.mean(1, keepdim=True), dim=-1),
     "two parts of a number": lambda x: torch.frexp(x)[0],
+    "distances": lambda x: torch.cdist(x, W),
+    "two vectors multiplied": lambda x: F.bilinear(x, x, W[None].expand(C, C, C)) + torch.tensordot(x, W, dims=1),
+    "channels read": lambda x: x[..., [3, 1]] + x.index_select(2, torch.tensor([0, 2])),
+    "a channel of each": lambda x: x.gather(2, x.argmax(2, keepdim=True)) + x.take_along_dim(x.argsort(2), 2),
+    "codes": lambda x: F.one_hot(x.argmax(-1), C) + W[x.argmax(-1)],
+    "median of channels": lambda x: x.quantile(0.5, -1) + x.nanquantile(0.3, 2),
+    "special functions": lambda x: torch.special.erf(x) + torch.special.xlogy(x, x.abs() + 1),
+    "stacked channels": lambda x: torch.dstack((x, -x)),
+    "hermitian": lambda x: x.mH.mH,
+    "a table of two": lambda x: x * torch.outer(torch.ones(N), W[0]) + x @ W.tril(),
     "channel maxima": lambda x: x.max(-1).values + x.prod(-1),
 }
 

@@ -1,11 +1,12 @@
-"""``mctf coverage``: what fuses in a zoo of models, and whether every rewrite is sound."""
+"""``mctf coverage``: what fuses in a zoo of models, whether every rewrite is sound, and which operators lack a rule."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from rich.table import Table
 from mctf_compile.errors import cause_of
 from mctf_compile.narrowing import present
 from mctf_compile.testing.soundness import Soundness, check_rewrite
+from mctf_compile.testing.unruled import unruled_operators
 from mctf_compile.testing.zoo import Entry
 
 # Enough to fuse in every scheduled block, few enough that duplicates suffice.
@@ -22,12 +24,17 @@ OPTIONS: dict[str, Any] = {"r": 0.15, "min_tokens": 4}
 
 @dataclass(frozen=True)
 class Surveyed:
-    """What one model of the zoo did. ``error``: what it raised, else None."""
+    """What one model of the zoo did.
+
+    ``error``: what it raised, else None. ``unruled``: its operators without a rule, and whether they read tokens;
+    empty where nobody asked.
+    """
 
     entry: Entry
     found: Soundness | None
     error: str | None
     seconds: float
+    unruled: Mapping[str, bool] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
     def sound(self) -> bool:
@@ -79,26 +86,65 @@ information taken away, r = 0.15 of the tokens per block, all blocks but the fir
 HEADINGS = ("", "model", "fused", "tokens", "MACs ratio", "r=0", "duplicates", "remarks")
 
 
-def survey(entries: Iterable[Entry]) -> Iterator[Surveyed]:
-    """Rewrite and check each model; what one raises is its row's, and the others go on."""
+def survey(entries: Iterable[Entry], operators: bool = False) -> Iterator[Surveyed]:
+    """Rewrite and check each model; what one raises is its row's, and the others go on.
+
+    ``operators``: whether to look for operators without a rule, which takes one more capture.
+    """
     for entry in entries:
         start = time.perf_counter()
         found, error = None, None
+        unruled: Mapping[str, bool] = MappingProxyType({})
         try:
+            model, inputs = entry.make(), entry.inputs()
             with torch.no_grad():
-                found = check_rewrite(entry.make(), *entry.inputs(), **OPTIONS)
+                if operators:
+                    unruled = unruled_operators(model, *inputs)
+                found = check_rewrite(model, *inputs, **OPTIONS)
         except Exception as raised:
             cause = cause_of(raised)
             error = f"{type(cause).__name__}: {next(iter(str(cause).splitlines()), '')}"[:300]
         torch._dynamo.reset()
-        yield Surveyed(entry, found, error, time.perf_counter() - start)
+        yield Surveyed(entry, found, error, time.perf_counter() - start, unruled)
 
 
 def markdown(rows: Iterable[Surveyed]) -> str:
     """The rows as a Markdown page."""
-    lines = ["| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row.cells()) + " |" for row in rows]
-    return PREFACE + "\n".join(lines) + "\n"
+    return PREFACE + _markdown_table(HEADINGS, (row.cells() for row in rows))
+
+
+UNRULED = """\
+# Operators without a rule
+
+Written by `mctf coverage --operators passes/OPERATORS.md`: the operators without a rule that {models} models of
+{libraries} consist of, as Dynamo captures them and ATen spells them. Fused tokens are given back before such an
+operator. "On tokens" are the models in which it reads values with a token axis of attention, or what another operator
+without a rule has made of those; everywhere else its having no rule costs nothing. Those that read tokens come first.
+
+"""
+
+UNRULED_HEADINGS = ("operator", "models", "on tokens", "for example")
+
+
+def operators_page(rows: Sequence[Surveyed]) -> str:
+    """The operators without a rule of all the rows as a Markdown page."""
+    models: dict[str, list[tuple[bool, str]]] = {}
+    for row in rows:
+        for operator, on_tokens in row.unruled.items():
+            models.setdefault(operator, []).append((on_tokens, f"{row.entry.library} {row.entry.name}"))
+    cells = []
+    for operator, met in models.items():
+        reading = [name for on_tokens, name in met if on_tokens]
+        cells.append((f"`{operator}`", str(len(met)), str(len(reading)), (reading or [name for _, name in met])[0]))
+    cells.sort(key=lambda row: (-int(row[2]), -int(row[1]), row[0]))
+    libraries = ", ".join(sorted({row.entry.library for row in rows}))
+    return UNRULED.format(models=len(rows), libraries=libraries) + _markdown_table(UNRULED_HEADINGS, cells)
+
+
+def _markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
 
 
 def table(rows: Iterable[Surveyed]) -> Table:

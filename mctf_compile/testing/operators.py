@@ -204,7 +204,12 @@ class _Drawing:
         arguments = self.target._schema.arguments
         # What is multiplied comes before what it is added to, and tensors before the letters of their dimensions; a
         # dimension comes before the sizes that it is split into.
-        last = {"addmm": ("self",), "baddbmm": ("self",), "einsum": ("equation",)}
+        last = {
+            "addmm": ("self",),
+            "baddbmm": ("self",),
+            "einsum": ("equation",),
+            "take_along_dim": ("indices",),
+        }
         later = last.get(self.name, ("split_size", "split_sizes"))
         try:
             for argument in sorted(arguments, key=lambda a: a.name in later):
@@ -246,6 +251,8 @@ class _Drawing:
             return self._operand(argument.name, optional)
         if kind == "List[Tensor]":
             return self._operands()
+        if kind == "List[Optional[Tensor]]":
+            return self._indices()
         own = [argument.default_value] if argument.has_default_value() else []
         options = own + [v for v in self._options(kind, argument.name) if not any(_same(v, o) for o in own)]
         if not options:
@@ -276,6 +283,7 @@ class _Drawing:
         shapes = self._own_shapes(name)
         if shapes is not None:
             dtype = torch.float32 if self.name == "embedding" else self.x.dtype
+            dtype = torch.int64 if self.name in INDEXING else dtype
             found: list[Any] = [Made(tuple(shape), dtype, seed) for seed, shape in enumerate(shapes, 1)]
         else:
             found = [Given(i) for i in range(len(self.given))]
@@ -295,6 +303,13 @@ class _Drawing:
             assert operand is not None
             operands.append(operand)
         return operands
+
+    def _indices(self) -> list[Made | None]:
+        """Positions along one dimension, or two."""
+        rank = self.x.dim()
+        at = self.choose([(d,) for d in range(rank)] + [(d, e) for d in range(rank) for e in range(d)])
+        shape = self.choose(((2,), (2, 3)))
+        return [Made(shape, torch.int64, d) if d in at else None for d in range(max(at) + 1)]
 
     def _beside(self, name: str) -> tuple[torch.dtype, ...]:
         """Dtypes of an operand that the operator brings along."""
@@ -324,6 +339,12 @@ class _Drawing:
         """The shapes of a parameter; None where the argument is no parameter."""
         if self.name == "embedding":
             return [(8, 5)] if name == "weight" else None
+        if self.name in INDEXING and name.startswith("ind"):
+            picked = [(*self.x.shape[: self.dim], n, *self.x.shape[self.dim + 1 :]) for n in (2, 3)]
+            return [(2,), (3,)] if self.name == "index_select" else [*picked, tuple(self.x.shape)]
+        if self.name == "bilinear" and name == "weight":
+            one, other = (self._tensor(self.drawn[name]) for name in ("input1", "input2"))
+            return [(5, one.shape[-1], other.shape[-1])] if one.dim() and other.dim() else []
         if self.name == "masked_fill" and name == "value":
             return [()]
         if name not in ("weight", "bias", "running_mean", "running_var") or self.name == "lerp":
@@ -333,7 +354,7 @@ class _Drawing:
             return []
         if "normalized_shape" in self.drawn:
             return [tuple(self.drawn["normalized_shape"])]
-        if name == "bias" and self.name.startswith(("linear", "conv")):
+        if name == "bias" and self.name.startswith(("linear", "conv", "bilinear")):
             return [self.drawn["weight"].shape[:1]]
         if self.name == "linear":
             return [(5, shape[-1]), (shape[-1], shape[-1])]
@@ -378,7 +399,11 @@ class _Drawing:
             return [list(order) for order in permutations(range(rank))]
         if name in ("repeats", "dims") and self.name in ("repeat", "tile"):
             return [[1] * i + [times] + [1] * (rank - 1 - i) for i in range(rank) for times in (2, 1)]
-        if name in ("dim", "dims", "source", "destination"):
+        if name == "dims_other":
+            met, other = [shape[d] for d in self.drawn["dims_self"]], self._tensor(self.drawn["other"]).shape
+            chosen = permutations(range(len(other)), len(met))
+            return [list(dims) for dims in chosen if [other[d] for d in dims] == met]
+        if name in ("dim", "dims", "dims_self", "source", "destination"):
             pairs = [[a, b] for a in range(rank) for b in range(rank) if a != b]
             return [[], *([d] for d in range(-rank, rank)), *pairs, list(range(rank))]
         if name in ("split_size", "split_sizes"):
@@ -401,7 +426,7 @@ class _Drawing:
         """Shapes that a tensor can be brought to: neighbours joined, one split, dimensions repeated."""
         if self.name.startswith("new"):
             return [shape, [1], [2, 3]]
-        if self.name == "expand":
+        if self.name in ("expand", "broadcast_to"):
             return [shape, [-1] * len(shape), [3, *shape], [n if n > 1 else 3 for n in shape]]
         if self.name == "unflatten":
             size = shape[self.dim]
@@ -452,7 +477,17 @@ FACTORS = ("other", "mat2", "vec", "batch2")
 # Arguments that name one dimension.
 DIMENSIONS = ("dim", "dim0", "dim1", "axis0", "axis1", "source", "destination", "start_dim", "end_dim")
 
-ORDERS = {"n": (0, 1, 2), "p": (1, 2), "num_groups": (1, 2), "padding_idx": (-1, 0), "output_size": (None,)}
+# Operators that take positions.
+INDEXING = ("index_select", "gather", "take_along_dim")
+
+ORDERS = {
+    "num_classes": (4, 6),
+    "n": (0, 1, 2),
+    "p": (1, 2),
+    "num_groups": (1, 2),
+    "padding_idx": (-1, 0),
+    "output_size": (None,),
+}
 
 NUMBERS: dict[str, tuple[Any, ...]] = {
     "p": (2, 1, 3, 0.5, 0, -1, inf, -inf),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -106,7 +107,50 @@ def _transformers(entry: Entry) -> nn.Module:
     return _Readout(model(config))
 
 
+# Numbers of words in a text, and the time that a denoiser is asked about.
+WORDS, TIME = 7, 10
+
+
+class _Denoiser(nn.Module):
+    """A diffusers model as a function from latents to what it predicts, at one time and for a text of equal words."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, config = model, model.config
+        widths = ("joint_attention_dim", "caption_channels", "cross_attention_dim")
+        width = next((config[name] for name in widths if config.get(name)), 0)
+        self.takes = set(inspect.signature(model.forward).parameters)
+        if not config.get("num_embeds_ada_norm") or width:
+            self.takes.discard("class_labels")
+        self.packed = "img_ids" in self.takes
+        self.text, self.pooled = torch.randn(width), torch.randn(config.get("pooled_projection_dim", 0))
+
+    def forward(self, latents: Tensor) -> tuple[Tensor, ...]:
+        """Latents [B, 3, H, W], or [B, HW, 3] to a model that takes them packed."""
+        images = latents.shape[0]
+        x = latents.flatten(2).transpose(1, 2) if self.packed else latents
+        given = {
+            "timestep": torch.full((images,), TIME),
+            "class_labels": torch.zeros(images, dtype=torch.long),
+            "encoder_hidden_states": self.text.expand(images, WORDS, -1),
+            "pooled_projections": self.pooled.expand(images, -1),
+            "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+            "img_ids": torch.zeros(x.shape[1], 3),
+            "txt_ids": torch.zeros(WORDS, 3),
+            "return_dict": False,
+        }
+        predicted: tuple[Tensor, ...] = self.model(x, **{k: v for k, v in given.items() if k in self.takes})
+        return predicted
+
+
+def _diffusers(entry: Entry) -> nn.Module:
+    import diffusers
+
+    return _Denoiser(getattr(diffusers, entry.name)(**entry.arguments))
+
+
 MAKERS: dict[str, Callable[[Entry], nn.Module]] = {
+    "diffusers": _diffusers,
     "timm": _timm,
     "torchvision": _torchvision,
     "transformers": _transformers,
@@ -126,6 +170,8 @@ def _entries(kind: str, library: str, *rows: tuple[Any, ...]) -> list[Entry]:
 _D = {"depth": 3}
 _HF = {"num_hidden_layers": 3, "hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 96, "image_size": 112}
 _HF_PATCH = {**_HF, "patch_size": 16}
+_LATENTS = {"num_attention_heads": 3, "attention_head_dim": 16, "num_layers": 3, "in_channels": 3}
+_PATCHED = {**_LATENTS, "out_channels": 3, "sample_size": 16, "patch_size": 2}
 
 ZOO: list[Entry] = [
     *_entries(
@@ -189,6 +235,24 @@ ZOO: list[Entry] = [
         ),
     ),
     *_entries(
+        "A",
+        "diffusers",
+        ("DiTTransformer2DModel", {**_PATCHED, "num_embeds_ada_norm": 10}, 16, 2),
+        ("PixArtTransformer2DModel", {**_PATCHED, "cross_attention_dim": 48, "caption_channels": 24}, 16, 2),
+        (
+            "SD3Transformer2DModel",
+            {
+                **_PATCHED,
+                "joint_attention_dim": 24,
+                "caption_projection_dim": 48,
+                "pooled_projection_dim": 20,
+                "pos_embed_max_size": 16,
+            },
+            16,
+            2,
+        ),
+    ),
+    *_entries(
         "B",
         "timm",
         ("beit_base_patch16_224", _D),
@@ -232,6 +296,22 @@ ZOO: list[Entry] = [
         ),
     ),
     *_entries(
+        "B",
+        "diffusers",
+        (
+            "FluxTransformer2DModel",
+            {
+                **_LATENTS,
+                "num_single_layers": 2,
+                "joint_attention_dim": 24,
+                "pooled_projection_dim": 20,
+                "axes_dims_rope": (4, 6, 6),
+            },
+            16,
+            1,
+        ),
+    ),
+    *_entries(
         "C",
         "timm",
         ("pit_ti_224",),
@@ -269,6 +349,27 @@ ZOO: list[Entry] = [
     ),
     *_entries(
         "C", "transformers", ("SegformerModel", {"image_size": 64}, 64, 4), ("PvtModel", {"image_size": 64}, 64, 4)
+    ),
+    *_entries(
+        "C",
+        "diffusers",
+        (
+            "UNet2DConditionModel",
+            {
+                "sample_size": 16,
+                "in_channels": 3,
+                "out_channels": 3,
+                "block_out_channels": (32, 64),
+                "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+                "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+                "layers_per_block": 1,
+                "cross_attention_dim": 24,
+                "attention_head_dim": 8,
+                "norm_num_groups": 8,
+            },
+            16,
+            1,
+        ),
     ),
     *_entries(
         "D",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import string
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import fx
 
 from mctf_compile.errors import Declined
@@ -50,7 +51,7 @@ def factors(arguments: Arguments) -> list[fx.Node]:
 
 
 @rule("_int_mm", reads="self mat2")
-@rule("matmul", reads="self other", fused=contracted, broadcasts=True, layer=True, factors=factors)
+@rule("matmul", "linalg_matmul", reads="self other", fused=contracted, broadcasts=True, layer=True, factors=factors)
 @rule("bmm", "baddbmm", reads="self mat2 batch1 batch2 beta alpha", fused=contracted, layer=True, factors=factors)
 @rule("mm", "mv", "addmm", reads="self mat1 mat2 vec beta alpha", fused=contracted, layer=True)
 def matmul(call: Call) -> Flow:
@@ -73,9 +74,12 @@ def matmul(call: Call) -> Flow:
 
 def contracted_einsum(call: Fused[V]) -> V:
     """An einsum that contracts the token axis of two operands, by the same rule as a matrix product."""
-    nodes = list(call.args["tensors"])
+    nodes = factors_of_sum(call.args)
     values = [call.operand_value(node) for node in nodes]
-    terms, out = letters(call.args["equation"], [len(value.dims) for value in values])
+    if call.dtype is torch.bool:
+        raise Declined("a product of truth values is summed over the tokens")
+    equation = equation_of(call.args, [len(value.dims) for value in values])
+    terms, out = letters(equation, [len(value.dims) for value in values])
     inner = set()
     for term, value in zip(terms, values):
         for place in call.places_in(value):
@@ -98,7 +102,7 @@ def contracted_einsum(call: Fused[V]) -> V:
     if not any(along):
         tensors[1] = call.weighted(values[1], call.place_in(values[1], terms[1].index(letter))).tensor
         tensors[0] = tensors[0].to(tensors[1].dtype)
-    return call.result(call.target(call.args["equation"], tensors).to(call.dtype))
+    return call.result(torch.ops.aten.einsum(equation, tensors).to(call.dtype))
 
 
 def letters(equation: str, ranks: Sequence[int] = ()) -> tuple[list[str], str]:
@@ -117,16 +121,35 @@ def letters(equation: str, ranks: Sequence[int] = ()) -> tuple[list[str], str]:
     return terms, right
 
 
-def factors_of_einsum(arguments: Arguments) -> list[fx.Node]:
+def equation_of(arguments: Arguments, ranks: Sequence[int]) -> str:
+    """What an einsum or ``tensordot`` computes, as the equation of an einsum."""
+    if "equation" in arguments:
+        return str(arguments["equation"])
+    x, y = string.ascii_lowercase[: ranks[0]], list(string.ascii_uppercase[: ranks[1]])
+    gone = set()
+    for i, j in zip(arguments["dims_self"], arguments["dims_other"]):
+        y[j] = x[i]
+        gone.add(x[i])
+    return f"{x},{''.join(y)}->{''.join(c for c in (*x, *y) if c not in gone)}"
+
+
+def factors_of_sum(arguments: Arguments) -> list[fx.Node]:
+    """The operands of an einsum or ``tensordot``."""
+    return list(arguments["tensors"]) if "tensors" in arguments else [arguments["self"], arguments["other"]]
+
+
+def two_factors(arguments: Arguments) -> list[fx.Node]:
     """The two operands of an einsum; none where it has more."""
-    tensors = list(arguments["tensors"])
+    tensors = factors_of_sum(arguments)
     return tensors if len(tensors) == 2 else []
 
 
-@rule("einsum", reads="equation tensors path", fused=contracted_einsum, layer=True, factors=factors_of_einsum)
+@rule("einsum", reads="equation tensors path", fused=contracted_einsum, layer=True, factors=two_factors)
+@rule("tensordot", reads="self other dims_self dims_other", fused=contracted_einsum, layer=True, factors=two_factors)
 def einsum(call: Call) -> Flow:
-    nodes = list(call.args["tensors"])
-    terms, out = letters(call.args["equation"], [len(call.dims_of(node)) for node in nodes])
+    nodes = factors_of_sum(call.args)
+    ranks = [len(call.dims_of(node)) for node in nodes]
+    terms, out = letters(equation_of(call.args, ranks), ranks)
     if any(len(set(term)) < len(term) for term in terms):
         return Flow(call.table.fresh_dims(call.shape), tuple(dim for node in nodes for dim in call.dims_of(node)))
     axes: dict[str, Dim] = {}

@@ -7,7 +7,7 @@ import torch
 from mctf_compile.passes.axes import FEATURES, Dims
 from mctf_compile.passes.rules.base import rule, wrap
 from mctf_compile.passes.rules.call import Arguments, Call, Flow
-from mctf_compile.passes.rules.pointwise import broadcast
+from mctf_compile.passes.rules.pointwise import aligned, broadcast
 
 aten = torch.ops.aten
 
@@ -19,6 +19,15 @@ def linear(call: Call) -> Flow:
     # The axis of the output features is new at every use, even of a shared weight.
     features = (call.table.fresh(call.shape[-1], FEATURES),) * (len(weight) - 1)
     return Flow((*dims[:-1], *features), (dims[-1],))
+
+
+@rule("bilinear", reads="input1 input2 weight bias", layer=True)
+def bilinear(call: Call) -> Flow:
+    """A product of two vectors for each feature."""
+    one, other = call.dims("input1"), call.dims("input2")
+    mixed = tuple(dim for a, b in zip(one[:-1], other[:-1]) for dim in call.table.align(a, b))
+    lead = tuple(a or b for a, b in zip(one[:-1], other[:-1]))
+    return Flow((*lead, call.table.fresh(call.shape[-1], FEATURES)), (*mixed, one[-1], other[-1]))
 
 
 @rule("layer_norm", "rms_norm", reads="input normalized_shape weight bias eps cudnn_enable", passing=True)
@@ -114,6 +123,15 @@ def compared(call: Call) -> Flow:
     dims = cast(Dims, met.out)
     out = tuple(() if i == d else dim for i, dim in enumerate(dims) if keep or i != d)
     return Flow(out, (*met.mixed, dims[d]))
+
+
+@rule("cdist", reads="x1 x2 p compute_mode")
+def distances(call: Call) -> Flow:
+    """From each vector of one to each of the other."""
+    x, y = call.dims("x1"), call.dims("x2")
+    met = aligned(call, [x[:-2], y[:-2]], len(call.shape) - 2)
+    vectors = call.table.align(x[-1], y[-1])
+    return Flow((*cast(Dims, met.out), x[-2], y[-2]), (*met.mixed, *vectors, x[-1], y[-1]))
 
 
 @rule("embedding", reads="weight indices padding_idx scale_grad_by_freq sparse")

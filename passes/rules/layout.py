@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import sympy
 import torch
 from torch import Tensor, fx
 
 from mctf_compile.errors import Declined
-from mctf_compile.narrowing import node_of
-from mctf_compile.passes.axes import Dims, Size, plain, product, size_of
+from mctf_compile.narrowing import node_of, operator_of
+from mctf_compile.passes.axes import Dim, Dims, Size, plain, product, size_of
 from mctf_compile.passes.rules.base import Elements, rule, wrap
 from mctf_compile.passes.rules.call import Call, Flow, Fused, V
+from mctf_compile.passes.rules.pointwise import aligned
 
 aten = torch.ops.aten
 
@@ -43,6 +45,7 @@ def number(value: int | fx.Node) -> Size:
 
 @rule(
     "flatten.using_ints",
+    "ravel",
     "unflatten.int",
     reads="self start_dim end_dim dim sizes",
     resized="shape",
@@ -61,7 +64,7 @@ def transpose(call: Call) -> Flow:
     return Flow(tuple(dims))
 
 
-@rule("t", "mT", "numpy_T", "adjoint", reads="self", elements=Elements.REORDERED)
+@rule("t", "mT", "mH", "numpy_T", "adjoint", reads="self", elements=Elements.REORDERED)
 def transpose_last(call: Call) -> Flow:
     dims = call.dims("self")
     if call.node.target is aten.numpy_T.default:
@@ -116,6 +119,7 @@ def unsqueeze(call: Call) -> Flow:
 @rule(
     "expand",
     "expand_as",
+    "broadcast_to",
     reads="self size implicit other",
     resized="size",
     ignores=("other",),
@@ -384,10 +388,13 @@ def cat_parts(call: Fused[V]) -> V:
 
 @rule("cat", "concat", "concatenate", reads="tensors dim", fused=cat_parts)
 def cat(call: Call) -> Flow:
-    nodes = list(call.args["tensors"])
+    return joined(call, list(call.args["tensors"]), wrap(call.args["dim"], len(call.shape)))
+
+
+def joined(call: Call, nodes: Sequence[fx.Node], d: int) -> Flow:
+    """Tensors one after another along dimension ``d``."""
     all_dims = [call.dims_of(n) for n in nodes]
     rank = len(call.shape)
-    d = wrap(call.args["dim"], rank)
     # Legacy: a one-dimensional empty tensor is skipped by cat.
     pairs = [(n, dims) for n, dims in zip(nodes, all_dims) if len(dims) == rank]
     out = list(pairs[0][1])
@@ -399,9 +406,75 @@ def cat(call: Call) -> Flow:
     return Flow(tuple(out), mixed)
 
 
+@rule("hstack", "vstack", "dstack", "column_stack", "row_stack", reads="tensors", fused=cat_parts)
+def cat_by_name(call: Call) -> Flow:
+    """``cat`` along the dimension that the name stands for; of what has too few, each in a layout of its own."""
+    nodes, d = list(call.args["tensors"]), _NAMED[operator_of(call.node).overloadpacket.__name__]
+    if any(len(call.dims_of(node)) <= max(d, 1) for node in nodes):
+        return Flow(call.table.fresh_dims(call.shape), tuple(dim for node in nodes for dim in call.dims_of(node)))
+    return joined(call, nodes, d)
+
+
+_NAMED = {"vstack": 0, "row_stack": 0, "hstack": 1, "column_stack": 1, "dstack": 2}
+
+
 @rule("stack", reads="tensors dim")
 def stack(call: Call) -> Flow:
     first, *others = [call.dims_of(n) for n in call.args["tensors"]]
     d = wrap(call.args["dim"], len(call.shape))
     mixed = tuple(dim for dims in others for a, b in zip(first, dims) for dim in call.table.align(a, b))
     return Flow((*first[:d], call.table.fresh(call.shape[d]), *first[d:]), mixed)
+
+
+@rule("tril", "triu", reads="self diagonal")
+def triangle(call: Call) -> Flow:
+    """What is kept depends on the row and the column."""
+    dims = call.dims("self")
+    return Flow(dims, dims[-2:])
+
+
+@rule("index_select", reads="self dim index")
+def index_select(call: Call) -> Flow:
+    """Some positions of a dimension, in another order: those of the index."""
+    dims, picked = call.dims("self"), call.dims("index")
+    if not dims:
+        return Flow(())
+    d = wrap(call.args["dim"], len(dims))
+    return Flow((*dims[:d], *(picked or ((),)), *dims[d + 1 :]), (dims[d],))
+
+
+@rule("gather", reads="self dim index sparse_grad")
+@rule("take_along_dim", reads="self indices dim")
+def gather(call: Call) -> Flow:
+    """A position of one dimension for each of the index; where that is shorter elsewhere, its first ones."""
+    index = call.args["index"] if "index" in call.args else call.args["indices"]
+    dims, picked = call.dims("self"), call.dims_of(index)
+    if call.args["dim"] is None:
+        return Flow(call.table.fresh_dims(call.shape), dims + picked)
+    if not dims or not picked:
+        return Flow(dims or picked, dims + picked)
+    d = wrap(call.args["dim"], len(dims))
+    mixed: tuple[Dim, ...] = (dims[d],)
+    out = list(picked)
+    for i, (a, b) in enumerate(zip(dims, picked)):
+        if i != d and (b and product(a) != product(b) and a):
+            mixed += (a,)
+        elif i != d:
+            mixed += call.table.align(a, b)
+            out[i] = a or b
+    return Flow(tuple(out), mixed)
+
+
+@rule("index.Tensor", reads="self indices")
+def index(call: Call) -> Flow:
+    """Positions of some dimensions for each of the indices together; these stand where those did, or first."""
+    dims, indices = call.dims("self"), list(call.args["indices"])
+    at = [d for d, given in enumerate(indices) if given is not None]
+    if any(indices[d].meta["val"].dtype in (torch.bool, torch.uint8) for d in at):
+        # How many there are is known when the graph runs.
+        return Flow(call.table.fresh_dims(call.shape), tuple(dim for n in call.tensors() for dim in call.dims_of(n)))
+    given = [call.dims_of(indices[d]) for d in at]
+    met = aligned(call, given, max(map(len, given)))
+    picked, first = cast(Dims, met.out), at[0] if at[-1] - at[0] == len(at) - 1 else 0
+    kept = tuple(dim for d, dim in enumerate(dims) if d not in at)
+    return Flow((*kept[:first], *picked, *kept[first:]), (*met.mixed, *(dims[d] for d in at)))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any, TypeAlias
 
 from mctf_compile.errors import Declined
 from mctf_compile.narrowing import present
-from mctf_compile.passes.axes import Dim
+from mctf_compile.passes.axes import Dim, Dims
 from mctf_compile.passes.rules.base import Elements, rule
 from mctf_compile.passes.rules.call import Arguments, Call, Flow, Fused, V
 
@@ -20,10 +20,15 @@ MAKING = "dtype layout device pin_memory memory_format non_blocking copy"
 
 def broadcast(call: Call, rank: int) -> Flow:
     """The tensors of a call brought to ``rank`` dimensions from the right; dimensions that are aligned are one axis."""
+    return aligned(call, [call.dims_of(node) for node in call.tensors()], rank)
+
+
+def aligned(call: Call, operands: Sequence[Dims], rank: int) -> Flow:
+    """The same of some dims."""
     out: list[Dim] = [()] * rank
     mixed: tuple[Dim, ...] = ()
-    for node in call.tensors():
-        for offset, dim in enumerate(reversed(call.dims_of(node)), 1):
+    for dims in operands:
+        for offset, dim in enumerate(reversed(dims), 1):
             mixed += call.table.align(out[rank - offset], dim)
             out[rank - offset] = out[rank - offset] or dim
     return Flow(tuple(out), mixed)
@@ -101,9 +106,26 @@ def broadcast(call: Call, rank: int) -> Flow:
     "real",
     "resolve_conj",
     "resolve_neg",
+    "special_digamma",
+    "special_erf",
+    "special_erfc",
+    "special_erfinv",
+    "special_exp2",
     "special_expit",
+    "special_expm1",
+    "special_gammaln",
+    "special_i0",
+    "special_log1p",
+    "special_logit",
+    "special_ndtr",
+    "special_psi",
+    "special_round",
+    "special_sinc",
+    "special_xlogy",
+    "special_xlogy.other_scalar",
+    "special_xlogy.self_scalar",
     "true_divide.Scalar",
-    reads="self other min_val max_val real imag abs angle rounding_mode rtol atol equal_nan",
+    reads="self other min_val max_val real imag abs angle rounding_mode rtol atol equal_nan eps decimals",
     broadcasts=True,
 )
 @rule("gelu", "relu", "silu", reads="self approximate", broadcasts=True, passing=True)
@@ -141,6 +163,17 @@ def pointwise(call: Call) -> Flow:
 def same_layout(call: Call) -> Flow:
     """The result has the axes of the first tensor, and nothing else is read by position."""
     return Flow(call.dims_of(call.tensors()[0]))
+
+
+@rule("outer", "ger", reads="self vec2")
+def outer(call: Call) -> Flow:
+    """Every number of one times every number of the other."""
+    return Flow(call.dims("self") + call.dims("vec2"))
+
+
+@rule("one_hot", reads="self num_classes")
+def one_hot(call: Call) -> Flow:
+    return Flow((*call.dims("self"), call.table.fresh(call.shape[-1])))
 
 
 @rule("frexp.Tensor", reads="self")

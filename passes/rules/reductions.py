@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from dataclasses import dataclass
 from math import inf
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -263,11 +263,16 @@ def logsumexp(call: Call) -> Flow:
 
 def extreme_alone(call: Fused[V]) -> list[V | None]:
     """The values, where nothing reads their positions: those have no form on fused tokens."""
-    if any(user.target is not operator.getitem or user.args[1] != 0 for user in call.node.users):
+    if not reads_values_alone(call):
         raise Declined(f"the position of the {present(call.packet).__name__} among the original tokens is read")
     extreme = aten.amax if call.packet is aten.max else aten.amin
     values = extreme(call.intensive("self").tensor, [call.args["dim"]], call.args["keepdim"])
     return [call.result(values), None]
+
+
+def reads_values_alone(call: Fused[V]) -> bool:
+    """Whether of a call's results the first alone is read."""
+    return all(user.target is operator.getitem and user.args[1] == 0 for user in call.node.users)
 
 
 @rule("max.dim", "min.dim", reads="self dim keepdim", fused=extreme_alone)
@@ -286,7 +291,9 @@ def extreme_with_index(call: Call) -> Flow:
     "nanmedian.dim",
     "mode",
     "kthvalue",
-    reads="self dim keepdim dtype k",
+    "quantile.scalar",
+    "nanquantile.scalar",
+    reads="self dim keepdim dtype k q interpolation",
 )
 def by_order(call: Call) -> Flow:
     """What has no form that sizes weight: over tokens they are unmerged."""
@@ -345,6 +352,29 @@ def adaptive_pool(call: Call) -> Flow:
     dims = call.dims("self")
     rank = len(call.args["output_size"])
     return Flow((*dims[:-rank], *call.table.fresh_dims(call.shape[-rank:], "x")), dims[-rank:])
+
+
+def largest_of_grid(call: Fused[V]) -> list[V | None]:
+    """Adaptive maximum pooling to a single position, where nothing reads which that was."""
+    dims = call.dims("self")
+    pooled = list(range(len(dims) - len(call.args["output_size"]), len(dims)))
+    if any(call.out_dims()[0][d] for d in pooled):
+        raise Declined("the grid of tokens is pooled to a smaller one")
+    if not reads_values_alone(call):
+        raise Declined("the position of the maximum among the original tokens is read")
+    return [call.result(call.intensive("self").tensor.amax(pooled, keepdim=True)), None]
+
+
+@rule(
+    "adaptive_max_pool1d",
+    "adaptive_max_pool2d",
+    "adaptive_max_pool3d",
+    reads="self output_size",
+    fused=largest_of_grid,
+)
+def adaptive_max_pool(call: Call) -> Flow:
+    pooled = adaptive_pool(call)
+    return Flow([cast(Dims, pooled.out)] * 2, pooled.mixed)
 
 
 def logits_of(call: Fused[V]) -> tuple[Tensor, int, Place]:
