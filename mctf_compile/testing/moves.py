@@ -43,60 +43,12 @@ FEATURES = (
 )
 
 
-# Spellings of attention over q, k, v [B, H, N, D] or [B, N, D]. ``bias`` is added to the logits; a boolean one says who
-# takes part.
-
-
-def sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Attention by PyTorch's one operator: q, k, v [..., N, D], a bias that broadcasts to [..., N, N]."""
-    return F.scaled_dot_product_attention(q, k, v, bias)
-
-
-def softmax(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Attention as two products with a softmax in between."""
-    logits: Tensor = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
-    if bias is not None:
-        logits = logits.masked_fill(~bias, float("-inf")) if bias.dtype is torch.bool else logits + bias
-    return logits.softmax(dim=-1) @ v
-
-
-def einsum(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Attention by Einstein sums."""
-    logits = torch.einsum("...id,...jd->...ij", q * q.shape[-1] ** -0.5, k)
-    if bias is not None:
-        logits = logits.masked_fill(~bias, float("-inf")) if bias.dtype is torch.bool else logits + bias
-    return torch.einsum("...ij,...jd->...id", torch.softmax(logits, -1), v)
-
-
-def keys_first(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Attention with its logits transposed: the softmax is over their rows, the bias is transposed too."""
-    logits: Tensor = k @ q.transpose(-2, -1) * q.shape[-1] ** -0.5
-    if bias is not None:
-        bias = bias.transpose(-2, -1)
-        logits = logits.masked_fill(~bias, float("-inf")) if bias.dtype is torch.bool else logits + bias
-    return logits.softmax(dim=-2).transpose(-2, -1) @ v
-
-
-def batched(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Attention by ``bmm`` over all leading dimensions in one."""
-    logits: Tensor = torch.bmm(q.flatten(0, -3), k.flatten(0, -3).transpose(1, 2)) * q.shape[-1] ** -0.5
-    if bias is not None:
-        logits = logits.unflatten(0, q.shape[:-2])
-        logits = logits.masked_fill(~bias, float("-inf")) if bias.dtype is torch.bool else logits + bias
-        logits = logits.flatten(0, -3)
-    result: Tensor = torch.bmm(logits.softmax(-1), v.flatten(0, -3)).unflatten(0, q.shape[:-2])
-    return result
-
-
 # What truth values are made for, most of all.
 COUNTING = (
     (aten.sum.dim_IntList, aten.sum.default),
     (aten.any.dim, aten.all.dim, aten.any.default, aten.all.default),
     (aten.count_nonzero.dim_IntList, aten.cumsum.default, aten.prod.dim_int),
 )
-
-SPELLINGS = (sdpa, softmax, einsum, keys_first, batched)
-
 
 @dataclass
 class Stream:
