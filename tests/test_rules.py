@@ -163,6 +163,8 @@ UNMERGED = {
     "product": (lambda x: (x > 0).prod(1), "prod mixes the original tokens"),
     "a norm of matrices": (lambda x: torch.linalg.norm(x, 1, (1, 2)), "a norm of matrices over the tokens"),
     "token mixing": (lambda x: F.linear(x.mT, torch.ones(N, N)), "a linear layer over the tokens mixes"),
+    "neighbours": (lambda x: F.avg_pool2d(image(x), 3, 1, 1) + F.max_pool2d(image(x), 3, 1, 1), "avg_pool2d mixes"),
+    "a finer grid": (lambda x: F.interpolate(image(x), scale_factor=2), "upsample_nearest2d mixes"),
     "convolution": (lambda x: F.conv2d(image(x), torch.ones(4, C, 3, 3)), "a 3×3 convolution mixes"),
     "windows": (lambda x: x.reshape(B, 4, 4, C).mean(2), "a part of the token axis"),
     "a written token": (lambda x: x.select_scatter(x[:, 0], 1, 5), "position 5 of the token axis is written to"),

@@ -19,7 +19,7 @@ The strategies need the package hypothesis: ``vit_specs`` and ``method_options``
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mctf_compile.testing.models import TinyViT, VitSpec, repeated_patches
+from mctf_compile.testing.models import TinyTowers, TinyViT, VitSpec, repeated_patches
 from mctf_compile.testing.soundness import Recorder, Soundness, assert_rewrite_sound, check_rewrite
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ __all__ = [
     "GraphCase",
     "Recorder",
     "Soundness",
+    "TinyTowers",
     "TinyViT",
     "VitSpec",
     "assert_rewrite_sound",

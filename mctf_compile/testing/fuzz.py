@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from mctf_compile.errors import cause_of
 from mctf_compile.testing.graphs import graph_cases
-from mctf_compile.testing.models import TinyViT, VitSpec
-from mctf_compile.testing.soundness import Soundness, check_rewrite
-from mctf_compile.testing.strategies import method_options, vit_specs
+from mctf_compile.testing.models import TinyTowers, TinyViT, VitSpec, repeated_patches
+from mctf_compile.testing.soundness import Soundness, check_rewrite, check_sizes
+from mctf_compile.testing.strategies import method_options, resizable_specs, tower_specs, vit_specs
 
 # After so many examples Hypothesis tries each with one part put in the place of another, five times; drawn anew, they
 # differ by more.
@@ -61,6 +61,77 @@ class SpecCase:
                 f"model = TinyViT({self.spec}).eval()",
                 "with torch.no_grad():",
                 f"    assert_rewrite_sound(model, *model.example({self.kinds}, {self.seed}), {options})",
+            ]
+        )
+
+
+@dataclass(frozen=True)
+class TowersCase:
+    """Two generated models in one graph, or one that runs twice."""
+
+    first: VitSpec
+    second: VitSpec | None
+    meet: str
+    options: dict[str, Any]
+    kinds: int
+    seed: int
+
+    def check(self) -> Soundness:
+        torch.manual_seed(self.seed)
+        model = TinyTowers(self.first, self.second, self.meet).eval()
+        with torch.no_grad():
+            return check_rewrite(model, *model.example(self.kinds, self.seed), **self.options)
+
+    def program(self) -> str:
+        options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        return "\n".join(
+            [
+                "import torch",
+                "from mctf_compile.testing import TinyTowers, VitSpec, assert_rewrite_sound",
+                "",
+                f"torch.manual_seed({self.seed})",
+                f"model = TinyTowers({self.first}, {self.second}, {self.meet!r}).eval()",
+                "with torch.no_grad():",
+                f"    assert_rewrite_sound(model, *model.example({self.kinds}, {self.seed}), {options})",
+            ]
+        )
+
+
+@dataclass(frozen=True)
+class SizesCase:
+    """A generated model that is compiled once for images of two sizes, and for each of them alone."""
+
+    spec: VitSpec
+    sizes: tuple[tuple[int, int], ...]
+    options: dict[str, Any]
+    seed: int
+
+    def check(self) -> Soundness:
+        torch.manual_seed(self.seed)
+        with torch.no_grad():
+            return check_sizes(TinyViT(self.spec).eval(), self._images(), **self.options)
+
+    def _images(self) -> list[Tensor]:
+        """Images of patches that are all different: which tokens are the most alike is no matter of rounding."""
+        return [
+            repeated_patches(2, max(size), 99, self.seed)[..., : 4 * size[0], : 4 * size[1]].contiguous()
+            for size in self.sizes
+        ]
+
+    def program(self) -> str:
+        options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        images = ", ".join(f"torch.randn(2, 3, {4 * rows}, {4 * columns})" for rows, columns in self.sizes)
+        return "\n".join(
+            [
+                "import torch",
+                "from mctf_compile.testing import TinyViT, VitSpec",
+                "from mctf_compile.testing.soundness import check_sizes",
+                "",
+                f"torch.manual_seed({self.seed})",
+                f"model = TinyViT({self.spec}).eval()",
+                "with torch.no_grad():",
+                f"    found = check_sizes(model, [{images}], {options})",
+                "assert not found.problems, found.problems",
             ]
         )
 
@@ -112,16 +183,29 @@ def cases(what: str = "both") -> st.SearchStrategy[Case]:
     return st.sampled_from(("graphs",) * 5 + ("models",)).flatmap(strategies.__getitem__)
 
 
-def spec_cases() -> st.SearchStrategy[SpecCase]:
-    """Generated models; one in three can tell positions apart, which the duplicate-token theorem cannot judge."""
-    return st.builds(
+def spec_cases() -> st.SearchStrategy[Case]:
+    """Generated models; one in three can tell positions apart, which the duplicate-token theorem cannot judge.
+
+    Some are two in one graph, and some take images of several sizes.
+    """
+    # One kind of patch alone hides how tokens are weighted, and where they went.
+    kinds, seeds = st.sampled_from((1, 2, 2, 3, 3)), st.integers(0, 999)
+    towers = st.builds(lambda towers, *rest: TowersCase(*towers, *rest), tower_specs(), method_options(), kinds, seeds)
+    sizes = st.builds(SizesCase, resizable_specs(), st.sampled_from(SIZES), method_options(), seeds)
+    alone = st.builds(
         SpecCase,
         st.sampled_from((False, False, True)).flatmap(vit_specs),
         method_options(),
-        # One kind of patch alone hides how tokens are weighted, and where they went.
-        st.sampled_from((1, 2, 2, 3, 3)),
-        st.integers(0, 999),
+        kinds,
+        seeds,
     )
+    return st.sampled_from(("alone",) * 8 + ("towers",) * 3 + ("sizes",)).flatmap(
+        {"alone": alone, "towers": towers, "sizes": sizes}.__getitem__
+    )
+
+
+# Rows and columns of patches.
+SIZES = (((3, 4), (5, 3)), ((4, 6), (3, 3)), ((3, 5), (6, 5)))
 
 
 def model_cases(name: str, model: nn.Module, inputs: tuple[Tensor, ...]) -> st.SearchStrategy[ModelCase]:

@@ -21,9 +21,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mctf_compile.errors import ConfigError, PassError
 from mctf_compile.passes.rewriting.rewriter import LOSES, UNPAID
 from mctf_compile.report import Report
-from mctf_compile.testing.moves import FEATURES, SPELLINGS, Builder, sdpa
+from mctf_compile.testing.moves import FEATURES, Builder
 from mctf_compile.testing.programs import Program
 from mctf_compile.testing.soundness import DUPLICATE, ONLY_SIMILARITY, Recorder, Soundness, broken, distance, too_exact
+from mctf_compile.testing.spellings import SPELLINGS, sdpa
 from mctf_compile.testing.strategies import fusion_options
 
 # How far apart two spellings of one attention may be in float64.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mctf_compile.testing.operators import Choose
 from mctf_compile.testing.programs import Held, Kinds, Leave, Line, Program, Ref, Region, Step, fill, refs
 from mctf_compile.testing.soundness import distance
+from mctf_compile.testing.spellings import PACKS, PADDINGS, PAIRS, SYMMETRIC
 
 aten = torch.ops.aten
 
@@ -30,6 +31,7 @@ UNSTABLE = 0.03
 # Of the differences that rounding was seen to make, what a rewrite may make.
 SLACK = 30
 LARGEST = 1 << 16
+MASKS = frozenset((*PADDINGS, *SYMMETRIC, *PACKS, *PAIRS))
 
 
 class Rejected(Exception):
@@ -48,6 +50,9 @@ class Run:
         before = {x.untyped_storage()._cdata for x in self.values.values() if isinstance(x, Tensor)}
         result = step.target(*args, **kwargs)
         if self.noise is None or not isinstance(result, Tensor) or result.untyped_storage()._cdata in before:
+            return result
+        if step.target in MASKS:
+            # Its numbers are exact, and of any size.
             return result
         return self.rounded(result)
 
@@ -88,9 +93,9 @@ class Grower:
         ref = Ref(f"self.t{len(self.held)}")
         return self._add(self.held, Held(ref, tuple(shape), dtype, self._number(), scale, parameter))
 
-    def given(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Ref:
-        """A new input."""
-        return self._add(self.inputs, Held(Ref(name), tuple(shape), dtype, self._number()))
+    def given(self, name: str, shape: Sequence[int], dtype: torch.dtype, apart: bool = False) -> Ref:
+        """A new input; ``apart``: see ``Held``."""
+        return self._add(self.inputs, Held(Ref(name), tuple(shape), dtype, self._number(), apart=apart))
 
     def _add(self, among: list[Held], held: Held) -> Ref:
         among.append(held)

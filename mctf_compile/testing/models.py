@@ -378,6 +378,41 @@ class TinyViT(nn.Module):
         return images, real
 
 
+MEETINGS = ("apart", "product", "cross")
+
+
+class TinyTowers(nn.Module):
+    """Two Vision Transformers, or one that runs twice where ``second`` is None, on images of their own.
+
+    ``meet``: whether their outputs are only returned (``apart``), are multiplied with one another as well
+    (``product``, for heads that give one vector), or the tokens of the second look at those of the first (``cross``,
+    for ``head="dense"``).
+    """
+
+    def __init__(self, first: VitSpec, second: VitSpec | None = None, meet: str = "apart") -> None:
+        super().__init__()
+        self.first = TinyViT(first)
+        self.second = self.first if second is None else TinyViT(second)
+        self.meet = meet
+        self.query = nn.Linear(self.second.spec.width, first.width)
+
+    def forward(self, one: Tensor, other: Tensor) -> tuple[Tensor, ...]:
+        a, b = self.first(one), self.second(other)
+        if self.meet == "product":
+            return a, b, a @ b.mT
+        if self.meet == "cross":
+            keys = a[:, None]
+            return a, F.scaled_dot_product_attention(self.query(b)[:, None], keys, keys)[:, 0]
+        return a, b
+
+    def example(self, kinds: int, seed: int, batch: int = 2) -> tuple[Tensor, Tensor]:
+        """Images for both, whose patches are copies of ``kinds`` different ones."""
+        return (
+            repeated_patches(batch, self.first.spec.grid, kinds, seed),
+            repeated_patches(batch, self.second.spec.grid, kinds, seed + 1),
+        )
+
+
 def repeated_patches(batch: int, grid: int, kinds: int, seed: int, patch: int = 4) -> Tensor:
     """Images [batch, 3, grid·patch, grid·patch] whose patches are copies of ``kinds`` different ones."""
     generator = torch.Generator().manual_seed(seed)

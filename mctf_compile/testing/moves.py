@@ -19,9 +19,22 @@ from mctf_compile.passes.rules import find_rule
 from mctf_compile.testing.growing import Grower, Rejected
 from mctf_compile.testing.operators import Choose, Given, Made, OperatorCall, draw_call, ruled_operators
 from mctf_compile.testing.programs import Kinds, Program, Ref, Region
+from mctf_compile.testing.spellings import (
+    BROADCASTING,
+    PACKS,
+    PADDINGS,
+    PAIRS,
+    SPELLINGS,
+    SYMMETRIC,
+    boolean,
+    grouped,
+)
 
 aten = torch.ops.aten
 BATCH, WIDTH, HEADS = 2, 8, 2
+# The tokens of a text beside the image's, and the numbers of heads where several share keys and values.
+WORDS = 3
+MANY_HEADS, SHARED_HEADS = 4, (1, 2)
 # So wide that a few tokens less are worth what it takes to give them back.
 HIDDEN = 256
 
@@ -40,6 +53,10 @@ FEATURES = (
     "regions",
     "writes",
     "layouts",
+    "grouped",
+    "joint",
+    "packed",
+    "pairs",
 )
 
 
@@ -49,6 +66,7 @@ COUNTING = (
     (aten.any.dim, aten.all.dim, aten.any.default, aten.all.default),
     (aten.count_nonzero.dim_IntList, aten.cumsum.default, aten.prod.dim_int),
 )
+
 
 @dataclass
 class Stream:
@@ -72,10 +90,18 @@ class Builder:
         self.layout = "bnc"
         if "layouts" in features:
             self.layout = choose(("bnc", "bnc", "bnc", "nbc", "bhwc", "bchw"))
-        if self.layout in ("bnc", "nbc") and not periodic:
+        # Several images in one sequence; and whether tokens see all others but not themselves.
+        packed = "packed" in features and not periodic and choose((False,) * 9 + (True,))
+        self.pairs = "pairs" in features and not packed and choose((False,) * 19 + (True,))
+        if self.layout in ("bnc", "nbc") and not (periodic or packed):
             lead = choose((0, 1, 2, 5))
             tail = choose((0, 0, 1))
-        body = self._periodic() if periodic else [choose((0, 1, 2)) for _ in range(size)]
+        # The lengths of the images.
+        self.pack: list[int] = []
+        if packed:
+            body, self.pack = self._packed(size)
+        else:
+            body = self._periodic() if periodic else [choose((0, 1, 2)) for _ in range(size)]
         ends = range(max(body) + 1, max(body) + 1 + lead + tail)
         kinds = [*ends[:lead], *body, *ends[lead:]]
         # The kinds are numbered from 0 without gaps.
@@ -99,6 +125,18 @@ class Builder:
             return [(i + j) % 2 for i in range(rows) for j in range(columns)]
         pattern = [self.choose((0, 1, 2)) for _ in range(3)]
         return [pattern[(i if rows == 6 else j) % 3] for i in range(rows) for j in range(columns)]
+
+    def _packed(self, size: int) -> tuple[list[int], list[int]]:
+        """The kinds of several images in one sequence, and the lengths of these.
+
+        Tokens of one kind in two images stay copies where as many of each kind are in one as in the other.
+        """
+        if self.choose((True, True, False)):
+            half = [self.choose((0, 1, 2)) for _ in range(size // 2)]
+            turn = self.choose(range(4))
+            return [*half, *half[turn:], *half[:turn]], [size // 2] * 2
+        lengths = self.choose(([size - 5, 5], [size // 2] * 2, [4, 5, size - 9]))
+        return [3 * i + self.choose((0, 1, 2)) for i, n in enumerate(lengths) for _ in range(n)], list(lengths)
 
     def has(self, feature: str, percent: int) -> bool:
         return feature in self.features and self.g.chance(percent)
@@ -141,7 +179,15 @@ class Builder:
             for shape in ((self.g.kinds.total, 1), (self.g.kinds.total, WIDTH)):
                 if self.g.chance(50):
                     self.tables.append(self.g.hold(shape, self.dtype))
-        self.valid = self._padding() if self.has("padding", 15) else None
+        # Which tokens take part, and whether copies of a token that does may be padding.
+        self.valid, self.uneven = None, False
+        if not (self.pack or self.pairs) and self.has("padding", 15):
+            self.uneven = self.choose((False, True))
+            self.valid = self._padding()
+        self.text: Ref | None = None
+        if not (self.pack or self.pairs) and self.has("joint", 15):
+            self.text = self.g.given("text", (BATCH, WORDS, WIDTH), self.dtype)
+            self.text_first = self.choose((True, False))
 
     def move(self, alone: bool = False) -> None:
         """A block, and what may come after it where it is not ``alone``."""
@@ -224,31 +270,86 @@ class Builder:
         y = self._to_tokens(stream.ref)
         if g.chance(50):
             y = g(aten.layer_norm.default, y, [WIDTH])
-        a = self._attend(*self._operands(y))
+        how = self._projection()
+        operands, text = self._operands(y, how), self.text if g.chance(75) else None
+        if text is not None:
+            words = self._operands(g(aten.layer_norm.default, text, [WIDTH]), how)
+            pairs = [(w, x) if self.text_first else (x, w) for w, x in zip(words, operands)]
+            operands = tuple(g(aten.cat.default, list(pair), -2) for pair in pairs)
+        a = self._attend(*operands)
+        if text is not None:
+            a, of_text = self._parts(a)
+            text = g(aten.add.Tensor, text, self._linear(of_text, WIDTH))
         x = self._add(stream.ref, self._linear(a, WIDTH))
         if wide or g.chance(50):
             y = self._linear(self._to_tokens(x), HIDDEN)
             y = self._linear(g(g.choose((aten.gelu.default, aten.relu.default, aten.silu.default)), y), WIDTH)
             x = self._add(x, y)
         self._set(stream, x)
+        self.text = self.text if text is None else text
         self.blocks += 1
+
+    def _parts(self, a: Ref) -> tuple[Ref, Ref]:
+        """What joint attention gives the image, and what it gives the text."""
+        n, start = self.g.kinds.total, WORDS if self.text_first else 0
+        image = self.g(aten.slice.Tensor, a, 1, start, start + n)
+        start = 0 if self.text_first else n
+        return image, self.g(aten.slice.Tensor, a, 1, start, start + WORDS)
 
     def _attend(self, q: Ref, k: Ref, v: Ref) -> Ref:
         """[B, N, C] from operands [B, H, N, D] or [B, N, C], with what meets them there."""
         g, shape, n = self.g, self.g.value(q).shape, self.g.kinds.total
-        tables = [t for t in self.tables if g.value(t).shape[-1] in (1, shape[-1])]
+        joint = shape[-2] != n
+        tables = [t for t in self.tables if g.value(t).shape[-1] in (1, shape[-1]) and not joint]
         if tables and g.chance(90 if self.returns else 70):
             table = g.choose(tables)
             q, k = g(aten.mul.Tensor, q, table), g(aten.mul.Tensor, k, table)
-        bias = []
+        bias, valid = [], None
         if self.valid is not None:
-            bias = [g(aten.unsqueeze.default, self.valid, 1)]
-            if len(shape) == 4:
-                bias = [g(aten.unsqueeze.default, bias[0], 1)]
-        elif self.has("bias", 20):
+            valid = self.valid if not joint else self._with_words(self.valid)
+            spelling = g.choose(PADDINGS if self.uneven else (*PADDINGS, *SYMMETRIC))
+            keys = g(aten.unsqueeze.default, valid, 1)
+            keys = g(aten.unsqueeze.default, keys, 1) if len(shape) == 4 else keys
+            bias = [keys if spelling is boolean else g(spelling, keys, g.value(q).dtype)]
+            valid = valid if spelling in SYMMETRIC else None
+        elif self.pack and g.chance(85):
+            bias = [g(g.choose(PACKS), self.pack, g.value(q).dtype)]
+        elif self.pairs and g.chance(85):
+            bias = [g(g.choose(PAIRS), n, g.value(q).dtype)]
+        elif not joint and self.has("bias", 20):
             bias = [g.hold((n, n) if len(shape) == 3 or g.chance(50) else (shape[1], n, n), g.value(q).dtype)]
-        a = g(g.choose(SPELLINGS), q, k, v, *bias)
-        return a if len(shape) == 3 else g(aten.flatten.using_ints, g(aten.transpose.int, a, 1, 2), 2)
+        k, v, spellings = self._for_all_heads(q, k, v)
+        a = g(g.choose(spellings), q, k, v, *bias)
+        a = a if len(shape) == 3 else g(aten.flatten.using_ints, g(aten.transpose.int, a, 1, 2), 2)
+        if valid is None:
+            return a
+        # What a query of padding sees that sees nothing is up to the operator.
+        lost = g(aten.bitwise_not.default, g(aten.unsqueeze.default, valid, 2))
+        return g(aten.masked_fill.Scalar, a, lost, 0.0)
+
+    def _with_words(self, valid: Ref) -> Ref:
+        """Which of the tokens of both streams take part: all of the text's."""
+        words = self.g(aten.new_ones.default, valid, [BATCH, WORDS])
+        return self.g(aten.cat.default, [words, valid] if self.text_first else [valid, words], 1)
+
+    def _for_all_heads(self, q: Ref, k: Ref, v: Ref) -> tuple[Ref, Ref, tuple[Any, ...]]:
+        """Keys and values for the heads of the queries, and the spellings of attention that take them."""
+        g, shape = self.g, self.g.value(k).shape
+        if len(shape) == 3 or shape[1] == g.value(q).shape[1]:
+            return k, v, SPELLINGS
+        times = MANY_HEADS // shape[1]
+        how = g.choose(("interleaved", "expanded", "enable_gqa", *(("broadcast",) if shape[1] == 1 else ())))
+        if how == "enable_gqa":
+            return k, v, (grouped,)
+        if how == "broadcast":
+            return k, v, BROADCASTING
+        if how == "interleaved":
+            k, v = (g(aten.repeat_interleave.self_int, t, times, 1) for t in (k, v))
+        else:
+            sizes = [-1, -1, times, -1, -1]
+            k, v = (g(aten.expand.default, g(aten.unsqueeze.default, t, 2), sizes) for t in (k, v))
+            k, v = (g(aten.flatten.using_ints, t, 1, 2) for t in (k, v))
+        return k, v, SPELLINGS
 
     def _add(self, x: Ref, y: Ref) -> Ref:
         y = self._from_tokens(y)
@@ -257,10 +358,19 @@ class Builder:
             return self.g(aten.add_.Tensor, self.g(aten.clone.default, pair[0]), pair[1])
         return self.g(aten.add.Tensor, *pair)
 
-    def _operands(self, y: Ref) -> tuple[Ref, ...]:
+    def _projection(self) -> str:
+        """A way to make queries, keys and values."""
+        ways = ("one head", "one head, chunk", "permute", "chunk", "separate")
+        how: str = self.g.choose((*ways, *(f"grouped, {n}" for n in SHARED_HEADS if "grouped" in self.features)))
+        return how
+
+    def _operands(self, y: Ref, how: str) -> tuple[Ref, ...]:
         """Query, key and value [B, H, N, D] or [B, N, C], projected and taken apart in one of several ways."""
-        g, n, d = self.g, self.g.kinds.total, WIDTH // HEADS
-        how = g.choose(("one head", "one head, chunk", "permute", "chunk", "separate"))
+        g, n, d = self.g, self.g.value(y).shape[1], WIDTH // HEADS
+        if how.startswith("grouped"):
+            d, shared = WIDTH // MANY_HEADS, int(how[-1])
+            three = [self._linear(y, heads * d) for heads in (MANY_HEADS, shared, shared)]
+            return tuple(g(aten.transpose.int, g(aten.unflatten.int, t, 2, [-1, d]), 1, 2) for t in three)
         if how == "permute":
             y = g(aten.unflatten.int, self._linear(y, 3 * WIDTH), 2, [3, HEADS, d])
             parts = g(aten.unbind.int, g(aten.permute.default, y, [2, 0, 3, 1, 4]))
@@ -275,8 +385,11 @@ class Builder:
         return tuple(g(aten.transpose.int, g(aten.reshape.default, t, [BATCH, n, HEADS, d]), 1, 2) for t in three)
 
     def _padding(self) -> Ref | None:
-        """Bool [B, N]: the tokens that take part, alike for those of one kind; None where an image would have none."""
-        ref = self.g.given("valid", (BATCH, self.g.kinds.total), torch.bool)
+        """Bool [B, N]: the tokens that take part, alike for those of one kind unless ``uneven``.
+
+        None where an image would have none.
+        """
+        ref = self.g.given("valid", (BATCH, self.g.kinds.total), torch.bool, apart=self.uneven)
         if not self.g.value(ref).any(1).all():
             ones = self.g.value(ref).fill_(True)
             self.g.other.values[ref].copy_(ones)

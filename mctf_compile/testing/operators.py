@@ -270,6 +270,8 @@ class _Drawing:
             return self._lists_of_numbers(name)
         if kind in ("float", "number"):
             return NUMBERS.get(name, (1.0, 0.5, 2, -1.5, 0) if kind == "number" else (1.0, 0.5, 2.0))
+        if kind == "List[float]":
+            return (None,)
         if kind == "str":
             return self._texts(name)
         if kind == "Device":
@@ -307,6 +309,8 @@ class _Drawing:
     def _indices(self) -> list[Made | None]:
         """Positions along one dimension, or two."""
         rank = self.x.dim()
+        if not rank:
+            raise _Unfit
         at = self.choose([(d,) for d in range(rank)] + [(d, e) for d in range(rank) for e in range(d)])
         shape = self.choose(((2,), (2, 3)))
         return [Made(shape, torch.int64, d) if d in at else None for d in range(max(at) + 1)]
@@ -417,6 +421,7 @@ class _Drawing:
             "pad": [[0, 1], [1, 0], [0, 0, 1, 1], [0, 0], [0, 0, 0, 0, 0, 1]],
             "indices": [[1], [1, 2], [2]],
             "padding": [[0], [1]],
+            "kernel_size": [[1], [2], [3]],
             "stride": [[1], [2]],
             "dilation": [[1], [2]],
             "shifts": [[1], [-1], [1, 1]],

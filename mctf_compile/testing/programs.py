@@ -52,7 +52,10 @@ class Kinds:
 
 @dataclass(frozen=True)
 class Held:
-    """A tensor that a program is made with: equal for tokens of one kind, along every dimension that numbers them."""
+    """A tensor that a program is made with: equal for tokens of one kind, along every dimension that numbers them.
+
+    ``apart``: each token has its own numbers, whatever its kind.
+    """
 
     ref: Ref
     shape: tuple[int, ...]
@@ -60,16 +63,19 @@ class Held:
     seed: int
     scale: float = 1.0
     parameter: bool = False
+    apart: bool = False
 
     def code(self, kinds: Kinds) -> str:
         """An expression over ``made`` and ``KINDS``."""
-        bounds = {kinds.body: f"[{kinds.lead}:{kinds.lead + kinds.body}]", kinds.total: ""}
+        bounds = {kinds.body: f"[{kinds.lead}:{kinds.lead + kinds.body}]", kinds.total: ""} if not self.apart else {}
         made = tuple(max(kinds.of) + 1 if size in bounds else size for size in self.shape)
         picks = (f".index_select({d}, KINDS{bounds[size]})" for d, size in enumerate(self.shape) if size in bounds)
         times = f" * {self.scale}" if self.scale != 1.0 else ""
         return f"made({made}, {self.dtype}, {self.seed}){''.join(picks)}{times}"
 
     def tensor(self, kinds: Kinds) -> Tensor:
+        if self.apart:
+            return made(self.shape, self.dtype, self.seed)
         x = made(
             tuple(max(kinds.of) + 1 if s in (kinds.body, kinds.total) else s for s in self.shape), self.dtype, self.seed
         )
@@ -292,7 +298,8 @@ class Program:
 
 def _definition(function: Callable[..., Any]) -> str:
     """The source of a function, without what annotates it."""
-    return re.sub(r"(: (Tensor|int|float)( \| None)?)|( -> Tensor)", "", inspect.getsource(function)).rstrip()
+    annotations = r"(: (Tensor|int|float|list\[int\]|torch\.dtype)( \| None)?)|( -> Tensor)"
+    return re.sub(annotations, "", inspect.getsource(function)).rstrip()
 
 
 def _indented(lines: Iterable[Line]) -> list[str]:

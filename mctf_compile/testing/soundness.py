@@ -16,6 +16,7 @@ from mctf_compile.config import FusionConfig
 from mctf_compile.errors import MctfError
 from mctf_compile.kernels.pooling.aten import along
 from mctf_compile.methods import get_method
+from mctf_compile.passes.rewriting.rewriter import LOSES, UNPAID
 from mctf_compile.report import Report
 
 # Similarity alone decides, so that exact duplicates are fused first.
@@ -233,6 +234,37 @@ def assert_rewrite_sound(
     found = check_rewrite(model, *inputs, kwargs=kwargs, duplicates=duplicates, tolerance=tolerance, **options)
     assert not found.problems, "; ".join(found.problems)
     return found.report
+
+
+# How far apart the same sums may be in two compilations, relative to the largest entry.
+COMPILED = 1e-4
+
+
+def check_sizes(model: nn.Module, given: Sequence[Tensor], **options: Any) -> Soundness:
+    """Whether one compilation for all sizes does to inputs of several what one for each does.
+
+    Args:
+        model: takes one tensor, of any of these sizes.
+        given: inputs, no two tokens of which are copies: of several that are, rounding decides which are fused.
+        options: as for the backend.
+
+    Returns:
+        The reports are those of the sizes, one by one; ``problems`` names the sizes at which outputs differ. Where a
+        fusion does not pay at one of them, nothing is compared: that is decided at the first.
+    """
+    recorder, problems = Recorder(dict(options)), []
+    apart = [recorder.run(model, x) for x in given]
+    unpaid = any((b.reason or "").startswith((LOSES, UNPAID)) for report in recorder.reports for b in report.blocks)
+    torch._dynamo.reset()
+    options = {**options, "inner": "eager", "kernels": "aten"}
+    compiled = torch.compile(model, backend="mctf", options=options, dynamic=True)
+    for x, want in zip([] if unpaid else given, apart):
+        error = distance(want, compiled(x))
+        if not error <= COMPILED:
+            size = list(x.shape)
+            problems.append(f"compiled for all sizes, the output for {size} is {error:.2e} of its largest entry off")
+    torch._dynamo.reset()
+    return Soundness(recorder.reports, problems, 0.0, None)
 
 
 def assert_fused_alike(one: nn.Module, other: nn.Module, *inputs: Any, tolerance: float = 1e-6, **options: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from hypothesis import strategies as st
@@ -10,6 +11,7 @@ from mctf_compile.testing.models import (
     EXTRAS,
     HEADS,
     LAYOUTS,
+    MEETINGS,
     MLPS,
     NORMS,
     OPEN,
@@ -62,6 +64,34 @@ def vit_specs(draw: st.DrawFn, position: bool = False, extras: tuple[str, ...] =
         inplace=draw(st.booleans()),
         position=position,
     )
+
+
+# Heads that give one vector for an image.
+VECTORS = ("cls", "mean", "max", "map", "class_attention", "weights", "spread")
+
+
+@st.composite
+def tower_specs(draw: st.DrawFn) -> tuple[VitSpec, VitSpec | None, str]:
+    """What ``TinyTowers`` takes."""
+    meet = draw(st.sampled_from(MEETINGS))
+    specs = st.builds(lambda spec: replace(spec, side="none" if spec.side == "padding" else spec.side), vit_specs())
+    first = draw(specs)
+    second = draw(st.one_of(st.none(), specs))
+    if meet == "cross":
+        first, second = (spec and replace(spec, head="dense") for spec in (first, second))
+    elif meet == "product":
+        first, second = (
+            spec and (spec if spec.head in VECTORS else replace(spec, head="mean")) for spec in (first, second)
+        )
+    return first, second, meet
+
+
+@st.composite
+def resizable_specs(draw: st.DrawFn) -> VitSpec:
+    """A Vision Transformer that takes images of any size."""
+    spec = draw(vit_specs(extras=("linear_attention", "cross_covariance")))
+    layout = spec.layout if spec.layout in ("bnc", "nbc") else "bnc"
+    return replace(spec, layout=layout, side="none", norm=draw(st.sampled_from(NORMS)))
 
 
 SPANS = ("rest", "rest", "branch")

@@ -4,6 +4,7 @@ from typing import cast
 
 import torch
 
+from mctf_compile.narrowing import operator_of
 from mctf_compile.passes.axes import FEATURES, Dims
 from mctf_compile.passes.rules.base import rule, wrap
 from mctf_compile.passes.rules.call import Arguments, Call, Flow
@@ -111,6 +112,22 @@ def convolution(call: Call) -> Flow:
     if in_place and all(size == 1 for size in (*kernel, *call.args["stride"])):
         return Flow((*dims[:c], features, *dims[c + 1 :]), (dims[c],))
     return Flow((*dims[:c], features, *call.table.fresh_dims(call.shape[c + 1 :], "x")), dims[c:])
+
+
+@rule(
+    *(f"{kind}_pool{n}d" for kind in ("avg", "max") for n in (1, 2, 3)),
+    reads="self kernel_size stride padding dilation ceil_mode count_include_pad divisor_override",
+)
+@rule(
+    *(f"upsample_{kind}.vec" for kind in ("nearest1d", "nearest2d", "nearest3d", "linear1d", "trilinear3d")),
+    *(f"{aa}.vec" for kind in ("bilinear2d", "bicubic2d") for aa in (f"upsample_{kind}", f"_upsample_{kind}_aa")),
+    reads="input output_size scale_factors align_corners",
+)
+def resampled(call: Call) -> Flow:
+    """The positions of a grid are made of neighbours: as many dimensions as the operator's name says."""
+    dims, name = call.dims_of(call.tensors()[0]), operator_of(call.node).overloadpacket.__name__
+    kept = len(dims) - next(int(c) for c in name if c.isdigit())
+    return Flow((*dims[:kept], *call.table.fresh_dims(call.shape[kept:], "x")), dims[kept:])
 
 
 @rule("cosine_similarity", "pairwise_distance", reads="x1 x2 dim eps p keepdim", broadcasts=True)
