@@ -13,8 +13,19 @@ from mctf_compile.passes.analysis import normalize
 from mctf_compile.testing.graphs import GraphCase
 from mctf_compile.testing.growing import Grower, Rejected
 from mctf_compile.testing.moves import NOT_CAPTURED, Builder, copies_apart, drawn_operators
-from mctf_compile.testing.programs import Kinds
+from mctf_compile.testing.operators import made
+from mctf_compile.testing.programs import Held, Kinds, Ref
 from mctf_compile.testing.soundness import distance
+from mctf_compile.testing.spellings import (
+    BROADCASTING,
+    PACKS,
+    PADDINGS,
+    PAIRS,
+    SPELLINGS,
+    SYMMETRIC,
+    grouped,
+    sdpa,
+)
 
 aten = torch.ops.aten
 
@@ -153,3 +164,72 @@ def test_what_pytorch_does_not_trace_is_no_fault_of_a_pass(monkeypatch):
     g(aten.relu.default, g.given("x", (2, 16, 8), torch.float32))
     with pytest.raises(PassError, match="out of order"):
         GraphCase(g.program(), {"r": 2}).check()
+
+
+def test_a_tensor_apart_is_another_for_each_token():
+    kinds, held = Kinds((0, 1, 0, 1)), Held(Ref("valid"), (2, 4), torch.float32, 7, apart=True)
+    x = held.tensor(kinds)
+    assert len(x.unique()) == 8
+    assert torch.equal(eval(held.code(kinds), {"made": made, "torch": torch, "KINDS": torch.tensor(kinds.of)}), x)
+
+
+def qkv(heads=2):
+    return [torch.randn(2, h, 6, 4, generator=torch.Generator().manual_seed(h)) for h in (2, heads, heads)]
+
+
+LENGTHS = [2, 3, 1]
+KEYS = torch.tensor([[1, 1, 0, 1, 1, 0], [1, 0, 1, 1, 1, 1]]).bool()[:, None, None]
+
+
+@pytest.mark.parametrize("mask", [*PADDINGS, *SYMMETRIC, *PACKS, *PAIRS], ids=lambda f: f.__name__)
+def test_every_spelling_means_the_same(mask):
+    """To queries that take part; what others see is up to the operator."""
+    q, k, v = qkv()
+    image = torch.tensor([0, 0, 1, 1, 1, 2])
+    given, seen = KEYS, KEYS
+    if mask in PACKS:
+        given, seen = LENGTHS, image[:, None] == image
+    elif mask in PAIRS:
+        given, seen = 6, ~torch.eye(6).bool()
+    bias = mask(given, torch.float32)
+    rows = KEYS[:, 0, 0] if mask in SYMMETRIC else torch.ones(2, 6).bool()
+    expected = (q @ k.mT / 2).masked_fill(~seen, -float("inf")).softmax(-1) @ v
+    for attend in SPELLINGS:
+        got = attend(q, k, v, bias)
+        torch.testing.assert_close(got.transpose(1, 2)[rows], expected.transpose(1, 2)[rows])
+
+
+@pytest.mark.parametrize("attend", [*BROADCASTING, grouped], ids=lambda f: f.__name__)
+def test_one_head_of_keys_serves_all_queries(attend):
+    q, k, v = qkv(1)
+    torch.testing.assert_close(attend(q, k, v), sdpa(q, k.expand_as(q), v.expand_as(q)))
+
+
+@pytest.mark.parametrize(
+    "features, drawn",
+    [
+        (("padding",), {*PADDINGS, *SYMMETRIC, *SPELLINGS}),
+        (("packed",), {*PACKS}),
+        (("pairs",), {*PAIRS}),
+        (("grouped",), {grouped}),
+        (("joint", "padding"), {*PADDINGS}),
+    ],
+    ids=str,
+)
+def test_every_spelling_is_drawn(features, drawn):
+    seen = set()
+    for builder in builders(range(2000), features):
+        if features[0] == "joint" and builder.text is None:
+            continue
+        seen |= {line.target for line in builder.program().steps}
+        if drawn <= seen:
+            break
+    assert drawn <= seen
+
+
+def test_joint_attention_changes_text_and_image():
+    builder = next(b for b in builders(range(100), ("joint",)) if b.text not in (None, Ref("text")))
+    module, (x, text) = builder.program().make()
+    (image, words), (other, _) = module(x, text)[:2], module(x, text + 1)[:2]
+    assert image.shape == x.shape and words.shape == text.shape
+    assert distance(image, other) > 1e-3
