@@ -205,30 +205,39 @@ def test_one_head_of_keys_serves_all_queries(attend):
     torch.testing.assert_close(attend(q, k, v), sdpa(q, k.expand_as(q), v.expand_as(q)))
 
 
+class Eager(Builder):
+    """A builder of programs that have all of their features, however rare these are."""
+
+    def __init__(self, seed, features):
+        chance = random.Random(seed).choice
+        super().__init__(lambda options: (len(options) > 2 and options[-1] is True) or chance(options), features)
+        self.grow()
+
+    def has(self, feature, percent):
+        return feature in self.features
+
+
 @pytest.mark.parametrize(
-    "features, drawn",
+    "feature, drawn",
     [
-        (("padding",), {*PADDINGS, *SYMMETRIC, *SPELLINGS}),
-        (("packed",), {*PACKS}),
-        (("pairs",), {*PAIRS}),
-        (("grouped",), {grouped}),
-        (("joint", "padding"), {*PADDINGS}),
+        ("padding", {*PADDINGS[1:], *SYMMETRIC, *SPELLINGS}),
+        ("packed", {*PACKS}),
+        ("pairs", {*PAIRS}),
+        ("grouped", {grouped}),
     ],
     ids=str,
 )
-def test_every_spelling_is_drawn(features, drawn):
+def test_every_spelling_is_drawn(feature, drawn):
     seen = set()
-    for builder in builders(range(2000), features):
-        if features[0] == "joint" and builder.text is None:
-            continue
-        seen |= {line.target for line in builder.program().steps}
+    for seed in range(100):
+        seen |= {line.target for line in Eager(seed, (feature,)).program().steps}
         if drawn <= seen:
             break
     assert drawn <= seen
 
 
 def test_joint_attention_changes_text_and_image():
-    builder = next(b for b in builders(range(100), ("joint",)) if b.text not in (None, Ref("text")))
+    builder = next(b for b in map(lambda seed: Eager(seed, ("joint",)), range(9)) if b.text != Ref("text"))
     module, (x, text) = builder.program().make()
     (image, words), (other, _) = module(x, text)[:2], module(x, text + 1)[:2]
     assert image.shape == x.shape and words.shape == text.shape

@@ -44,20 +44,24 @@ MASKS = {
 class Packed(nn.Module):
     """Three blocks over images in one sequence; ``ends`` takes the pack apart again."""
 
-    def __init__(self, mask=compared, spelling="sdpa", ends=False) -> None:
+    def __init__(self, mask=compared, spelling="sdpa", ends=False, anew=False) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.qkv = nn.ModuleList(nn.Linear(C, 3 * C) for _ in range(3))
         self.mlp = nn.ModuleList(nn.Sequential(nn.Linear(C, 2 * C), nn.GELU(), nn.Linear(2 * C, C)) for _ in range(3))
-        self.mask, self.spelling, self.ends = mask, spelling, ends
+        self.mask, self.spelling, self.ends, self.anew = mask, spelling, ends, anew
 
     def forward(self, *images):
         x = torch.cat(images, 1)
         mask = self.mask()
         for qkv, mlp in zip(self.qkv, self.mlp):
+            mask = self.mask() if self.anew else mask
             q, k, v = qkv(x).unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
             if self.spelling == "sdpa":
                 y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            elif self.spelling == "filled":
+                hidden = ~mask if mask.dtype is torch.bool else mask < 0
+                y = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(hidden, INF).softmax(-1) @ v
             else:
                 added = torch.zeros(N, N).masked_fill(~mask, INF) if mask.dtype is torch.bool else mask
                 y = (q @ k.mT * q.shape[-1] ** -0.5 + added).softmax(-1) @ v
@@ -81,7 +85,7 @@ def run(model, inputs, **options):
         return recorder.run(model, *inputs), recorder.reports[0]
 
 
-@pytest.mark.parametrize("spelling", ["sdpa", "softmax"])
+@pytest.mark.parametrize("spelling", ["sdpa", "softmax", "filled"])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_a_pack_is_read_off_its_mask_in_every_spelling(mask, spelling):
     model, inputs = Packed(mask, spelling).eval(), images()
@@ -128,6 +132,33 @@ def test_a_pack_is_read_off_a_mask_that_is_written_into(spelling):
     got, report = run(model, inputs)
     assert report.removed == 8 and not report.unmerged
     torch.testing.assert_close(got, model(*inputs), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("spelling", ["sdpa", "softmax", "filled"])
+def test_every_block_may_make_the_mask_anew(spelling):
+    model, inputs = Packed(written, spelling, anew=True).eval(), two()
+    got, report = run(model, inputs)
+    assert report.removed == 8 and not report.unmerged
+    torch.testing.assert_close(got, model(*inputs), atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_filled_with_a_small_number_is_no_pack():
+    """Attention of all to all, some of it less."""
+
+    class Less(Packed):
+        def forward(self, x):
+            mask = self.mask()
+            for qkv, mlp in zip(self.qkv, self.mlp):
+                q, k, v = qkv(x).unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+                y = (q @ k.mT).masked_fill(~mask, -1.0).softmax(-1) @ v
+                x = x + y.transpose(1, 2).flatten(2)
+                x = x + mlp(x)
+            return x
+
+    model, x = Less().eval(), torch.cat(images(), 1)
+    got, report = run(model, [x])
+    assert not report.removed
+    torch.testing.assert_close(got, model(x), atol=1e-5, rtol=1e-5)
 
 
 class MaskedLast(Packed):

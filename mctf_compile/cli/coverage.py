@@ -58,8 +58,8 @@ def run(args: argparse.Namespace) -> None:
             rows.append(row)
             progress("survey", len(rows), len(entries))
     Console().print(table(rows))
-    for error in missing.values():
-        print(f"left out: {error}")
+    for reason in missing.values():
+        print(f"left out: {reason}")
     if args.output is not None:
         args.output.write_text(markdown(rows))
     if args.operators is not None:

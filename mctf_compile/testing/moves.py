@@ -91,8 +91,8 @@ class Builder:
         if "layouts" in features:
             self.layout = choose(("bnc", "bnc", "bnc", "nbc", "bhwc", "bchw"))
         # Several images in one sequence; and whether tokens see all others but not themselves.
-        packed = "packed" in features and not periodic and choose((False,) * 9 + (True,))
-        self.pairs = "pairs" in features and not packed and choose((False,) * 19 + (True,))
+        packed = "packed" in features and not periodic and choose((False,) * 6 + (True,))
+        self.pairs = "pairs" in features and not packed and choose((False,) * 11 + (True,))
         if self.layout in ("bnc", "nbc") and not (periodic or packed):
             lead = choose((0, 1, 2, 5))
             tail = choose((0, 0, 1))
@@ -185,7 +185,7 @@ class Builder:
             self.uneven = self.choose((False, True))
             self.valid = self._padding()
         self.text: Ref | None = None
-        if not (self.pack or self.pairs) and self.has("joint", 15):
+        if not (self.pack or self.pairs) and self.has("joint", 20):
             self.text = self.g.given("text", (BATCH, WORDS, WIDTH), self.dtype)
             self.text_first = self.choose((True, False))
 
@@ -200,7 +200,8 @@ class Builder:
                     if self.calls and self.has("calls", 35):
                         self._call(stream)
                     else:
-                        self._block(stream, wide=alone)
+                        # What one misread mask does shows behind the next attention, if fusing pays there.
+                        self._block(stream, wide=alone or bool(self.pack) or self.pairs)
                 self.calls.append((start, len(self.g.lines), before, stream.ref))
                 self._offer(stream.ref)
             if alone:

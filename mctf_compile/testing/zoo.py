@@ -114,7 +114,7 @@ WORDS, TIME = 7, 10
 class _Denoiser(nn.Module):
     """A diffusers model as a function from latents to what it predicts, at one time and for a text of equal words."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model, config = model, model.config
         widths = ("joint_attention_dim", "caption_channels", "cross_attention_dim")

@@ -18,7 +18,7 @@ from mctf_compile.passes.analysis.masks import mask_operands
 from mctf_compile.passes.analysis.mutations import updates_statistics
 from mctf_compile.passes.analysis.normalize import constants
 from mctf_compile.passes.analysis.observations import assign
-from mctf_compile.passes.analysis.packs import Packs
+from mctf_compile.passes.analysis.packs import MASKED, Packs
 from mctf_compile.passes.analysis.readings import from_inputs, is_of_inputs, reading_at
 from mctf_compile.passes.analysis.reasons import name_of, padded, windows
 from mctf_compile.passes.analysis.structure import Attention, Block
@@ -80,8 +80,9 @@ def _of_inputs(graph: fx.Graph, axes: Axes, given: Collection[fx.Node], beside: 
 def _images(attention: Attention, packs: Packs, axes: Axes) -> tuple[fx.Node | None, tuple[int, ...]]:
     """The mask of an attention that keeps images in one sequence apart, and their numbers of tokens."""
     for mask, reader in mask_operands(attention).items():
-        if attention.weights is None or reader.target is aten.add.Tensor:
-            images = packs.of(mask, reader)
+        hides = reader.target is aten.masked_fill.Scalar and schema_arguments(reader)["value"] <= MASKED
+        if attention.weights is None or hides or reader.target is aten.add.Tensor:
+            images = packs.of(mask, reader, hides)
             # Else what is known of the mask's positions is nothing of the tokens'.
             if images and axes.of(mask)[-2:] == (attention.query_axis, attention.key_axis):
                 return mask, images

@@ -75,7 +75,12 @@ def find_masks(
         marks.update((node, known) for node in readers if (known := finder.marks(node)) is not None)
         return [kind for kind, _ in found.values()], list(own.values())
 
-    found = []
+    found, blocks = [], list(blocks)
+    # Masks that keep the same images apart tell the same of tokens, however each is made.
+    packs: dict[tuple[int, ...], Telling] = {}
+    for block in blocks:
+        if block.pack is not None and block.packed:
+            packs[block.packed] = packs.get(block.packed, frozenset()) | equal[block.pack]
     for block in blocks:
         batch = None if block.tokens is None else block.tokens.batch
         operands = mask_operands(block.attention)
@@ -88,7 +93,7 @@ def find_masks(
             # Padding in a pack is told by neither alone.
             kinds.append(Mask.PAIRS if Mask.TOKENS in kinds else Mask.PACKED if block.packed else Mask.BIAS)
             if block.packed:
-                padding = masks[pack] = equal[pack]
+                padding = masks[pack] = packs[block.packed]
         found.append(replace(block, mask=max(kinds, default=Mask.NONE), padding=padding))
     # Attention of other queries than the tokens has its masks too.
     for reading in (reading_at(node, axes) for node in graph.nodes):

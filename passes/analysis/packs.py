@@ -31,20 +31,20 @@ class Packs:
     def __init__(self, graph: fx.Graph, values: Mapping[fx.Node, Tensor]) -> None:
         self.values = values
         self._writes = [n for n in graph.nodes if is_write(n)]
-        self._found: dict[fx.Node, tuple[int, ...]] = {}
+        self._found: dict[tuple[fx.Node, bool], tuple[int, ...]] = {}
 
-    def of(self, mask: fx.Node, reader: fx.Node) -> tuple[int, ...]:
+    def of(self, mask: fx.Node, reader: fx.Node, hides: bool = False) -> tuple[int, ...]:
         """The numbers of tokens of the images that a mask lets see themselves alone, in order; () for any other mask.
 
         One that hides nothing has one image.
 
         The mask, boolean or added to logits, is the same for all heads and all entries of a batch, and made of
-        constants before ``reader`` reads it.
+        constants before ``reader`` reads it. ``hides``: it is boolean, and true where there is no attention.
         """
-        if mask not in self._found:
+        if (mask, hides) not in self._found:
             value = self._evaluated(mask, reader)
-            self._found[mask] = () if value is None else runs(value)
-        return self._found[mask]
+            self._found[mask, hides] = () if value is None else runs(~value if hides else value)
+        return self._found[mask, hides]
 
     def _evaluated(self, mask: fx.Node, reader: fx.Node) -> Tensor | None:
         """What a value always is, where it is computed from constants alone; its making may write into memory."""
