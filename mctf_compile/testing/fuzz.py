@@ -199,9 +199,8 @@ def spec_cases() -> st.SearchStrategy[Case]:
         kinds,
         seeds,
     )
-    return st.sampled_from(("alone",) * 8 + ("towers",) * 3 + ("sizes",)).flatmap(
-        {"alone": alone, "towers": towers, "sizes": sizes}.__getitem__
-    )
+    strategies: dict[str, st.SearchStrategy[Case]] = {"alone": alone, "towers": towers, "sizes": sizes}
+    return st.sampled_from(("alone",) * 8 + ("towers",) * 3 + ("sizes",)).flatmap(strategies.__getitem__)
 
 
 # Rows and columns of patches.

@@ -156,7 +156,8 @@ def other_images_filled(lengths: list[int], dtype: torch.dtype) -> Tensor:
 
 def blocks_of_ones(lengths: list[int], dtype: torch.dtype) -> Tensor:
     """Blocks along the diagonal."""
-    return torch.block_diag(*[torch.ones(n, n) for n in lengths]).bool()
+    blocks: Tensor = torch.block_diag(*[torch.ones(n, n) for n in lengths])
+    return blocks.bool()
 
 
 def blocks_written(lengths: list[int], dtype: torch.dtype) -> Tensor:
