@@ -150,8 +150,14 @@ def test_a_fault_that_generated_models_do_not_show_is_found_by_programs(breakage
 
 
 def padding_that_is_none(monkeypatch):
-    """A mask over pairs of tokens that nothing is known of is taken for padding."""
-    monkeypatch.setattr(_Finder, "_unread", lambda self, mask: Mask.TOKENS)
+    """A mask over pairs of tokens is taken for padding, which it tells by itself."""
+    look = _Finder.look
+
+    def wrong(self, mask, reader):
+        kind, told = look(self, mask, reader)
+        return (Mask.TOKENS, frozenset([mask])) if kind is Mask.PAIRS else (kind, told)
+
+    monkeypatch.setattr(_Finder, "look", wrong)
 
 
 def packs_fused_across(monkeypatch):

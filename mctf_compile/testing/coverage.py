@@ -117,8 +117,9 @@ UNRULED = """\
 # Operators without a rule
 
 Written by `mctf coverage --operators passes/OPERATORS.md`: the operators without a rule that {models} models of
-{libraries} consist of, as Dynamo captures them and ATen spells them. Fused tokens are given back before such an
-operator. "On tokens" are the models in which it reads values with a token axis of attention, or what another operator
+{libraries} consist of,
+by the names that they have in ATen once Dynamo has captured them. Fused tokens are given back before such an operator.
+"On tokens" are the models in which it reads values with a token axis of attention, or what another operator
 without a rule has made of those; everywhere else its having no rule costs nothing. Those that read tokens come first.
 
 """

@@ -91,8 +91,8 @@ class Builder:
         if "layouts" in features:
             self.layout = choose(("bnc", "bnc", "bnc", "nbc", "bhwc", "bchw"))
         # Several images in one sequence; and whether tokens see all others but not themselves.
-        packed = "packed" in features and not periodic and choose((False,) * 6 + (True,))
-        self.pairs = "pairs" in features and not packed and choose((False,) * 11 + (True,))
+        packed = "packed" in features and not periodic and choose((False,) * 4 + (True,))
+        self.pairs = "pairs" in features and not packed and choose((False,) * 8 + (True,))
         if self.layout in ("bnc", "nbc") and not (periodic or packed):
             lead = choose((0, 1, 2, 5))
             tail = choose((0, 0, 1))
@@ -184,6 +184,7 @@ class Builder:
         if not (self.pack or self.pairs) and self.has("padding", 15):
             self.uneven = self.choose((False, True))
             self.valid = self._padding()
+        self.mask: Ref | None = None
         self.text: Ref | None = None
         if not (self.pack or self.pairs) and self.has("joint", 20):
             self.text = self.g.given("text", (BATCH, WORDS, WIDTH), self.dtype)
@@ -313,10 +314,8 @@ class Builder:
             keys = g(aten.unsqueeze.default, keys, 1) if len(shape) == 4 else keys
             bias = [keys if spelling is boolean else g(spelling, keys, g.value(q).dtype)]
             valid = valid if spelling in SYMMETRIC else None
-        elif self.pack and g.chance(85):
-            bias = [g(g.choose(PACKS), self.pack, g.value(q).dtype)]
-        elif self.pairs and g.chance(85):
-            bias = [g(g.choose(PAIRS), n, g.value(q).dtype)]
+        elif (self.pack or self.pairs) and g.chance(85):
+            bias = [self._constant_mask(g.value(q).dtype)]
         elif not joint and self.has("bias", 20):
             bias = [g.hold((n, n) if len(shape) == 3 or g.chance(50) else (shape[1], n, n), g.value(q).dtype)]
         k, v, spellings = self._for_all_heads(q, k, v)
@@ -327,6 +326,14 @@ class Builder:
         # What a query of padding sees that sees nothing is up to the operator.
         lost = g(aten.bitwise_not.default, g(aten.unsqueeze.default, valid, 2))
         return g(aten.masked_fill.Scalar, a, lost, 0.0)
+
+    def _constant_mask(self, dtype: torch.dtype) -> Ref:
+        """[N, N]: who sees whom; at times that of an earlier block."""
+        g, known = self.g, self.mask
+        if known is None or known not in g.run.values or g.chance(30):
+            known = g(g.choose(PACKS), self.pack, dtype) if self.pack else g(g.choose(PAIRS), g.kinds.total, dtype)
+        self.mask = known
+        return known
 
     def _with_words(self, valid: Ref) -> Ref:
         """Which of the tokens of both streams take part: all of the text's."""
