@@ -225,7 +225,7 @@ class Eager(Builder):
         ("pairs", {*PAIRS}),
         ("grouped", {grouped}),
     ],
-    ids=str,
+    ids=["padding", "packed", "pairs", "grouped"],
 )
 def test_every_spelling_is_drawn(feature, drawn):
     seen = set()
