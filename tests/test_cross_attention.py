@@ -196,3 +196,25 @@ def test_a_mask_that_only_the_decoder_has_is_no_mean(form, plain):
     report = assert_rewrite_sound(model, tokens(4), VALID, duplicates=True, **OPTIONS)
     assert any("has no mean" in line for line in report.unmerged)
     assert_rewrite_sound(model, tokens(4), VALID, duplicates=True, **OPTIONS, modules="*")
+
+
+class Predicted(Both):
+    """What queries see of an image they say themselves, as in Mask2Former: a bias of both streams' tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        memory, q = self.encoder(x), self.queries.expand(len(x), -1, -1)
+        y = self.decoder.norms[0](q)
+        q = q + self.decoder.self_attn(y, y)
+        bias = (q @ memory.mT).unsqueeze(1)
+        q = q + self.decoder.cross_attn(self.decoder.norms[1](q), memory, bias)
+        return q + self.decoder.mlp(self.decoder.norms[2](q))
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["one", "three"])
+@pytest.mark.parametrize("modules", ["encoder", "*"])
+def test_a_bias_of_both_streams(plain, modules):
+    torch.manual_seed(0)
+    model = Predicted(plain).double().eval()
+    model.queries.data = tokens(4, M, seed=1)[:1]
+    report = assert_rewrite_sound(model, tokens(4), duplicates=True, **OPTIONS, modules=modules)
+    assert report.blocks[0].removed == 5

@@ -88,6 +88,8 @@ class FusedCall:
         """The value of a node in the generation of this call."""
         value = self._with_others(node, self.env[node])
         value = self.program.in_generation(node, value, self.stream, self.generation, self._like)
+        if self.others and not self._fits(value):
+            raise Declined("two token axes that are fused apart meet")
         if len(value.dims) != len(self.env[node].dims) and not self.rule.broadcasts:
             raise Declined("a value without the batch axis meets fused tokens in another layout")
         return value
@@ -106,6 +108,15 @@ class FusedCall:
             else:
                 value = self.program.in_generation(node, value, other, generation, self._like)
         return value
+
+    def _fits(self, value: Value) -> bool:
+        """Whether a value has as many tokens of each stream as this call's generations of them have."""
+        return all(
+            (size := _extent(stream, place, generation)) is None
+            or hint_of(value.tensor.shape[place.dim]) == hint_of(size)
+            for stream, generation in ((self.stream, self.generation), *self.others.items())
+            for place in stream.places(value.dims)
+        )
 
     def value(self, name: str) -> Value:
         """A tensor argument in the generation of this call."""
