@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 from mctf_compile import cli
 from mctf_compile.dynamic import Adjustable
 from mctf_compile.passes.analysis.casts import _Probe
-from mctf_compile.passes.analysis.masks import _Finder
-from mctf_compile.passes.analysis.structure import Mask
 from mctf_compile.passes.planning.plan import _TowerPlanner
 from mctf_compile.passes.rewriting.fused_call import FusedCall
 from mctf_compile.passes.rewriting.insertion import Insertion
@@ -147,34 +145,6 @@ def test_a_fault_that_generated_models_do_not_show_is_found_by_programs(breakage
     breakage(monkeypatch)
     outcome = fuzz(graph_cases(features), 500, seed=0, shrink=False)
     assert outcome.failure is not None
-
-
-def padding_that_is_none(monkeypatch):
-    """A mask over pairs of tokens is taken for padding, which it tells by itself."""
-    look = _Finder.look
-
-    def wrong(self, mask, reader):
-        kind, told = look(self, mask, reader)
-        return (Mask.TOKENS, frozenset([mask])) if kind is Mask.PAIRS else (kind, told)
-
-    monkeypatch.setattr(_Finder, "look", wrong)
-
-
-def packs_fused_across(monkeypatch):
-    """All tokens of a pack are taken for those of one image."""
-    image = Insertion._image
-    monkeypatch.setattr(Insertion, "_image", lambda self, block: torch.zeros_like(image(self, block)))
-
-
-MASKS = ((padding_that_is_none, ("pairs",), 0), (packs_fused_across, ("packed",), 0))
-
-
-@pytest.mark.parametrize("breakage, features, seed", MASKS)
-def test_a_mask_that_is_misread_is_found_by_programs(breakage, features, seed, monkeypatch):
-    breakage(monkeypatch)
-    outcome = fuzz(graph_cases(features), 200, seed=seed, shrink=False)
-    assert outcome.failure is not None
-    assert "fusing duplicates changed the output" in outcome.failure[1]
 
 
 def test_two_towers_in_one_graph_are_checked(monkeypatch):

@@ -236,6 +236,9 @@ def graph_cases(draw: st.DrawFn, features: Collection[str] = FEATURES) -> GraphC
     if way == "spelling" and (builder.came_back or all(s.target not in SPELLINGS for s in program.steps)):
         # Rounding decides which of several copies are fused.
         way = "graph"
+    if way == "spelling" and (builder.pack or builder.pairs):
+        # A constant mask is not read off every spelling.
+        way = "graph"
     if way in ("spelling", "tables") and program.regions:
         # In low precision rounding decides which tokens are the most alike.
         way = "graph"

@@ -314,7 +314,7 @@ class Builder:
             keys = g(aten.unsqueeze.default, keys, 1) if len(shape) == 4 else keys
             bias = [keys if spelling is boolean else g(spelling, keys, g.value(q).dtype)]
             valid = valid if spelling in SYMMETRIC else None
-        elif (self.pack or self.pairs) and g.chance(85):
+        elif (self.pack and g.chance(85)) or self.pairs:
             bias = [self._constant_mask(g.value(q).dtype)]
         elif not joint and self.has("bias", 20):
             bias = [g.hold((n, n) if len(shape) == 3 or g.chance(50) else (shape[1], n, n), g.value(q).dtype)]
@@ -328,9 +328,9 @@ class Builder:
         return g(aten.masked_fill.Scalar, a, lost, 0.0)
 
     def _constant_mask(self, dtype: torch.dtype) -> Ref:
-        """[N, N]: who sees whom; at times that of an earlier block."""
+        """[N, N]: who sees whom; that of an earlier block, where there is one, or at times a new one for a pack."""
         g, known = self.g, self.mask
-        if known is None or known not in g.run.values or g.chance(30):
+        if known is None or known not in g.run.values or (self.pack and g.chance(30)):
             known = g(g.choose(PACKS), self.pack, dtype) if self.pack else g(g.choose(PAIRS), g.kinds.total, dtype)
         self.mask = known
         return known
