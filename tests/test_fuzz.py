@@ -9,7 +9,6 @@ import torch
 from hypothesis import strategies as st
 
 from mctf_compile import cli
-from mctf_compile.dynamic import Adjustable
 from mctf_compile.passes.analysis.casts import _Probe
 from mctf_compile.passes.planning.plan import _TowerPlanner
 from mctf_compile.passes.rewriting.fused_call import FusedCall
@@ -19,7 +18,7 @@ from mctf_compile.passes.rewriting.stream import Stream
 from mctf_compile.passes.rules import RULES
 from mctf_compile.report import Report
 from mctf_compile.testing import VitSpec
-from mctf_compile.testing.fuzz import SizesCase, SpecCase, TowersCase, cases, fuzz
+from mctf_compile.testing.fuzz import SpecCase, cases, fuzz
 from mctf_compile.testing.graphs import graph_cases
 from mctf_compile.testing.soundness import Soundness
 
@@ -145,30 +144,6 @@ def test_a_fault_that_generated_models_do_not_show_is_found_by_programs(breakage
     breakage(monkeypatch)
     outcome = fuzz(graph_cases(features), 500, seed=0, shrink=False)
     assert outcome.failure is not None
-
-
-def test_two_towers_in_one_graph_are_checked(monkeypatch):
-    specs = VitSpec(depth=2, head="dense"), VitSpec(depth=2, grid=3, head="dense")
-    options = {"r": 3, "min_tokens": 1, "tau_info": 0, "tau_size": 0, "layers": [0]}
-    found = [TowersCase(specs[0], second, "cross", options, 2, 0) for second in (None, specs[1])]
-    for case in found:
-        soundness = case.check()
-        assert not soundness.problems and soundness.report.removed == 6
-    forgotten_log_size(monkeypatch)
-    assert all("fusing duplicates changed the output" in case.check().problems[0] for case in found)
-
-
-def test_a_size_that_is_treated_as_another_is_found(monkeypatch):
-    case = SizesCase(VitSpec(depth=2, head="mean"), ((3, 4), (5, 3)), {"method": "tome", "r": 0.3}, 0)
-    assert not case.check().problems
-    remaining, first = Adjustable.remaining, {}
-
-    def as_before(self, r, sizes):
-        return first.setdefault(0, remaining(self, r, sizes))
-
-    monkeypatch.setattr(Adjustable, "remaining", as_before)
-    (problem,) = case.check().problems
-    assert "compiled for all sizes, the output for [2, 3, 20, 12]" in problem
 
 
 def test_no_two_examples_are_alike():
