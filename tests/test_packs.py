@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import mctf_compile
 from mctf_compile.passes.analysis.packs import runs
@@ -227,3 +227,42 @@ def test_pixtral_is_fused_as_people_feed_it(sizes):
         dense = model(pixels, image_sizes=sizes)
     assert max(report.removed for report in recorder.reports) == 16
     torch.testing.assert_close(got.last_hidden_state, dense.last_hidden_state, atol=1e-5, rtol=1e-5)
+
+
+class Parts(nn.Module):
+    """Tokens given in one part or in several, which the last block masks by the image that each is of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.ModuleList([nn.Linear(8, 24), nn.Sequential(nn.Linear(8, 256), nn.GELU(), nn.Linear(256, 8))])
+            for _ in range(3)
+        )
+
+    def forward(self, *parts: Tensor) -> Tensor:
+        x = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        image = torch.cat([torch.full((n,), i) for i, n in enumerate((4, 5, 9))])
+        for i, (qkv, mlp) in enumerate(self.blocks):
+            q, k, v = (t[:, None] for t in qkv(x).chunk(3, -1))
+            mask = image[:, None] == image if i == 2 else None
+            x = x + F.scaled_dot_product_attention(q, k, v, mask)[:, 0]
+            x = x + mlp(x)
+        return x
+
+
+@pytest.mark.parametrize("attention", ["approx", "current", "exact"])
+def test_a_mask_of_other_parts_than_the_tokens_meets_them_all(attention):
+    """What is made of 4 + 14 tokens is no mask of 4 + 5 + 9, though the numbers add up."""
+    torch.manual_seed(0)
+    model, x = Parts().eval(), torch.randn(2, 18, 8)
+    options = {"r": 2, "min_tokens": 1, "protected": 4, "attention": attention, "layers": [0, 1, 2]}
+    whole, parts = Recorder(options), Recorder(options)
+    with torch.no_grad():
+        expected, got = whole.run(model, x), parts.run(model, *x.split([4, 14], 1))
+    assert [block.reason for block in parts.reports[0].blocks] == [
+        None,
+        None,
+        "queries, keys, values and mask are put together of parts that do not line up, so no token is followed",
+    ]
+    assert [block.reason is None for block in whole.reports[0].blocks] == [True, True, False]
+    torch.testing.assert_close(got, expected)

@@ -6,7 +6,20 @@ from mctf_compile.kernels.attention import aten
 from mctf_compile.kernels.library import autocast_dtype, composite, resized, working_dtype
 
 
-def _attention_shapes(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
+def _check_operands(q: Tensor, k: Tensor, log_size: Tensor | None, bias: Tensor | None) -> None:
+    """Raises ``RuntimeError`` for other numbers of tokens, as computing would; those that are symbols are not read."""
+    logits = [*q.shape[:3], k.shape[2]]
+    for x, shape in ((log_size, logits[-1:]), (bias, logits)):
+        given = [] if x is None else list(x.shape)
+        for have, want in zip(reversed(given), reversed(shape)):
+            if isinstance(have, int) and isinstance(want, int) and have not in (1, want):
+                raise RuntimeError(f"{given} is given for attention logits of {logits}")
+
+
+def _attention_shapes(
+    q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None, bias: Tensor | None, *_: object
+) -> Tensor:
+    _check_operands(q, k, log_size, bias)
     return resized(q, 3, v.shape[3]).to(autocast_dtype(q))
 
 
@@ -36,7 +49,10 @@ def attention(
     return aten.attention(q, k, v, log_size, bias, scale, dropout_p)
 
 
-def _importance_shapes(q: Tensor, k: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+def _importance_shapes(
+    q: Tensor, k: Tensor, log_size: Tensor | None, bias: Tensor | None, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_operands(q, k, log_size, bias)
     exact = working_dtype(q.dtype)
     return (
         q.new_empty(k.shape[0], k.shape[2], dtype=exact),

@@ -19,7 +19,7 @@ from mctf_compile.passes.analysis.branches import Branch
 from mctf_compile.passes.analysis.projections import Projection
 from mctf_compile.passes.analysis.structure import Block, Mask, Tower
 from mctf_compile.passes.analysis.token_axes import Axes
-from mctf_compile.passes.axes import Dim, places, product, size_at
+from mctf_compile.passes.axes import Dim, mentions, places, product, size_at
 from mctf_compile.passes.pipeline import State, graph_pass
 from mctf_compile.passes.planning.segments import owners, segments
 from mctf_compile.passes.rules import schema_arguments
@@ -473,6 +473,8 @@ def _unsupported(block: Block, axes: Axes) -> str | None:
     args = schema_arguments(attention.node)
     if args.get("is_causal"):
         return "causal attention needs the order of the original tokens"
+    if mentions(axes.clashes_of(attention.node), present(block.tokens)):
+        return "queries, keys, values and mask are put together of parts that do not line up, so no token is followed"
     if head_layout(axes.of(attention.query), present(block.tokens)) is None:
         return "attention numbers its images otherwise than the residual stream does (windows or frames)"
     return None
