@@ -1,14 +1,19 @@
 """The axis algebra: what a reshape, a concatenation and an alignment say about axes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mctf_compile import FusionConfig, rewrite
+from mctf_compile.errors import PassError
 from mctf_compile.passes.analysis.blocks import find_blocks
 from mctf_compile.passes.analysis.token_axes import token_axes
 from mctf_compile.passes.axes import AxisTable, Cat, Tokens, places, product
+from mctf_compile.passes.rules import RULES
+from mctf_compile.passes.rules.call import Flow
 from mctf_compile.testing import TinyViT, VitSpec, assert_rewrite_sound
 
 
@@ -227,3 +232,20 @@ def test_attention_has_the_leading_axes_of_all_that_it_reads(shapes):
     (query, key), dims = (axes.of(node) for node in result.args[:2]), axes.of(result)
     assert [product(dim) for dim in dims] == list(result.meta["val"].shape)
     assert dims[:-2] == (key if len(key) > len(query) else query)[:-2] and dims[-2] == query[-2]
+
+
+def test_a_shorter_index_gathers_first_positions_and_a_spread_one_all():
+    x, index = torch.ones(2, 6, 4), torch.zeros(2, 1, 4, dtype=torch.long)
+    axes, nodes, _ = axes_of(lambda x, i: (x.gather(2, i), torch.take_along_dim(x, i, 2)), x, index)
+    tokens = axes.of(nodes["x_1"])[1]
+    assert axes.of(nodes["gather"])[1] == () and tokens in axes.mixed_by(nodes["gather"])
+    assert axes.of(nodes["take_along_dim"])[1] == tokens not in axes.mixed_by(nodes["take_along_dim"])
+
+
+def test_a_rule_that_gives_wrong_sizes_is_an_error(monkeypatch):
+    relu = torch.ops.aten.relu.default
+    monkeypatch.setitem(RULES, relu, replace(RULES[relu], axes=lambda call: Flow((*call.dims("self")[:2], ()))))
+    with pytest.raises(
+        PassError, match=r"the rule of aten.relu.default gives sizes \[2, 6, 1\] to relu of \[2, 6, 4\]"
+    ):
+        axes_of(torch.relu, torch.ones(2, 6, 4))

@@ -16,9 +16,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import transform_subclass
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from mctf_compile.errors import Declined, UnsupportedGraph
+from mctf_compile.errors import Declined, PassError, UnsupportedGraph
 from mctf_compile.narrowing import function_of
-from mctf_compile.passes.axes import FEATURES, AxisTable, Dim, Dims, atoms
+from mctf_compile.passes.axes import FEATURES, AxisTable, Dim, Dims, atoms, product
 from mctf_compile.passes.rules.base import Rule, find_rule
 from mctf_compile.passes.rules.call import Call, Flow, Fused, V
 from mctf_compile.passes.subclasses import described, is_wrapper, wrappers
@@ -43,8 +43,23 @@ def flow_of(node: fx.Node, table: AxisTable, dims: Mapping[fx.Node, Dims | list[
     rule = rule_of(node)
     # Of values without dimensions, whose first and last may be named all the same, there is nothing to say.
     if rule is not None and any(operands):
-        return rule.axes(_call(node, table, dims))
+        flow = rule.axes(_call(node, table, dims))
+        _check_sizes(node, flow)
+        return flow
     return unknown(value, table, tuple(dim for of in operands for dim in of))
+
+
+def _check_sizes(node: fx.Node, flow: Flow) -> None:
+    """Raises ``PassError`` where a rule gives a result axes of other sizes than it has; symbols are not compared."""
+    value = node.meta["val"]
+    several = isinstance(flow.out, list)
+    for dims, result in zip(flow.out, value) if several else [(flow.out, value)]:
+        if not isinstance(result, Tensor) or dims is None:
+            continue
+        sizes = [product(cast(Dim, dim)) for dim in dims]
+        known = all(isinstance(size, int) for size in (*sizes, *result.shape))
+        if len(sizes) != result.dim() or (known and sizes != list(result.shape)):
+            raise PassError(f"the rule of {node.target} gives sizes {sizes} to {node.name} of {list(result.shape)}")
 
 
 def _call(node: fx.Node, table: AxisTable, dims: Mapping[fx.Node, Dims | list[Dims]]) -> Call:

@@ -446,7 +446,10 @@ def index_select(call: Call) -> Flow:
 @rule("gather", reads="self dim index sparse_grad")
 @rule("take_along_dim", reads="self indices dim")
 def gather(call: Call) -> Flow:
-    """A position of one dimension for each of the index; where that is shorter elsewhere, its first ones."""
+    """A position of one dimension for each of the index; where that is shorter elsewhere, its first ones.
+
+    ``take_along_dim`` spreads an index of size 1 instead.
+    """
     index = call.args["index"] if "index" in call.args else call.args["indices"]
     dims, picked = call.dims("self"), call.dims_of(index)
     if call.args["dim"] is None:
@@ -457,7 +460,7 @@ def gather(call: Call) -> Flow:
     mixed: tuple[Dim, ...] = (dims[d],)
     out = list(picked)
     for i, (a, b) in enumerate(zip(dims, picked)):
-        if i != d and (b and product(a) != product(b) and a):
+        if i != d and a and product(b) != product(a) and (b or "index" in call.args):
             mixed += (a,)
         elif i != d:
             mixed += call.table.align(a, b)
