@@ -26,7 +26,8 @@ def reduced(call: Call) -> tuple[set[int], Dims]:
     """The dimensions that a reduction removes, and the dims of its operand."""
     dims = call.dims_of(call.tensors()[0])
     chosen = call.args.get("dim")
-    if chosen is None or chosen == []:
+    # An empty list means every dimension, and to these two none.
+    if chosen is None or (chosen == [] and call.node.target not in (aten.all.dims, aten.any.dims)):
         return set(range(len(dims))), dims
     chosen = [chosen] if isinstance(chosen, int) else chosen
     return {wrap(d, len(dims)) for d in chosen}, dims
