@@ -18,7 +18,7 @@ from mctf_compile.passes.rewriting.stream import Stream
 from mctf_compile.passes.rules import RULES
 from mctf_compile.report import Report
 from mctf_compile.testing import VitSpec
-from mctf_compile.testing.fuzz import SpecCase, cases, fuzz
+from mctf_compile.testing.fuzz import SpecCase, fuzz, spec_cases
 from mctf_compile.testing.graphs import graph_cases
 from mctf_compile.testing.soundness import Soundness
 
@@ -58,7 +58,7 @@ def wrong_composition(monkeypatch):
 @pytest.mark.parametrize("breakage", [unweighted_mean, forgotten_log_size, wrong_composition])
 def test_a_broken_rule_is_found_within_200_examples(breakage, monkeypatch):
     breakage(monkeypatch)
-    outcome = fuzz(cases("models"), 200, seed=0, shrink=False)
+    outcome = fuzz(spec_cases(), 200, seed=0, shrink=False)
     assert outcome.failure is not None and outcome.counts["examples"] <= 200
     assert "fusing duplicates changed the output" in outcome.failure[1]
 
@@ -160,7 +160,7 @@ def test_no_two_examples_are_alike():
 
 
 def test_models_pass():
-    outcome = fuzz(cases("models"), 25, seed=7)
+    outcome = fuzz(spec_cases(), 25, seed=7)
     assert outcome.failure is None, outcome.failure[1] + "\n" + outcome.failure[0].program()
     assert outcome.counts["fused"] > 10 and outcome.counts["duplicates"] > 2
 

@@ -177,29 +177,35 @@ class Outcome:
 
 def cases(what: str = "both") -> st.SearchStrategy[Case]:
     """Cases of the strategies named: ``models``, ``graphs``, or ``both``, five programs to every model."""
-    strategies: dict[str, st.SearchStrategy[Case]] = {"models": spec_cases(), "graphs": graph_cases()}
+    strategies: dict[str, st.SearchStrategy[Case]] = {"models": _models(), "graphs": graph_cases()}
     if what in strategies:
         return strategies[what]
     return st.sampled_from(("graphs",) * 5 + ("models",)).flatmap(strategies.__getitem__)
 
 
 def spec_cases() -> st.SearchStrategy[Case]:
-    """Generated models; one in three can tell positions apart, which the duplicate-token theorem cannot judge.
-
-    Some are two in one graph, and some take images of several sizes.
-    """
-    # One kind of patch alone hides how tokens are weighted, and where they went.
-    kinds, seeds = st.sampled_from((1, 2, 2, 3, 3)), st.integers(0, 999)
-    towers = st.builds(lambda towers, *rest: TowersCase(*towers, *rest), tower_specs(), method_options(), kinds, seeds)
-    sizes = st.builds(SizesCase, resizable_specs(), st.sampled_from(SIZES), method_options(), seeds)
-    alone = st.builds(
+    """Generated models; one in three can tell positions apart, which the duplicate-token theorem cannot judge."""
+    kinds, seeds = _kinds_and_seeds()
+    return st.builds(
         SpecCase,
         st.sampled_from((False, False, True)).flatmap(vit_specs),
         method_options(),
         kinds,
         seeds,
     )
-    strategies: dict[str, st.SearchStrategy[Case]] = {"alone": alone, "towers": towers, "sizes": sizes}
+
+
+def _kinds_and_seeds() -> tuple[st.SearchStrategy[int], st.SearchStrategy[int]]:
+    """One kind of patch alone hides how tokens are weighted, and where they went."""
+    return st.sampled_from((1, 2, 2, 3, 3)), st.integers(0, 999)
+
+
+def _models() -> st.SearchStrategy[Case]:
+    """Generated models, some with two towers, and few that are called with several sizes of image."""
+    kinds, seeds = _kinds_and_seeds()
+    towers = st.builds(lambda towers, *rest: TowersCase(*towers, *rest), tower_specs(), method_options(), kinds, seeds)
+    sizes = st.builds(SizesCase, resizable_specs(), st.sampled_from(SIZES), method_options(), seeds)
+    strategies: dict[str, st.SearchStrategy[Case]] = {"alone": spec_cases(), "towers": towers, "sizes": sizes}
     return st.sampled_from(("alone",) * 8 + ("towers",) * 3 + ("sizes",)).flatmap(strategies.__getitem__)
 
 
