@@ -19,7 +19,7 @@ from mctf_compile.passes.analysis.mutations import updates_statistics
 from mctf_compile.passes.analysis.normalize import constants
 from mctf_compile.passes.analysis.observations import assign
 from mctf_compile.passes.analysis.packs import MASKED, Packs
-from mctf_compile.passes.analysis.readings import from_inputs, is_of_inputs, reading_at
+from mctf_compile.passes.analysis.readings import from_inputs, in_one_operator, is_of_inputs, reading_at
 from mctf_compile.passes.analysis.reasons import name_of, padded, windows
 from mctf_compile.passes.analysis.structure import Attention, Block
 from mctf_compile.passes.analysis.token_axes import Axes
@@ -114,9 +114,7 @@ def _attention(node: fx.Node, axes: Axes) -> Attention | None:
     if node not in axes.dims:
         return None
     if packet is aten.scaled_dot_product_attention:
-        args = schema_arguments(node)
-        q, k, v = args["query"], args["key"], args["value"]
-        attention: Attention | None = Attention(node, q, k, v, None, None, axes.of(k)[-2], axes.of(q)[-2])
+        attention: Attention | None = in_one_operator(node, axes)
     elif packet is aten.softmax:
         attention = _spelled_out(node, axes)
     else:

@@ -23,10 +23,15 @@ def reading_at(node: fx.Node, axes: Axes) -> Attention | None:
     if node not in axes.dims:
         return None
     if packet is aten.scaled_dot_product_attention:
-        args = schema_arguments(node)
-        q, k, v = args["query"], args["key"], args["value"]
-        return Attention(node, q, k, v, None, None, axes.of(k)[-2], axes.of(q)[-2])
+        return in_one_operator(node, axes)
     return _spelled_out(node, axes) if packet is aten.softmax else None
+
+
+def in_one_operator(node: fx.Node, axes: Axes) -> Attention:
+    """The attention that a call of ``scaled_dot_product_attention`` is."""
+    args = schema_arguments(node)
+    q, k, v = args["query"], args["key"], args["value"]
+    return Attention(node, q, k, v, None, None, axes.of(k)[-2], axes.of(q)[-2])
 
 
 def _spelled_out(softmax: fx.Node, axes: Axes) -> Attention | None:
