@@ -96,9 +96,10 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_code_of_a_page_runs_and_prints_what_it_says(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks, module = blocks_of(page), ModuleType("page")
+    # A name of its own: Dynamo keeps modules by name in the globals of the functions that it traced.
+    blocks, module = blocks_of(page), ModuleType(f"page_{page.stem}")
     # Dataclasses look for the module that they are defined in.
-    monkeypatch.setitem(sys.modules, "page", module)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
     torch.manual_seed(0)
     for block, after in zip(blocks, [*blocks[1:], Block("", "", 0, None)]):
         if block.language != "python" or block.why_not is not None:

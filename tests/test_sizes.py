@@ -239,6 +239,13 @@ def test_the_report_is_of_the_size_of_the_example():
     assert report.macs_by_block == same.macs_by_block
 
 
+def test_tiles_are_those_of_a_known_grid():
+    _, report = planned(Resizing(), method="tome", r=5, span="branch", partition=(2, 2))
+    note = "the grid of these tokens differs from call to call, so every second one receives others"
+    assert report.fused and [note in b.note for b in report.blocks] == [True] * 3
+    assert_each_as_static(Resizing(), FEW, method="tome", r=5, span="branch")
+
+
 def planned_static(model: nn.Module, **options: object):
     return None, mctf_compile.explain(model, images(4, 6), inner="eager", **options)
 

@@ -204,7 +204,9 @@ def _models() -> st.SearchStrategy[Case]:
     """Generated models, some with two towers, and few that are called with several sizes of image."""
     kinds, seeds = _kinds_and_seeds()
     towers = st.builds(lambda towers, *rest: TowersCase(*towers, *rest), tower_specs(), method_options(), kinds, seeds)
-    sizes = st.builds(SizesCase, resizable_specs(), st.sampled_from(SIZES), method_options(), seeds)
+    # Tiles are those of a grid that is known when a model is compiled.
+    sized = method_options().map(lambda options: {n: v for n, v in options.items() if not n.startswith("partition")})
+    sizes = st.builds(SizesCase, resizable_specs(), st.sampled_from(SIZES), sized, seeds)
     strategies: dict[str, st.SearchStrategy[Case]] = {"alone": spec_cases(), "towers": towers, "sizes": sizes}
     return st.sampled_from(("alone",) * 8 + ("towers",) * 3 + ("sizes",)).flatmap(strategies.__getitem__)
 

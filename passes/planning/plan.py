@@ -255,8 +255,10 @@ class _TowerPlanner:
         if not isinstance(method, Merging) or method.partition is None:
             return None, None
         sizes = [axis.size for axis in self.axes.table.canonical(present(block.tokens).body)]
-        if len(sizes) != 2 or not all(isinstance(size, int) for size in sizes):
+        if len(sizes) != 2:
             return None, "the model does not tell the grid of these tokens, so every second one receives others"
+        if not all(isinstance(size, int) for size in sizes):
+            return None, "the grid of these tokens differs from call to call, so every second one receives others"
         if block.mask is Mask.TOKENS:
             return None, "padding may fill a tile, so every second token receives others"
         return Tiles(int(sizes[0]), int(sizes[1]), method.partition, method.partition_seed), None
