@@ -146,8 +146,7 @@ def test_tokens_meet_at_every_position_in_every_dtype(table):
     """In reductions and products; what moves axes about or works token by token may let them meet nowhere."""
     reducing = {name: found for name, found in table.items() if _reduces(_overload(name))}
     never = {
-        name: {p for p in range(4) if not any(found.at(p, d) for d in found.dtypes)}
-        for name, found in reducing.items()
+        name: {p for p in range(4) if not any(found.at(p, d) for d in found.dtypes)} for name, found in reducing.items()
     }
     assert {name: positions for name, positions in never.items() if positions} == NEVER_MEET
     for name, found in reducing.items():
