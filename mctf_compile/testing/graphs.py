@@ -194,12 +194,8 @@ class GraphCase:
 
     def _apart(self) -> Program:
         """The program on tokens of which none is a copy, in float64: then nothing is decided by rounding."""
-        wide = {torch.float32: torch.float64}
-        inputs, held = (
-            tuple(replace(h, dtype=wide.get(h.dtype, h.dtype)) for h in of)
-            for of in (self.grown.inputs, self.grown.held)
-        )
-        return replace(self.grown, kinds=self.grown.kinds.apart(), inputs=inputs, held=held)
+        wide = self.grown.retyped({torch.float32: torch.float64})
+        return replace(wide, kinds=wide.kinds.apart())
 
 
 def _dense(reason: str) -> Soundness:

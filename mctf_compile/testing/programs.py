@@ -6,7 +6,7 @@ import inspect
 import linecache
 import operator
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -133,13 +133,13 @@ class Leave:
 Line = Step | Region | Leave
 
 
-def fill(value: Any, by: Callable[[Ref], Any]) -> Any:
-    """Arguments with something else in the place of each ``Ref``."""
-    if isinstance(value, Ref):
+def fill(value: Any, by: Callable[[Any], Any], kind: type = Ref) -> Any:
+    """Arguments with something else in the place of each ``Ref``, or whatever is of a ``kind``."""
+    if isinstance(value, kind):
         return by(value)
     if isinstance(value, dict):
-        return {name: fill(v, by) for name, v in value.items()}
-    return type(value)(fill(v, by) for v in value) if isinstance(value, (list, tuple)) else value
+        return {name: fill(v, by, kind) for name, v in value.items()}
+    return type(value)(fill(v, by, kind) for v in value) if isinstance(value, (list, tuple)) else value
 
 
 def refs(value: Any) -> Iterator[Ref]:
@@ -231,6 +231,21 @@ class Program:
         """The program with other targets: ``by`` says which for each."""
         lines = (replace(line, target=by(line.target)) if isinstance(line, Step) else line for line in self.lines)
         return replace(self, lines=tuple(lines))
+
+    def retyped(self, dtypes: Mapping[torch.dtype, torch.dtype]) -> Program:
+        """The program in other dtypes: what it is given, what it holds, and what its steps name."""
+
+        def other(dtype: torch.dtype) -> torch.dtype:
+            return dtypes.get(dtype, dtype)
+
+        lines: list[Line] = []
+        for line in self.lines:
+            if isinstance(line, Step):
+                args, kwargs = fill((line.args, line.kwargs), other, torch.dtype)
+                line = replace(line, args=args, kwargs=kwargs)
+            lines.append(line)
+        inputs, held = (tuple(replace(h, dtype=other(h.dtype)) for h in of) for of in (self.inputs, self.held))
+        return replace(self, inputs=inputs, held=held, lines=tuple(lines))
 
     def with_copies(self) -> Program:
         """The program with an equal tensor of its own for every reader of one that it holds."""
