@@ -7,6 +7,7 @@ import importlib.util
 import math
 import warnings
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from timm.layers import set_fused_attn
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.functional import cross_entropy
 from vectors import Recorder, capture, load, near, official_match
 
@@ -34,7 +35,7 @@ IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
 def fused_attention(request):
     """Attention as one operator, and spelled out."""
     set_fused_attn(request.param)
-    yield
+    yield request.param
     set_fused_attn(True)
 
 
@@ -63,20 +64,30 @@ class Result:
 
 def run(model: nn.Module, images: Tensor, **options: Any) -> Result:
     with torch.no_grad():
-        gm, inputs = capture(model, images)
+        return rewritten(capture(model, images), **options)
+
+
+def rewritten(graph: tuple[fx.GraphModule, list[Tensor]], **options: Any) -> Result:
+    gm, inputs = graph
+    with torch.no_grad():
         fused, report = mctf_compile.rewrite(gm, inputs, FusionConfig(**options))
         seen = Recorder(fused)
         (logits,) = seen.run(*inputs)
     return Result(logits, seen, [b.tokens_out for b in report.blocks])
 
 
-def check(data: dict[str, Any], official: dict[str, Any], model: nn.Module, **options: Any) -> Result:
-    """The logits through torch.compile, and the last tokens and the counts of the rewritten graph, are official."""
+@cache
+def graph_of(vectors: str, tokens: str, fused: bool) -> tuple[fx.GraphModule, list[Tensor]]:
+    """The graph of a model whose attention is one operator, or ``fused`` is not, captured once for all cases."""
+    data = load(vectors)[tokens]
     with torch.no_grad():
-        near(compiled(model, **options)(data["images"]), official["logits"])
-    result = run(model, data["images"], **options)
+        return capture(vit(data), data["images"])
+
+
+def check(official: dict[str, Any], result: Result) -> None:
+    """The logits, and the last tokens, are official."""
+    near(result.logits, official["logits"])
     near(result.seen.normed, official["blocks"][-1]["x_out"])
-    return result
 
 
 def check_matches(result: Result, blocks: list[dict[str, Any]], n: int) -> None:
@@ -98,9 +109,26 @@ def test_tome_is_official(tokens, case, fused_attention):
     options = {"r": config["r_per_layer"], "proportional": bool(config["prop_attn"])}
     if isinstance(config["r"], tuple):
         options["r"] = config["r"]
-    result = check(data, official, vit(data), method="tome", **options)
+    result = rewritten(graph_of("tome", tokens, fused_attention), method="tome", **options)
+    check(official, result)
     check_matches(result, official["blocks"], int(tokens))
     assert result.tokens_out == official["tokens_out"]
+
+
+BY_THE_BACKEND = [
+    ("tome", "decreasing", {"r": (3, -1.0)}),
+    ("evit", "kr07_drop", {"keep_rate": 0.7, "layers": [1, 3], "fuse_token": False}),
+    ("idlevit", None, {"keep_ratio": 0.7}),
+]
+
+
+@pytest.mark.parametrize(("method", "case", "options"), BY_THE_BACKEND)
+def test_a_compiled_model_is_official(method, case, options):
+    """What the rewritten graphs of all cases compute, a model compiled by the backend computes too."""
+    data = load(method)["17"]
+    official = data["cases"][case] if case else data["eval"]
+    with torch.no_grad():
+        near(compiled(vit(data), method=method, **options)(data["images"]), official["logits"])
 
 
 def test_tome_protects_a_distillation_token():
@@ -123,7 +151,8 @@ def test_evit_is_official(tokens, case, fused_attention):
     rates = official["config"]["keep_rate"]
     layers = [i for i, rate in enumerate(rates) if rate < 1]
     options = {"keep_rate": min(rates), "layers": layers, "fuse_token": bool(official["config"]["fuse_token"])}
-    result = check(data, official, vit(data), method="evit", **options)
+    result = rewritten(graph_of("evit", tokens, fused_attention), method="evit", **options)
+    check(official, result)
     indices = [block["idx"] for block in official["blocks"] if "idx" in block]
     assert len(result.seen.selections) == len(indices)
     for (keep, _), idx in zip(result.seen.selections, indices):
@@ -134,7 +163,9 @@ def test_evit_is_official(tokens, case, fused_attention):
 @pytest.mark.parametrize("tokens", SIZES)
 def test_idlevit_is_official(tokens, fused_attention):
     data = load("idlevit")[tokens]
-    result = check(data, data["eval"], vit(data), method="idlevit", keep_ratio=data["config"]["keep_ratios"][0])
+    graph, ratio = graph_of("idlevit", tokens, fused_attention), data["config"]["keep_ratios"][0]
+    result = rewritten(graph, method="idlevit", keep_ratio=ratio)
+    check(data["eval"], result)
     selected = [block["selected"] for block in data["eval"]["blocks"] if "selected" in block]
     assert [keep.tolist() for keep, _ in result.seen.selections] == [s.tolist() for s in selected]
 
@@ -161,7 +192,10 @@ def embeddings(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_dynamicvit_is_official(fused_attention):
     data = load("dynamicvit")["197"]
     model = attached(vit(data), data["images"], "dynamicvit", predictors(data["predictor"]))
-    result = check(data, data["eval"], model, method="dynamicvit")
+    result = run(model, data["images"], method="dynamicvit")
+    check(data["eval"], result)
+    with torch.no_grad():
+        near(compiled(model, method="dynamicvit")(data["images"]), data["eval"]["logits"])
     kept = [stage["keep_idx"] for stage in data["eval"]["predictor"]]
     assert [keep[:, 1:].tolist() for keep, _ in result.seen.selections] == [(idx + 1).tolist() for idx in kept]
     assert result.tokens_out == data["eval"]["tokens_out"]
@@ -171,7 +205,10 @@ def test_dynamicvit_is_official(fused_attention):
 def test_dtem_is_official(tokens, fused_attention):
     data = load("dtem")[tokens]
     model = attached(vit(data), data["images"], "dtem", embeddings(data["metric"]), features=16)
-    result = check(data, data["eval"], model, method="dtem", r=data["config"]["r"])
+    result = run(model, data["images"], method="dtem", r=data["config"]["r"])
+    check(data["eval"], result)
+    with torch.no_grad():
+        near(compiled(model, method="dtem", r=data["config"]["r"])(data["images"]), data["eval"]["logits"])
     check_matches(result, data["eval"]["blocks"], int(tokens))
     assert result.tokens_out == data["eval"]["tokens_out"]
 
@@ -465,12 +502,21 @@ PUBLISHED = [
 ]
 
 
+@cache
+def deit_small(attached: str | None) -> tuple[fx.GraphModule, list[Tensor]]:
+    """The graph of a DeiT-S, with what a method attaches."""
+    model = timm.create_model("deit_small_patch16_224").eval()
+    if attached is not None:
+        mctf_compile.attach(model, method=attached)
+    with torch.no_grad():
+        return capture(model, torch.zeros(1, 3, 224, 224))
+
+
 @pytest.mark.parametrize(("method", "options", "gmacs"), PUBLISHED, ids=lambda value: str(value))
 def test_multiply_accumulates_are_the_published_ones(method, options, gmacs):
-    model = timm.create_model("deit_small_patch16_224").eval()
-    if METHODS[method].reads is not None:
-        mctf_compile.attach(model, method=method)
-    report = mctf_compile.explain(model, torch.zeros(1, 3, 224, 224), method=method, **options)
+    _, report = mctf_compile.rewrite(
+        *deit_small(method if METHODS[method].reads else None), FusionConfig(method=method, **options)
+    )
     assert report.macs_after / 1e9 == pytest.approx(gmacs, rel=0.01)
 
 
