@@ -7,7 +7,8 @@ import copy
 import pytest
 import timm
 import torch
-from torch import nn
+from torch import fx, nn
+from vectors import capture
 
 import mctf_compile
 from mctf_compile import ConfigError, FusionConfig, set_r
@@ -33,6 +34,13 @@ def vit(**options) -> nn.Module:
     return model.eval()
 
 
+@pytest.fixture(scope="module")
+def graph() -> tuple[fx.GraphModule, list[torch.Tensor]]:
+    """The graph of ``vit()``, and its inputs."""
+    with torch.no_grad():
+        return capture(vit(), IMAGES)
+
+
 def captured(function, model: nn.Module = None, images: torch.Tensor = IMAGES):
     """What ``function`` says of the graph that Dynamo captures."""
     said = []
@@ -56,14 +64,11 @@ def removed(report: mctf_compile.Report) -> list[int]:
 
 @pytest.mark.parametrize("r", [0, 1, 3, 8, [0, 5, 0, 2]], ids=str)
 @pytest.mark.parametrize("method", ["mctf", "tome"])
-def test_symbolic_counts_are_those_of_the_static_graph(method, r):
-    def both(gm, inputs):
-        config = FusionConfig(method=method, r=r)
-        state = run_pipeline(gm, inputs, FusionConfig(method=method, r=5), adjustable=True)[0]
-        symbolic = macs_by_counts(state.result, state.counts)(tokens_remaining(state, config.method))
-        return symbolic, rewrite(gm, inputs, config)[1].macs_after
-
-    symbolic, static = captured(both)
+def test_symbolic_counts_are_those_of_the_static_graph(method, r, graph):
+    config = FusionConfig(method=method, r=r)
+    state = run_pipeline(*graph, FusionConfig(method=method, r=5), adjustable=True)[0]
+    symbolic = macs_by_counts(state.result, state.counts)(tokens_remaining(state, config.method))
+    static = rewrite(*graph, config)[1].macs_after
     if r in (0, [0, 5, 0, 2]):
         # A block that fuses nothing still compares its tokens, where it may be told to fuse some at the next call.
         assert static < symbolic < 1.01 * static
@@ -73,14 +78,13 @@ def test_symbolic_counts_are_those_of_the_static_graph(method, r):
 
 @pytest.mark.parametrize("target", ["gmacs=0.05", "gmacs=0.04", "speedup=1.2", "speedup=1.5"])
 @pytest.mark.parametrize("method", ["mctf", "tome", "tofu", "random"])
-def test_the_target_is_met_by_the_fewest_tokens(method, target):
-    model = vit()
-    report = mctf_compile.explain(model, IMAGES, method=method, r="auto", target=target)
+def test_the_target_is_met_by_the_fewest_tokens(method, target, graph):
+    _, report = rewrite(*graph, FusionConfig(method=method, r="auto", target=target))
     quantity, value = target.split("=")
     goal = float(value) * 2e9 if quantity == "gmacs" else report.macs_before / float(value)
     assert report.macs_after <= goal and target in report.summary
     total, blocks = sum(removed(report)), [i for i, r in enumerate(removed(report)) if r]
-    fewer = mctf_compile.explain(model, IMAGES, method=method, r=distribute(total - 1, blocks, DEPTH))
+    _, fewer = rewrite(*graph, FusionConfig(method=method, r=distribute(total - 1, blocks, DEPTH)))
     assert fewer.macs_after > goal
 
 

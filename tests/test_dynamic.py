@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import timm
 import torch
 from torch import nn
+from vectors import capture
 
 import mctf_compile
-from mctf_compile import ConfigError, set_r
+from mctf_compile import ConfigError, FusionConfig, set_r
 from mctf_compile.inner.regional import CompiledRegion
 from mctf_compile.methods import METHODS, Choice, Combine, Evidence, Merging, Site
 
@@ -76,20 +77,23 @@ def adjustable(model: nn.Module, inner: str = "eager", **options) -> nn.Module:
     return torch.compile(model, backend="mctf", options=options, dynamic=False)
 
 
-def static(model: nn.Module, images: torch.Tensor, **options) -> torch.Tensor:
-    compiled = torch.compile(copy.deepcopy(model), backend="mctf", options={"inner": "eager", **options})
-    return compiled(images)
+def rewriter(model: nn.Module, images: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """What a model computes on images where it is fused by given options, and by no others."""
+    gm, inputs = capture(model, images)
+
+    def outputs(**options) -> torch.Tensor:
+        fused, _ = mctf_compile.rewrite(gm, inputs, FusionConfig.from_options(options))
+        return fused(*inputs)[0]
+
+    return outputs
 
 
 @pytest.fixture(scope="module")
 def static_results() -> list[torch.Tensor]:
     """What each of the reductions gives that is compiled for it alone."""
-    results = []
     with torch.no_grad():
-        for r in REDUCTIONS:
-            torch._dynamo.reset()
-            results.append(static(vit(), IMAGES, r=r))
-    return results
+        static = rewriter(vit(), IMAGES)
+        return [static(r=r) for r in REDUCTIONS]
 
 
 @pytest.mark.parametrize("start", [4, 0], ids=["from-4", "from-0"])
@@ -122,23 +126,24 @@ def test_every_r_equals_the_static_compile_and_none_recompiles(inner, start, sta
     ids=str,
 )
 def test_other_methods_and_options(options):
-    model = vit()
-    compiled = adjustable(model, "aot_eager", r=3, **options)
     with torch.no_grad():
+        static = rewriter(vit(), IMAGES)
+        compiled = adjustable(vit(), "aot_eager", r=3, **options)
         for r in (3, 0, 1, 6, 40):
             set_r(compiled, r)
-            torch.testing.assert_close(compiled(IMAGES), static(model, IMAGES, r=r, **options), rtol=0, atol=1e-5)
+            torch.testing.assert_close(compiled(IMAGES), static(r=r, **options), rtol=0, atol=1e-5)
 
 
 def test_attention_spelled_out():
     model = vit()
     for block in model.blocks:
         block.attn.fused_attn = False
-    compiled = adjustable(model, "aot_eager", r=3)
     with torch.no_grad():
+        static = rewriter(model, IMAGES)
+        compiled = adjustable(model, "aot_eager", r=3)
         for r in (3, 0, 1, 6, 40):
             set_r(compiled, r)
-            torch.testing.assert_close(compiled(IMAGES), static(model, IMAGES, r=r), rtol=0, atol=1e-5)
+            torch.testing.assert_close(compiled(IMAGES), static(r=r), rtol=0, atol=1e-5)
 
 
 def test_a_context_manager_gives_the_old_r_back():
@@ -170,15 +175,14 @@ def test_training_with_another_r_at_every_step():
 
 
 def test_another_batch_has_the_r_that_was_set():
-    model = vit()
-    compiled = torch.compile(
-        model, backend="mctf", options={"inner": "aot_eager", "dynamic_r": True, "r": 4}, dynamic=True
-    )
+    model, images = vit(), torch.randn(5, 3, 48, 48)
     with torch.no_grad():
+        want = rewriter(model, images)(r=6)
+        options = {"inner": "aot_eager", "dynamic_r": True, "r": 4}
+        compiled = torch.compile(model, backend="mctf", options=options, dynamic=True)
         compiled(IMAGES)
         set_r(compiled, 6)
-        images = torch.randn(5, 3, 48, 48)
-        torch.testing.assert_close(compiled(images), static(model, images, r=6), rtol=0, atol=1e-5)
+        torch.testing.assert_close(compiled(images), want, rtol=0, atol=1e-5)
 
 
 def test_r_0_is_dense():
@@ -248,14 +252,12 @@ def shortest(monkeypatch):
 
 @pytest.mark.usefixtures("shortest")
 def test_a_method_of_ones_own():
-    model = vit()
-    compiled = adjustable(model, "aot_eager", r=3, method="shortest")
     with torch.no_grad():
+        static = rewriter(vit(), IMAGES)
+        compiled = adjustable(vit(), "aot_eager", r=3, method="shortest")
         for r in (3, 0, 1, 9):
             set_r(compiled, r)
-            torch.testing.assert_close(
-                compiled(IMAGES), static(model, IMAGES, r=r, method="shortest"), rtol=0, atol=1e-5
-            )
+            torch.testing.assert_close(compiled(IMAGES), static(r=r, method="shortest"), rtol=0, atol=1e-5)
 
 
 COUNTED = [int, lambda r: len(range(r)), lambda r: r if r > 2 else 0, lambda r: torch.tensor([1, 2])[: int(r)].numel()]

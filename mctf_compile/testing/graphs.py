@@ -24,7 +24,7 @@ from mctf_compile.report import Report
 from mctf_compile.testing.moves import FEATURES, Builder
 from mctf_compile.testing.programs import Program
 from mctf_compile.testing.soundness import DUPLICATE, ONLY_SIMILARITY, Recorder, Soundness, broken, distance, too_exact
-from mctf_compile.testing.spellings import SPELLINGS, sdpa
+from mctf_compile.testing.spellings import PAIRS, SPELLINGS, sdpa
 from mctf_compile.testing.strategies import fusion_options
 
 # How far apart two spellings of one attention may be in float64.
@@ -117,7 +117,7 @@ class GraphCase:
         """What is found, and what the program returns dense and fused: its outputs, and what became of its inputs."""
         module, inputs = self.grown.make()
         dense, given = ([x.clone() for x in inputs] for _ in range(2))
-        recorder = Recorder(dict(self.options))
+        recorder = Recorder(dict(self.options), masks=any(step.target in PAIRS for step in self.grown.steps))
         plain = [*_run(module, dense), *dense]
         fused = [*self._fused(recorder, self.grown, module, given), *given]
         problems, error = broken(plain, fused, recorder), None
