@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mctf_compile.measuring.workload import ON_CUDA, BenchmarkRow, Workload
+from mctf_compile.measuring.workload import BY_PYTORCH, ON_CUDA, BenchmarkRow, Workload
 
 # Where results are kept.
 FOLDER = Path(__file__).parent / "results"
@@ -18,7 +18,7 @@ CPU = [
     BenchmarkRow("vit_s-384", Workload("vit_small_patch16_384", r=47, batch=4, image_size=384)),
     BenchmarkRow("deit_s-fast", Workload("deit_small_patch16_224", r="fast")),
     BenchmarkRow("deit_s-2threads", Workload("deit_small_patch16_224", threads=2)),
-    BenchmarkRow("deit_s-autocast", Workload("deit_small_patch16_224", dtype="autocast")),
+    BenchmarkRow("deit_s-autocast", Workload("deit_small_patch16_224", dtype="autocast"), BY_PYTORCH),
     BenchmarkRow("vit_m-gap", Workload("vit_medium_patch16_gap_240")),
 ]
 

@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mctf_compile import ConfigError, Report
+from mctf_compile import ConfigError, MctfError, Report
 from mctf_compile.measuring import bench as measuring
+from mctf_compile.measuring import candidates as ways
 from mctf_compile.measuring.bench import (
-    DENSE,
-    FUSED,
     TOLERANCES,
     BenchResult,
     Timing,
@@ -216,8 +215,8 @@ def tiny() -> tuple[nn.Module, list[Tensor]]:
 def test_a_compiler_that_breaks_the_fused_graph_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     made = measuring.candidate
 
-    def broken(name: str, model: nn.Module, options: dict) -> Callable[..., Tensor]:
-        run = made(name, model, options)
+    def broken(name: str, model: nn.Module, inputs: list, options: dict) -> Callable[..., Tensor]:
+        run = made(name, model, inputs, options)
         return (lambda x: run(x) + 1e-3) if name == "mctf" and options["inner"] == "aot_eager" else run
 
     monkeypatch.setattr(measuring, "candidate", broken)
@@ -242,7 +241,7 @@ def test_frozen_weights_are_constants_of_the_graph() -> None:
 
     for name in ("inductor", "freezing", "freezing-dynamic", "mctf", "mctf-freezing"):
         torch._dynamo.reset()
-        with torch.no_grad(), measuring.compiling(name):
+        with torch.no_grad(), ways.compiling(name):
             torch.compile(nn.Linear(2, 2), backend=backend)(torch.ones(1, 2))
     assert seen == [3, 1, 1, 3, 1]
 
@@ -250,9 +249,9 @@ def test_frozen_weights_are_constants_of_the_graph() -> None:
 def test_one_dense_candidate_is_compiled_for_any_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inductor packs float32 weights for oneDNN there, and leaves them to BLAS where the batch is fixed."""
     given = {}
-    for name in (*DENSE, *FUSED):
+    for name in ways.CANDIDATES:
         monkeypatch.setattr(torch, "compile", lambda model, name=name, **kwargs: given.setdefault(name, kwargs))
-        measuring.candidate(name, nn.Linear(2, 2), {})
+        ways.candidate(name, nn.Linear(2, 2), [], {})
     dynamic = {name for name, kwargs in given.items() if kwargs.get("dynamic")}
     assert dynamic == {"freezing-dynamic"} and given["freezing-dynamic"]["options"] == {"freezing": True}
 
@@ -268,6 +267,72 @@ def test_one_dense_candidate_is_compiled_for_any_batch(monkeypatch: pytest.Monke
 def test_candidates_that_are_no_comparison_are_refused(names: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         bench(Broken(), [torch.ones(2, 4)], candidates=names)
+
+
+RUNTIMES = ["onnxruntime", "openvino", "mctf-onnxruntime", "mctf-openvino"]
+
+
+def test_other_runtimes_run_the_model_dense_and_fused() -> None:
+    """Each on as many threads as PyTorch, and compared with the dense model in the same runtime."""
+    for package in ("onnxscript", "onnxruntime", "openvino"):
+        pytest.importorskip(package)
+    model, inputs = tiny()
+    options = {"r": 4, "min_tokens": 4, "inner": "eager"}
+    result = bench(model, inputs, options, 2, warmup=0, candidates=["eager", *RUNTIMES, "mctf"])
+    assert list(result.timings) == ["eager", "onnxruntime", "openvino", "mctf", "mctf-onnxruntime", "mctf-openvino"]
+    assert max(result.errors.values()) < 1e-4 and result.report.fused
+    found = result.to_dict()["candidates"]
+    for name in ("onnxruntime", "openvino"):
+        dense, fused = (found[n]["median_ms"] for n in (name, f"mctf-{name}"))
+        assert found[f"mctf-{name}"]["speedup_over_alike"] == pytest.approx(dense / fused)
+    assert [values["speedup_over_alike"] for values in found.values()].count(None) == 4
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_runtime_computes_on_as_many_threads_as_pytorch(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    asked, session = [], onnxruntime.InferenceSession
+
+    def noted(path: str, options: object, **kwargs: object) -> object:
+        asked.append(options.intra_op_num_threads)
+        return session(path, options, **kwargs)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", noted)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    x = torch.randn(2, 4)
+    model = nn.Linear(4, 3).eval()
+    with torch.no_grad():
+        (y,) = ways.candidate("onnxruntime", model, [x], {})(x)
+        torch.testing.assert_close(y, model(x))
+    assert asked == [threads]
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "mctf-openvino"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"autocast": torch.bfloat16}, "{} computes in the dtype of the weights, and not under autocast"),
+        ({"training": True}, "{} runs a file, which keeps the mode of the model"),
+        ({"device": "meta"}, "{} is measured on a CPU, and the inputs are on 'meta'"),
+    ],
+)
+def test_what_a_runtime_cannot_run_is_refused_before_anything_runs(name: str, change: dict, message: str) -> None:
+    model, (images,) = tiny()
+    model.train(change.get("training", False))
+    images = images.to(change.get("device", "cpu"))
+    with pytest.raises(ConfigError, match=message.format(name)):
+        bench(model, [images], {}, candidates=["eager", "mctf", name], autocast=change.get("autocast"))
+
+
+def test_an_option_that_no_file_takes_is_refused_before_anything_runs() -> None:
+    with pytest.raises(ConfigError, match="dynamic_r=True is for backend='mctf'"):
+        bench(*tiny(), {"dynamic_r": True}, candidates=["eager", "mctf-onnxruntime"])
+
+
+def test_a_runtime_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mctf_compile.exporting.targets.find_spec", lambda name: None)
+    with pytest.raises(MctfError, match=r"openvino.*pip install 'mctf-compile\[openvino\]'"):
+        bench(*tiny(), {}, candidates=["openvino", "mctf"])
 
 
 def test_a_bad_option_is_refused_before_anything_runs() -> None:

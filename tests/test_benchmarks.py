@@ -20,7 +20,8 @@ from mctf_compile.errors import ConfigError, MctfError
 from mctf_compile.evaluating.outcomes import Outcomes
 from mctf_compile.measuring import fresh_process
 from mctf_compile.measuring import suite as measuring
-from mctf_compile.measuring.bench import BenchResult, Timing, WrongOutputError, check_candidates
+from mctf_compile.measuring.bench import BenchResult, Timing, WrongOutputError
+from mctf_compile.measuring.candidates import CANDIDATES, check_candidates
 from mctf_compile.measuring.fresh_process import isolate, peak_bytes
 from mctf_compile.measuring.machine import machine
 from mctf_compile.measuring.page import markdown, write
@@ -150,6 +151,9 @@ def test_every_row_can_be_run() -> None:
         assert row.name.replace("-", "_").isidentifier() and timm.is_model(row.work.model)
         assert check_candidates(row.candidates) == list(row.candidates) and set(row.isolated) <= set(row.candidates)
         FusionConfig.from_options(row.work.all_options)
+        # Other runtimes have no autocast.
+        files = {name for name in row.candidates if CANDIDATES[name].target is not None}
+        assert not files or row.work.autocast is None
 
 
 def test_a_workload_is_the_same_each_time() -> None:

@@ -31,8 +31,9 @@ def add(commands: Subcommands) -> None:
         default=["eager", "inductor", "mctf"],
         metavar="A,B",
         help=(
-            "what to time: eager, inductor, max-autotune, freezing, freezing-dynamic, max-autotune-freezing, all "
-            "dense, and mctf and mctf-freezing (default: eager,inductor,mctf)"
+            "what to time: eager, inductor, max-autotune, freezing, freezing-dynamic, max-autotune-freezing, "
+            "onnxruntime, openvino, all dense, and mctf, mctf-freezing, mctf-onnxruntime, mctf-openvino "
+            "(default: eager,inductor,mctf)"
         ),
     )
     parser.add_argument("--json", type=writable, metavar="FILE", help="write the result here too")

@@ -40,7 +40,8 @@ class Target:
     def save(self, program: ExportedProgram, path: Path) -> None:
         raise NotImplementedError
 
-    def load(self, path: Path) -> Run:
+    def load(self, path: Path, threads: int | None = None) -> Run:
+        """What runs the file; ``threads``: of a runtime that has its own, as many as it likes where None."""
         raise NotImplementedError
 
     def files(self, path: Path) -> list[Path]:
@@ -58,7 +59,7 @@ class Pt2(Target):
     def save(self, program: ExportedProgram, path: Path) -> None:
         torch.export.save(program, path)
 
-    def load(self, path: Path) -> Run:
+    def load(self, path: Path, threads: int | None = None) -> Run:
         return _run(torch.export.load(path).module())
 
 
@@ -81,7 +82,7 @@ class Aoti(Target):
     def save(self, program: ExportedProgram, path: Path) -> None:
         torch._inductor.aoti_compile_and_package(program, package_path=str(path))
 
-    def load(self, path: Path) -> Run:
+    def load(self, path: Path, threads: int | None = None) -> Run:
         return _run(torch._inductor.aoti_load_package(str(path)))
 
 
@@ -98,10 +99,12 @@ class Onnx(Target):
         assert written is not None  # as it is with dynamo
         written.save(str(path))
 
-    def load(self, path: Path) -> Run:
+    def load(self, path: Path, threads: int | None = None) -> Run:
         import onnxruntime
 
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or 0
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         names = [given.name for given in session.get_inputs()]
 
         def run(*inputs: Tensor) -> list[Tensor]:
@@ -127,11 +130,14 @@ class OpenVino(Target):
             Onnx().save(program, onnx)
             openvino.save_model(openvino.convert_model(onnx), path, compress_to_fp16=False)
 
-    def load(self, path: Path) -> Run:
+    def load(self, path: Path, threads: int | None = None) -> Run:
         import openvino
 
         # By itself it computes in bfloat16 where the CPU does that.
-        model = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
+        if threads is not None:
+            settings["INFERENCE_NUM_THREADS"] = threads
+        model = openvino.Core().compile_model(path, "CPU", settings)
 
         def run(*inputs: Tensor) -> list[Tensor]:
             return [torch.from_numpy(y.copy()) for y in model([x.numpy() for x in inputs]).values()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,32 +17,27 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mctf_compile.compiler import explain
 from mctf_compile.config import FusionConfig
-from mctf_compile.errors import ConfigError, MctfError
-from mctf_compile.options.fields import nearest
+from mctf_compile.errors import MctfError
+from mctf_compile.measuring.candidates import (
+    CANDIDATES,
+    DENSE,
+    EAGER,
+    FUSED,
+    INDUCTOR,
+    MCTF,
+    USUAL,
+    candidate,
+    check_candidates,
+    check_files,
+    compiling,
+    interpreted,
+    label,
+)
 from mctf_compile.report import Report
 
 Call = Callable[[], object]
 # Told of what begins, of how many steps are done and of how many there are.
 Progress = Callable[[str, int, int], None]
-
-EAGER, INDUCTOR, MCTF = "eager", "inductor", "mctf"
-
-# What Inductor is told for each dense candidate; None: nothing is compiled. On a CPU, max-autotune has matrix products
-# to choose from where the weights are frozen, and float32 weights are packed for oneDNN where the batch may change too.
-DENSE: dict[str, dict[str, Any] | None] = {
-    EAGER: None,
-    INDUCTOR: {},
-    "max-autotune": {"mode": "max-autotune"},
-    "freezing": {"freezing": True},
-    "freezing-dynamic": {"freezing": True},
-    "max-autotune-freezing": {"mode": "max-autotune", "freezing": True},
-}
-# Those that are compiled for any sizes.
-DYNAMIC = ("freezing-dynamic",)
-# The same for each that fuses tokens.
-FUSED: dict[str, dict[str, Any]] = {MCTF: {}, "mctf-freezing": {"freezing": True}}
-CANDIDATES = (*DENSE, *FUSED)
-USUAL = (EAGER, INDUCTOR, MCTF)
 
 # The largest relative error that rounding may cause. Measured on ViTs of 12 blocks: 1e-6 in float32, 1e-2 in bfloat16.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
@@ -53,11 +47,6 @@ ATTEMPTS = 4
 
 class WrongOutputError(MctfError, RuntimeError):
     """A candidate's output is not what a speed may be reported of; the message names the candidate."""
-
-
-def label(name: str) -> str:
-    """A candidate's name in tables."""
-    return name if name in FUSED else {INDUCTOR: "dense Inductor"}.get(name, f"dense {name}")
 
 
 @dataclass(frozen=True)
@@ -121,18 +110,23 @@ class BenchResult:
         """Multiply-accumulates of the dense graph over those of the fused one."""
         return self.report.macs_before / self.report.macs_after
 
-    def speedup(self, over: str) -> float:
-        """How many times faster the fastest fused candidate is than a dense one, by the medians."""
-        return self.timings[over].median / self.timings[self.best_fused].median
+    def speedup(self, over: str, fused: str | None = None) -> float:
+        """How many times faster a fused candidate (the fastest) is than a dense one, by the medians."""
+        return self.timings[over].median / self.timings[fused or self.best_fused].median
 
     def speedup_quartiles(self, over: str) -> tuple[float, float]:
         """The quartiles of the speed-up, round by round: a slow spell that meets both leaves it alone."""
         pairs = zip(self.timings[over].milliseconds, self.timings[self.best_fused].milliseconds)
         return quartiles([dense / fused for dense, fused in pairs])
 
-    def realized(self, over: str) -> float:
+    def realized(self, over: str, fused: str | None = None) -> float:
         """Realized efficiency: the part of the saving in multiply-accumulates that is one in time."""
-        return self.speedup(over) / self.macs_ratio
+        return self.speedup(over, fused) / self.macs_ratio
+
+    def alike(self, name: str) -> str | None:
+        """The dense candidate that was timed and is compiled as a fused one is."""
+        dense = CANDIDATES[name].dense
+        return dense if dense in self.timings else None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; what compares with dense Inductor is None where it did not run."""
@@ -145,6 +139,7 @@ class BenchResult:
                     "milliseconds": timing.milliseconds,
                     "first_call_s": self.first_call[name],
                     "error": self.errors.get(name),
+                    "speedup_over_alike": self.speedup(dense, name) if (dense := self.alike(name)) else None,
                 }
                 for name, timing in self.timings.items()
             },
@@ -163,10 +158,14 @@ class BenchResult:
     def table(self) -> Table:
         """The comparison as a rich table."""
         table = Table(title=self.report.summary, title_justify="left", caption=self._caption(), caption_justify="left")
-        for name in ("", "median ms", "spread ms", "speed-up", "realized", "first call s"):
+        for name in ("", "median ms", "spread ms", "speed-up", "realized", "over its dense", "first call s"):
             table.add_column(name, justify="right" if name else "left", no_wrap=not name)
         for name, timing in self.timings.items():
-            compared = ("", "") if name in FUSED else (f"{self.speedup(name):.2f}x", f"{self.realized(name):.0%}")
+            dense = self.alike(name)
+            if name in FUSED:
+                compared = ("", "", f"{self.speedup(dense, name):.2f}x" if dense else "")
+            else:
+                compared = (f"{self.speedup(name):.2f}x", f"{self.realized(name):.0%}", "")
             table.add_row(
                 label(name) + (" *" if name in (self.best_dense, self.best_fused) else ""),
                 f"{timing.median:.1f}",
@@ -180,7 +179,8 @@ class BenchResult:
         rounds = len(self.timings[self.best_fused].milliseconds)
         return (
             f"Medians and interquartile ranges of {rounds} interleaved rounds. Speed-up: of {self.best_fused} over "
-            f"this one. Realized: speed-up / ratio of MACs ({self.macs_ratio:.2f}). *: the fastest of its kind."
+            f"this one. Realized: speed-up / ratio of MACs ({self.macs_ratio:.2f}). Over its dense: speed-up of this "
+            "one over the dense one that is compiled alike. *: the fastest of its kind."
         )
 
 
@@ -211,13 +211,15 @@ def bench(
 
     Raises:
         ConfigError: before anything is compiled.
+        MctfError: likewise, where another runtime is not installed.
         WrongOutputError: an output is not right (see ``first_calls`` and ``check_fused``); nothing is timed.
     """
     options = dict(options or {})
     FusionConfig.from_options(options)
-    chosen = check_candidates(candidates)
-    progress = progress or (lambda what, done, total: None)
     device = next((x.device.type for x in tree_leaves(inputs) if isinstance(x, Tensor)), "cpu")
+    chosen = check_candidates(candidates)
+    check_files(chosen, model, options, device, autocast)
+    progress = progress or (lambda what, done, total: None)
     tolerance = tolerance_of(model, inputs, autocast)
     # Each candidate compiles the same forward anew; past a limit of 8 Dynamo would run it as it is.
     limits: dict[str, Any] = dict.fromkeys(("recompile_limit", "accumulated_recompile_limit"), 100 * len(CANDIDATES))
@@ -227,56 +229,17 @@ def bench(
             report = explain(model, *inputs, **options)
         torch._dynamo.reset()
         # What is not timed is run too: all are compared with it.
-        modules = {name: candidate(name, model, options) for name in dict.fromkeys((EAGER, *chosen))}
+        modules = {name: candidate(name, model, inputs, options) for name in dict.fromkeys((EAGER, *chosen))}
         calls = {name: lambda module=module: module(*inputs) for name, module in modules.items()}
         first_call, errors = first_calls(calls, device, progress, tolerance)
         if options.get("inner") != "eager":
-            reference = candidate(MCTF, model, interpreted(options))
+            reference = candidate(MCTF, model, inputs, interpreted(options))
             for name in (n for n in FUSED if n in chosen):
                 progress(f"check {name}", 0, 1)
                 errors[name] = check_fused(name, modules[name], reference, model, inputs, tolerance)
         timings = interleave({name: calls[name] for name in chosen}, rounds, warmup, device, progress)
         torch._dynamo.reset()
     return BenchResult(timings, {name: first_call[name] for name in chosen}, report, errors)
-
-
-def check_candidates(names: Sequence[str]) -> list[str]:
-    """The names in the order of ``CANDIDATES``; raises ``ConfigError`` where they are no comparison."""
-    for name in names:
-        if name not in CANDIDATES:
-            raise ConfigError(
-                f"there is no candidate {name!r}; {nearest(name, list(CANDIDATES))}"
-                f"The candidates are: {', '.join(CANDIDATES)}."
-            )
-    chosen = [name for name in CANDIDATES if name in names]
-    if not FUSED.keys() & chosen or not DENSE.keys() & chosen:
-        raise ConfigError(f"candidates={','.join(names)} compares nothing; name {MCTF} and a dense one.")
-    return chosen
-
-
-def candidate(name: str, model: nn.Module, options: Mapping[str, Any]) -> Callable[..., Any]:
-    """The model as a candidate runs it: compiled by its first call, which belongs into ``compiling(name)``."""
-    if name == EAGER:
-        return model
-    if name in FUSED:
-        patches = {**options.get("inductor", {}), **FUSED[name]}
-        options = {**options, **({"inductor": patches} if patches else {})}
-        return torch.compile(copy.deepcopy(model), backend="mctf", options=options)
-    given = FusionConfig.from_options(options).lowering.inductor
-    patches = FusionConfig(inductor={**given, **(DENSE[name] or {})}).lowering.patches()
-    return torch.compile(copy.deepcopy(model), options=patches or None, dynamic=name in DYNAMIC or None)
-
-
-def compiling(name: str) -> AbstractContextManager[Any]:
-    """What a candidate's first call runs in: Inductor freezes the weights that Dynamo made constants of the graph."""
-    freezing = bool(((FUSED | DENSE)[name] or {}).get("freezing"))
-    patched: AbstractContextManager[Any] = torch._dynamo.config.patch(prepare_freezing=freezing)
-    return patched
-
-
-def interpreted(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options for the same rewrite, run operator by operator."""
-    return {**{k: v for k, v in options.items() if k != "inductor"}, "inner": "eager"}
 
 
 def first_calls(

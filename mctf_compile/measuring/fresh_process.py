@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from mctf_compile.measuring.bench import Call, Progress, candidate, compiling, inference, label, timed
+from mctf_compile.measuring.bench import Call, Progress, inference, timed
+from mctf_compile.measuring.candidates import candidate, compiling, label
 from mctf_compile.measuring.subprocesses import run_in_process
 from mctf_compile.measuring.workload import Workload
 
@@ -43,7 +44,7 @@ class FreshProcess:
 
 
 def isolate(work: Workload, name: str, progress: Progress | None = None) -> FreshProcess:
-    """Measure a candidate of ``bench.CANDIDATES`` in ``1 + WARM`` processes, one after the other.
+    """Measure a candidate of ``candidates.CANDIDATES`` in ``1 + WARM`` processes, one after the other.
 
     Raises ``MctfError`` where one of them fails.
     """
@@ -77,7 +78,7 @@ def first_call(work: Mapping[str, Any], name: str, state: str, progress: Progres
     progress(f"{label(name)} alone, caches {state}", 0, 1)
     with inference(workload.device, workload.autocast):
         start = time.perf_counter()
-        run = candidate(name, model, workload.all_options)
+        run = candidate(name, model, inputs, workload.all_options)
         seconds = time.perf_counter() - start
         call: Call = lambda: run(*inputs)
         held = _reserved(workload.device)

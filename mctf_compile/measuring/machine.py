@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "triton", "timm", "numpy", "mctf-compile")
+PACKAGES = ("torch", "triton", "timm", "numpy", "onnxruntime", "openvino", "mctf-compile")
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:

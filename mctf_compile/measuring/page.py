@@ -7,7 +7,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from mctf_compile.measuring.bench import DENSE, DYNAMIC, FUSED
+from mctf_compile.measuring.candidates import CANDIDATES, DENSE, FUSED
 from mctf_compile.measuring.machine import same
 from mctf_compile.measuring.results import Result
 from mctf_compile.measuring.workload import BenchmarkRow
@@ -131,7 +131,9 @@ def _speed(result: Result) -> list[str]:
     work, m = result.row.work, result.measured
     timings = m["candidates"]
     low, high = m["speedup_quartiles"]
-    static = min(timing["median_ms"] for name, timing in timings.items() if name in DENSE and name not in DYNAMIC)
+    static = min(
+        timing["median_ms"] for name, timing in timings.items() if name in DENSE and not CANDIDATES[name].dynamic
+    )
     size = "" if work.image_size is None else f" at {work.image_size}"
     options = {k: v for k, v in work.options.items() if k != "inner"}
     return [

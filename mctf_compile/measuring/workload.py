@@ -13,7 +13,8 @@ from mctf_compile.measuring.timm_models import input_size, make_model
 from mctf_compile.options.fields import one_of
 
 # On a CPU, max-autotune without freezing has nothing to tune.
-ON_CPU = ("eager", "inductor", "freezing", "freezing-dynamic", "max-autotune-freezing", "mctf", "mctf-freezing")
+BY_PYTORCH = ("eager", "inductor", "freezing", "freezing-dynamic", "max-autotune-freezing", "mctf", "mctf-freezing")
+ON_CPU = (*BY_PYTORCH[:5], "onnxruntime", "openvino", *BY_PYTORCH[5:], "mctf-onnxruntime", "mctf-openvino")
 ON_CUDA = ("eager", "inductor", "max-autotune", "mctf")
 
 
