@@ -14,7 +14,7 @@ def pytest_collection_finish() -> None:
     """What was imported stays: a collection of garbage need not go through it, thousands of times in a run."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(200_000, 20, 50)
+    gc.set_threshold(200_000, 10, 10)
 
 
 @pytest.fixture
