@@ -214,6 +214,8 @@ class _Drawing:
         try:
             for argument in sorted(arguments, key=lambda a: a.name in later):
                 self.drawn[argument.name] = self._argument(argument)
+            if self.name == "scaled_dot_product_attention":
+                self._check_attention()
         except _Unfit:
             return None
         plain = {a.name for a in arguments if a.has_default_value() and _same(self.drawn[a.name], a.default_value)}
@@ -222,6 +224,12 @@ class _Drawing:
             by_position.pop()
         by_name = [a.name for a in arguments if a.kwarg_only and a.name not in plain]
         return OperatorCall(self.target, tuple(self.drawn[n] for n in by_position), {n: self.drawn[n] for n in by_name})
+
+    def _check_attention(self) -> None:
+        """There are as many values as keys, which PyTorch does not look at: it reads what lies behind them."""
+        key, value = (self._tensor(self.drawn[name]) for name in ("key", "value"))
+        if key.dim() > 1 and value.dim() > 1 and key.shape[-2] != value.shape[-2]:
+            raise _Unfit
 
     @property
     def x(self) -> Tensor:
