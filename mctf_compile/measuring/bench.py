@@ -111,7 +111,7 @@ class BenchResult:
         return self.report.macs_before / self.report.macs_after
 
     def speedup(self, over: str, fused: str | None = None) -> float:
-        """How many times faster a fused candidate (the fastest) is than a dense one, by the medians."""
+        """How many times faster a fused candidate, by default the fastest, is than a dense one."""
         return self.timings[over].median / self.timings[fused or self.best_fused].median
 
     def speedup_quartiles(self, over: str) -> tuple[float, float]:
@@ -119,9 +119,9 @@ class BenchResult:
         pairs = zip(self.timings[over].milliseconds, self.timings[self.best_fused].milliseconds)
         return quartiles([dense / fused for dense, fused in pairs])
 
-    def realized(self, over: str, fused: str | None = None) -> float:
+    def realized(self, over: str) -> float:
         """Realized efficiency: the part of the saving in multiply-accumulates that is one in time."""
-        return self.speedup(over, fused) / self.macs_ratio
+        return self.speedup(over) / self.macs_ratio
 
     def alike(self, name: str) -> str | None:
         """The dense candidate that was timed and is compiled as a fused one is."""

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mctf_compile.measuring.candidates import CANDIDATES
 from mctf_compile.measuring.timm_models import input_size, make_model
 from mctf_compile.options.fields import one_of
 
 # On a CPU, max-autotune without freezing has nothing to tune.
-BY_PYTORCH = ("eager", "inductor", "freezing", "freezing-dynamic", "max-autotune-freezing", "mctf", "mctf-freezing")
-ON_CPU = (*BY_PYTORCH[:5], "onnxruntime", "openvino", *BY_PYTORCH[5:], "mctf-onnxruntime", "mctf-openvino")
+ON_CPU = tuple(name for name in CANDIDATES if name != "max-autotune")
+# Of these, what other runtimes do not run: they have no autocast.
+BY_PYTORCH = tuple(name for name in ON_CPU if CANDIDATES[name].target is None)
 ON_CUDA = ("eager", "inductor", "max-autotune", "mctf")
 
 

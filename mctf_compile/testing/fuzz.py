@@ -18,7 +18,7 @@ from mctf_compile.errors import cause_of
 from mctf_compile.testing.graphs import graph_cases
 from mctf_compile.testing.models import TinyTowers, TinyViT, VitSpec, repeated_patches
 from mctf_compile.testing.soundness import Soundness, check_rewrite, check_sizes
-from mctf_compile.testing.strategies import method_options, resizable_specs, tower_specs, vit_specs
+from mctf_compile.testing.strategies import method_options, resizable_specs, tower_specs, vit_specs, without_tiles
 
 # After so many examples Hypothesis tries each with one part put in the place of another, five times; drawn anew, they
 # differ by more.
@@ -205,8 +205,8 @@ def _models() -> st.SearchStrategy[Case]:
     kinds, seeds = _kinds_and_seeds()
     towers = st.builds(lambda towers, *rest: TowersCase(*towers, *rest), tower_specs(), method_options(), kinds, seeds)
     # Tiles are those of a grid that is known when a model is compiled.
-    sized = method_options().map(lambda options: {n: v for n, v in options.items() if not n.startswith("partition")})
-    sizes = st.builds(SizesCase, resizable_specs(), st.sampled_from(SIZES), sized, seeds)
+    options = method_options().map(without_tiles)
+    sizes = st.builds(SizesCase, resizable_specs(), st.sampled_from(SIZES), options, seeds)
     strategies: dict[str, st.SearchStrategy[Case]] = {"alone": spec_cases(), "towers": towers, "sizes": sizes}
     return st.sampled_from(("alone",) * 8 + ("towers",) * 3 + ("sizes",)).flatmap(strategies.__getitem__)
 

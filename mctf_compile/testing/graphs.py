@@ -25,7 +25,7 @@ from mctf_compile.testing.moves import FEATURES, Builder
 from mctf_compile.testing.programs import Program
 from mctf_compile.testing.soundness import DUPLICATE, ONLY_SIMILARITY, Recorder, Soundness, broken, distance, too_exact
 from mctf_compile.testing.spellings import PAIRS, SPELLINGS, sdpa
-from mctf_compile.testing.strategies import fusion_options
+from mctf_compile.testing.strategies import fusion_options, without_tiles
 
 # How far apart two spellings of one attention may be in float64.
 ALIKE = 1e-6
@@ -248,6 +248,6 @@ def graph_cases(draw: st.DrawFn, features: Collection[str] = FEATURES) -> GraphC
         options["layers"] = [0, 1]
     if way == "tables":
         # The positions of one table have one grid, which any of its readers tells to all.
-        options = {name: value for name, value in options.items() if not name.startswith("partition")}
+        options = without_tiles(options)
     # The backend reads the values of a module's own tensors: masks among them are seen through.
     return GraphCase(program, options, way, way == "tables" or (way != "compiled" and draw(st.booleans())))

@@ -142,8 +142,13 @@ def _spanning(options: dict[str, Any], span: str, branching: dict[str, Any]) -> 
         # They match no pairs.
         branching = {**branching, "partition": None}
     if branching["partition"] is None:
-        branching = {name: value for name, value in branching.items() if not name.startswith("partition")}
+        branching = without_tiles(branching)
     return {**options, **branching, "span": span}
+
+
+def without_tiles(options: dict[str, Any]) -> dict[str, Any]:
+    """Options under which every second token receives others, whatever the grid."""
+    return {name: value for name, value in options.items() if not name.startswith("partition")}
 
 
 def method_options() -> st.SearchStrategy[dict[str, Any]]:
