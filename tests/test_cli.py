@@ -137,7 +137,8 @@ def test_bench_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert result["model"] == MODEL and result["options"] == {"r": 8, "inner": "eager"}
     assert list(result["candidates"]) == ["eager", "mctf"]
     for candidate in result["candidates"].values():
-        assert set(candidate) == {"median_ms", "spread_ms", "milliseconds", "first_call_s", "error"}
+        measured = {"median_ms", "spread_ms", "milliseconds", "first_call_s", "error", "speedup_over_alike"}
+        assert set(candidate) == measured
         assert len(candidate["milliseconds"]) == 2
     assert result["macs_after"] < result["macs_before"]
     assert result["best_dense"] == "eager" and result["speedup_over_inductor"] is None

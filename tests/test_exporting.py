@@ -284,6 +284,26 @@ def test_openvino_gives_the_same_results(name: str, folder: Path) -> None:
         close(run(images(name, batch)), compiled(name, "mctf", batch))
 
 
+DROPPED_IN_THEIR_ORDER = """
+import os, signal, sys
+from pathlib import Path
+from mctf_compile.exporting.targets import TARGETS
+runs = [TARGETS["openvino"].load(Path(sys.argv[1])) for _ in range(2)]
+while runs:
+    del runs[0]
+signal.signal(signal.SIGINT, lambda *_: print("handled"))
+os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+def test_signals_are_handled_after_openvino(folder: Path) -> None:
+    """In a process of its own: what a core leaves behind may end it."""
+    pytest.importorskip("openvino", reason="needs the extra mctf-compile[openvino]")
+    arguments = [sys.executable, "-c", DROPPED_IN_THEIR_ORDER, str(onnx_file("cls", "mctf", folder))]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[1])
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
+
+
 # What runs a file in a process that knows nothing of what wrote it.
 FOREIGN = {
     "pt2": "import torch; run = torch.export.load({path!r}).module()",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -131,13 +132,11 @@ class OpenVino(Target):
             openvino.save_model(openvino.convert_model(onnx), path, compress_to_fp16=False)
 
     def load(self, path: Path, threads: int | None = None) -> Run:
-        import openvino
-
         # By itself it computes in bfloat16 where the CPU does that.
         settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
-        model = openvino.Core().compile_model(path, "CPU", settings)
+        model = _openvino_core().compile_model(path, "CPU", settings)
 
         def run(*inputs: Tensor) -> list[Tensor]:
             return [torch.from_numpy(y.copy()) for y in model([x.numpy() for x in inputs]).values()]
@@ -146,6 +145,19 @@ class OpenVino(Target):
 
     def files(self, path: Path) -> list[Path]:
         return [path, path.with_suffix(".bin")]
+
+
+@cache
+def _openvino_core() -> Any:
+    """The one core of this process.
+
+    A core gives the thread a stack for signal handlers, and restores the one before when it is destroyed. Of two that
+    are destroyed in their order, the second restores the stack of the first, which is gone: the next signal that
+    Python handles would end the process.
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 TARGETS: dict[str, Target] = {target.name: target for target in (Pt2(), Onnx(), Aoti(), OpenVino())}
