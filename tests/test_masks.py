@@ -12,6 +12,7 @@ from mctf_compile import ConfigError
 from mctf_compile.testing import Recorder, TinyViT, VitSpec
 from mctf_compile.testing.soundness import ONLY_SIMILARITY, assert_fused_alike
 
+aten, mctf = torch.ops.aten, torch.ops.mctf
 B, N, C, HEADS = 2, 24, 16, 2
 LOW, INF = torch.finfo(torch.float32).min, float("-inf")
 
@@ -142,6 +143,61 @@ def test_padding_in_every_spelling_fuses_apart(name, spelling):
     other = torch.where(valid[..., None], x, 3 * torch.randn(B, N, C))
     got_other, _ = run(model, other, valid)
     torch.testing.assert_close(got_other[valid][finite], dense[valid][finite], atol=1e-5, rtol=1e-5)
+
+
+class Clearing(Seeing):
+    """What padding attended to is cleared: where it sees nothing that is 0 / 0, which nobody reads."""
+
+    def forward(self, x, valid):
+        mask = self.mask(valid)
+        for qkv, mlp in zip(self.qkv, self.mlp):
+            q, k, v = (t.unflatten(2, (HEADS, -1)).transpose(1, 2) for t in qkv(x).chunk(3, -1))
+            logits = q @ k.mT
+            logits = logits.masked_fill(~mask, INF) if mask.dtype is torch.bool else logits + mask
+            y = (logits.softmax(-1) @ v).transpose(1, 2).flatten(2)
+            x = x + y.masked_fill(~valid[:, :, None], 0.0)
+            x = x + mlp(x)
+        return x
+
+
+@pytest.mark.parametrize("name", ["symmetric", "filled, symmetric"])
+def test_padding_that_sees_nothing_says_nothing_of_the_others(name):
+    x, valid = copies()
+    model = Clearing(SPELLINGS[name]).eval()
+    recorders = [
+        Recorder({"r": 4, "min_tokens": 1, "pooling": "attention", **ONLY_SIMILARITY}),
+        Recorder({"method": "evit", "score": "mean_attention", "keep_rate": 0.8, "layers": [0, 1]}),
+    ]
+    with torch.no_grad():
+        dense = model(x, valid)
+        lossless, scored = (recorder.run(model, x, valid) for recorder in recorders)
+    assert dense.isfinite().all() and all(recorder.reports[0].fused for recorder in recorders)
+    torch.testing.assert_close(lossless[valid], dense[valid], atol=1e-5, rtol=1e-5)
+    assert scored.isfinite().all()
+
+
+class SeeingLast(Seeing):
+    """The last of three blocks alone has a mask."""
+
+    def forward(self, x, mask):
+        for i, (qkv, mlp) in enumerate(zip(self.qkv, self.mlp)):
+            q, k, v = (t.unflatten(2, (HEADS, -1)).transpose(1, 2) for t in qkv(x).chunk(3, -1))
+            x = x + F.scaled_dot_product_attention(q, k, v, mask if i == 2 else None).transpose(1, 2).flatten(2)
+            x = x + mlp(x)
+        return x
+
+
+def test_a_block_that_gets_its_tokens_back_reads_what_the_block_before_made():
+    """Not what that block would have made of the fused tokens without attention one step ahead."""
+    x, mask = torch.randn(B, N, C), torch.rand(B, 1, N, N)
+    model = SeeingLast().eval()
+    recorder = Recorder({"r": 4, "min_tokens": 1})
+    with torch.no_grad():
+        recorder.run(model, x, mask)
+    assert [b.tokens_out for b in recorder.reports[0].blocks] == [N, N - 4, N - 4]
+    called = [n.target for n in recorder.graphs[0].graph.nodes if n.op == "call_function"]
+    sdpa, ahead, sized = aten.scaled_dot_product_attention.default, mctf.ahead.default, mctf.attention.default
+    assert [target for target in called if target in (sdpa, ahead, sized)] == [sdpa, ahead, sdpa]
 
 
 def block_of(valid):

@@ -118,6 +118,7 @@ FUSED = {
         heads(x), heads(x), heads(x), (x[..., 0] > 0)[:, None, None]
     ),
     "attention with a bias": lambda x: F.scaled_dot_product_attention(heads(x), heads(x), heads(x), torch.ones(N, N)),
+    "attention of one head with one number": lambda x: F.scaled_dot_product_attention(x, x, x, W[0, 0]),
     "linalg matmul": lambda x: torch.linalg.matmul(x.mT, x),
     "maximum of the grid": lambda x: F.adaptive_max_pool2d(image(x), 1) + F.adaptive_max_pool1d(x.mT, 1)[..., None],
     "cat by name": lambda x: torch.hstack((torch.ones(B, 1, C), x)) + torch.column_stack((torch.ones(B, 1, C), x)),

@@ -139,7 +139,8 @@ class Choice:
     ``keep`` [B, M], ``gone`` [B, r], ``into`` [B, r] as ``mctf::match`` returns them. Without ``into`` the
     tokens that left go with the kept ones most similar to them, should an operator want all tokens back.
     ``weight`` [B, N], before normalisation, for ``Combine.MEAN`` and ``Combine.MLERP``. ``gain`` [B, M]: a factor for
-    the combined residual stream, where the method wants another than the mean.
+    the combined residual stream, where the method wants another than the mean. ``mixed``: a group may hold padding
+    beside other tokens; it is padding where the token that stays is.
 
     Raises ``ConfigError`` where tokens are to be combined and ``into`` does not say with which.
     """
@@ -150,6 +151,7 @@ class Choice:
     weight: Tensor | None = None
     combine: Combine = Combine.MEAN
     gain: Tensor | None = None
+    mixed: bool = False
 
     def __post_init__(self) -> None:
         if self.into is None and self.combine is not Combine.DROP:

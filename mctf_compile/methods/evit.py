@@ -57,10 +57,10 @@ class EViT(Method):
             return highest(score, evidence, r)
         away = highest(score, evidence, r + 1)
         keep, gone = away.keep, away.gone
-        # The first that is not attentive carries the others, at the end of the patches.
+        # The first that is not attentive carries the others, at the end of the patches; padding comes last.
         place = keep.shape[1] - evidence.tail
         keep = torch.cat([keep[:, :place], gone[:, :1], keep[:, place:]], 1)
         gone = gone[:, 1:]
         total = score.gather(1, keep[:, place : place + 1]) + score.gather(1, gone).sum(1, keepdim=True)
         gain = torch.where(torch.arange(keep.shape[1], device=keep.device) == place, total, 1.0)
-        return Choice(keep, gone, torch.full_like(gone, place), score, gain=gain)
+        return Choice(keep, gone, torch.full_like(gone, place), score, gain=gain, mixed=True)

@@ -104,7 +104,7 @@ class FusedCall:
                     raise Declined("two token axes that are fused apart meet")
                 # What is left of it are the tokens of this stream, all of them.
                 fused = self.program.in_generation(node, value, other, generation, self._like)
-                value = Value(fused.tensor, fused.dims)
+                value = Value(fused.tensor, fused.dims, returned=value.returned)
             else:
                 value = self.program.in_generation(node, value, other, generation, self._like)
         return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ class Projector:
         projection = self.plan.projections[node]
         inputs = [node_of(linear.args[0]) for linear in linears_of(projection.source, self.axes)]
         values = [env[n] for n in inputs]
-        x = values[0]
+        x: Value = values[0]
         if len({(v.stream, v.generation) for v in values}) > 1:
             raise Declined("the layers that a projection is made of read tokens that were fused apart")
         old = all(before[n] is v for n, v in zip(inputs, values))
@@ -58,7 +59,7 @@ class Projector:
             out = out[..., projection.start - start : projection.stop - start]
         if projection.shape:
             out = out.unflatten(-1, projection.shape)
-        return Value(out.permute(projection.order), self.axes.of(node), x.stream, x.generation)
+        return replace(x, tensor=out.permute(projection.order), dims=self.axes.of(node))
 
     def _features(self, source: fx.Node, start: int, stop: int, env: Mapping[fx.Node, Any]) -> Tensor:
         """``source[..., start:stop]``, of which no more than that is computed."""

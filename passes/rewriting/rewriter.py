@@ -334,13 +334,13 @@ class Rewriter:
             return [self._plain(v) for v in value]
         return self._lower(value).tensor if isinstance(value, Value) else value
 
-    def _dense(self, node: fx.Node, result: Any) -> Any:
+    def _dense(self, node: fx.Node, result: Any, returned: frozenset[Stream] = frozenset()) -> Any:
         if isinstance(result, Tensor):
-            return Value(result, self.axes.of(node) if node in self.axes.dims else ())
+            return Value(result, self.axes.of(node) if node in self.axes.dims else (), returned=returned)
         if isinstance(result, (tuple, list)):
             dims = cast(list[Dims], self.axes.dims.get(node, [()] * len(result)))
             return [
-                Value(r, self.axes.table.canonical_dims(d)) if isinstance(r, Tensor) else r
+                Value(r, self.axes.table.canonical_dims(d), returned=returned) if isinstance(r, Tensor) else r
                 for r, d in zip(result, dims)
             ]
         return result
@@ -370,12 +370,13 @@ class Rewriter:
             return self._run_dense(node, env)
 
     def _run_dense(self, node: fx.Node, env: Env) -> Any:
-        fused = (v for v in flat_values([env[n] for n in node.all_input_nodes]) if v.generation)
-        self.given_back.update(present(v.stream) for v in fused)
+        operands = flat_values([env[n] for n in node.all_input_nodes])
+        fused = frozenset(present(v.stream) for v in operands if v.generation)
+        self.given_back |= fused
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self._plain(env[n]))
         # Tokens that were given back lie elsewhere in memory than a view was made for.
         target = aten.reshape.default if node.target is aten.view.default else function_of(node)
-        return self._dense(node, call(target, args, kwargs))
+        return self._dense(node, call(target, args, kwargs), fused.union(*(v.returned for v in operands)))
 
     def _run_fused(self, node: fx.Node, at: Mapping[Stream, int], env: Env) -> Any:
         """Run one node on fused tokens: those of one stream, or beside them those of others that it does not mix."""
@@ -449,7 +450,7 @@ class Rewriter:
         key = (stream, generation, node, value.tensor, like().dims if shared else value.dims)
         if key not in self._raised:
             source = self.insertion.sources.get((stream, generation))
-            if source is not None and value.generation == generation - 1:
+            if source is not None and value.generation == generation - 1 and stream not in value.returned:
                 fused = self.insertion.fused[source]
                 if node is source:
                     value = fused

@@ -22,7 +22,8 @@ class Value:
 
     ``generation`` counts the fusions that its tokens have been through (0: the original tokens).
     ``weights_dim`` is the dimension along which it holds attention weights, each that of all copies of a
-    token together; None for ordinary values, which are those of one copy.
+    token together; None for ordinary values, which are those of one copy. ``returned``: the streams whose fused
+    tokens were given back to compute it: it tells what they were, and not what they had been before.
     """
 
     tensor: Tensor
@@ -30,6 +31,7 @@ class Value:
     stream: Stream | None = None
     generation: int = 0
     weights_dim: int | None = None
+    returned: frozenset[Stream] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class Fusion:
 
     ``weight`` [B, N] are the normalised pooling weights of ``Combine.MEAN``, else None. ``conserves``:
     whether the sizes still add up to the number of original tokens; ``whole_to_itself``: see ``Relaxed``.
-    ``padding``: values of the program each of which alone tells padding from tokens that it was not fused with.
+    ``padding``: values of the program each of which alone tells padding from tokens that it was not fused with, or
+    that count for it where ``mixed``: see ``Choice``.
     """
 
     keep: Tensor
@@ -53,10 +56,15 @@ class Fusion:
     conserves: bool = True
     whole_to_itself: bool = False
     padding: frozenset[fx.Node] = frozenset()
+    mixed: bool = False
 
-    def pool(self, x: Tensor, dim: int) -> Tensor:
-        """[B, ..., N, ...] -> [B, ..., M, ...] along ``dim``; booleans and integers are those of the kept tokens."""
-        if self.combine is Combine.DROP or not (x.is_floating_point() or x.is_complex()):
+    def pool(self, x: Tensor, dim: int, mask: bool = False) -> Tensor:
+        """[B, ..., N, ...] -> [B, ..., M, ...] along ``dim``; booleans and integers are those of the kept tokens.
+
+        ``mask``: minus infinity may be among the values of padding, however little that weighs.
+        """
+        averages = x.is_floating_point() or x.is_complex()
+        if self.combine is Combine.DROP or not averages or (mask and self.mixed):
             pooled: Tensor = torch.ops.mctf.keep(x, self.keep, dim)
         else:
             pooled = torch.ops.mctf.pool(x, self.weight, self.keep, self.gone, self.into, dim)
@@ -72,6 +80,7 @@ class Fusion:
             index=later.index.gather(1, self.index),
             weight=None if self.weight is None else self.weight * present(later.weight).gather(1, self.index),
             conserves=self.conserves and later.conserves,
+            mixed=self.mixed or later.mixed,
         )
 
     def with_ends(self, lead: int, tail: int) -> Fusion:
@@ -208,7 +217,7 @@ class Stream:
                 new = old + 1
 
             def pool(x: Tensor, dim: int, place: Place, old: int = old, new: int = new) -> Tensor:
-                return self.through(old, new, place.lead, place.tail).pool(x, dim)
+                return self.through(old, new, place.lead, place.tail).pool(x, dim, agrees is not None)
 
             mixed = [f for f in self.fusions[old:new] if f.combine is not Combine.DROP]
             if agrees is not None and not all(map(agrees, mixed)):

@@ -81,7 +81,8 @@ def attention_operands(call: Fused[V], *names: str) -> Operands:
     bias = None
     if call.args.get("attn_mask") is not None:
         query = given["query"]
-        bias = additive(call.intensive("attn_mask").tensor, query.dtype)
+        # It may be one number, or one for each key.
+        bias = torch.atleast_2d(additive(call.intensive("attn_mask").tensor, query.dtype))
         if query.dim() != 4:
             bias = layout.split(bias.expand(*query.shape[:-2], *bias.shape[-2:]))
     return Operands(
