@@ -339,12 +339,13 @@ class Insertion:
             seen["keys"] = self._mean_key(env[attention.key], attention, stream)
         if Need.CLASS_LOGITS in needs:
             seen["class_logits"] = self._mean_row(logits, keys, stream, block.first)
-        # A query that sees nothing, as padding may, has no weights: 0 / 0. It attends to nothing.
-        given = replace(weights, tensor=weights.tensor.masked_fill(weights.tensor.isnan(), 0))
+        if block.padded:
+            # Padding may see nothing: its weights are 0 / 0, and it attends to nothing.
+            weights = replace(weights, tensor=weights.tensor.masked_fill(weights.tensor.isnan(), 0))
         if Need.CLASS_ATTENTION in needs:
-            seen["class_attention"] = self._mean_row(given, keys, stream, block.first)
+            seen["class_attention"] = self._mean_row(weights, keys, stream, block.first)
         if Need.IMPORTANCE in needs:
-            seen["importance"] = self._mean_row(given, keys, stream)
+            seen["importance"] = self._mean_row(weights, keys, stream)
         return seen
 
     def _mean_row(self, weights: Value, keys: Place, stream: Stream, query: int | None = None) -> Tensor:
