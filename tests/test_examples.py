@@ -35,3 +35,39 @@ def test_the_map_of_a_fusion_has_its_tokens(tmp_path: Path) -> None:
     assert len(borders(groups, 2)) == differ
     draw(photo, traced.blocks[-2:], tmp_path / "new" / "map.png")
     assert (tmp_path / "new" / "map.png").stat().st_size > 1000
+
+
+def test_a_sampler_compiles_once_and_draws_what_it_draws_alone() -> None:
+    pytest.importorskip("sklearn")
+    from generate import SIZE, Velocity, sample
+    from torch._dynamo.utils import counters
+
+    torch.manual_seed(0)
+    model = Velocity().eval()
+    # As training leaves it: with all gates closed nothing but the first layer would be seen.
+    for block in model.blocks:
+        torch.nn.init.normal_(block.modulation.weight, std=0.1)
+    drawn = {}
+    for r in (0, 0.5):
+        torch._dynamo.reset()
+        counters.clear()
+        options = {"method": "tome", "span": "branch", "r": r, "inner": "eager"}
+        drawn[r] = sample(torch.compile(model, backend="mctf", options=options), 4, 5, seed=0)
+        assert counters["stats"]["unique_graphs"] == 1 and drawn[r].shape == (4, 1, SIZE, SIZE)
+    torch.testing.assert_close(drawn[0], sample(model, 4, 5, seed=0))
+    assert not torch.allclose(drawn[0], drawn[0.5], atol=1e-3)
+    assert torch.nn.functional.cosine_similarity(drawn[0].flatten(), drawn[0.5].flatten(), 0) > 0.9
+
+
+def test_the_distance_between_features_is_frechets() -> None:
+    pytest.importorskip("sklearn")
+    numpy, linalg = pytest.importorskip("numpy"), pytest.importorskip("scipy.linalg")
+    from generate import frechet
+
+    g = torch.Generator().manual_seed(0)
+    mixing = torch.randn(6, 6, generator=g)
+    a, b = torch.randn(200, 6, generator=g), torch.randn(300, 6, generator=g) @ mixing + 1
+    first, second = numpy.cov(a.double().numpy().T), numpy.cov(b.double().numpy().T)
+    apart = ((a.double().mean(0) - b.double().mean(0)) ** 2).sum().item()
+    expected = apart + numpy.trace(first + second - 2 * linalg.sqrtm(first @ second).real)
+    assert frechet(a, b) == pytest.approx(expected, rel=1e-6) and abs(frechet(a, a)) < 1e-9
