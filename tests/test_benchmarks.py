@@ -358,8 +358,12 @@ def test_the_page_of_accuracies() -> None:
     ]
     schedule = {"gmacs": 0.71, "options": {"method": "mctf", "r": [0, 1]}}
     tried = {"measure": "top1", "tolerance": 0.03, "confidence": 0.95, "halves": 20, "certified": 20, "kept": 19}
+    trained = {"label": "mctf r=16", "how": "one epoch", "gmacs": 0.7, "quality": {**quality, "top1": 0.81}}
     result = {"model": "vit", "set": "photos", "images": 100, "rows": rows, "schedules": [schedule]}
+    result["trained"] = [trained]
     lines = accuracy.page([{**result, "splits": [{**tried, "gmacs": None}]}]).splitlines()
     assert "| `mctf r=16` | 0.700 | 80.0% | -2.0 [-2.0, +1.0] | 5/1 | 90.0% | 10.0% |" in lines
+    assert "After training (one epoch), against the dense model before it:" in lines
+    assert "| `mctf r=16` | 0.700 | 81.0% | -1.0 [-2.0, +1.0] | 5/1 | 90.0% | 10.0% |" in lines
     assert "| 3% of top1 | 95% | 20 of 20 | 19 | - |" in lines and not any("broken" in line for line in lines)
     assert '`tuned for 0.71 GMACs`: `{"method": "mctf", "r": [0, 1]}`' in lines
