@@ -98,6 +98,18 @@ def quotient(a: Size, b: Size) -> Size | None:
     return plain(ratio) if denominator == 1 and ratio.is_integer else None
 
 
+def stretches_of(a: Dim, b: Dim) -> list[tuple[Dim, Dim]]:
+    """Two products of axes, of one size, cut wherever both have a boundary at the same position."""
+    found: list[tuple[Dim, Dim]] = []
+    i = j = 0
+    for m in range(1, len(a) + 1):
+        n = next((n for n in range(j + 1, len(b) + 1) if product(a[i:m]) == product(b[j:n])), None)
+        if n is not None:
+            found.append((a[i:m], b[j:n]))
+            i, j = m, n
+    return found if (i, j) == (len(a), len(b)) else [(a, b)]
+
+
 def atoms(dim: Dim) -> Iterable[Atom]:
     """Every atom inside a dimension."""
     for axis in dim:
@@ -165,8 +177,9 @@ class AxisTable:
             if len(one) == 1 and isinstance(one[0], Atom) and one[0] not in atoms(other):
                 self._refined[one[0]] = other
                 return True
-        if len(a) == len(b) > 1 and all(x.size == y.size for x, y in zip(a, b)):
-            return all(self.unify((x,), (y,)) for x, y in zip(a, b))
+        stretches = stretches_of(a, b)
+        if len(stretches) > 1:
+            return all(self.unify(*stretch) for stretch in stretches)
         if len(a) == len(b) == 1 and isinstance(a[0], Cat) and isinstance(b[0], Cat):
             same = [x[0] for x in a[0].parts] == [y[0] for y in b[0].parts]
             return same and all(self.unify(x[1], y[1]) for x, y in zip(a[0].parts, b[0].parts))

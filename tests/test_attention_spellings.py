@@ -100,6 +100,12 @@ def repeated(t, times):
     return t[:, :, None].expand(-1, -1, times, -1, -1).reshape(B, -1, N, D)
 
 
+def by_bmm(q, k, v):
+    """Images and heads in one dimension."""
+    weights = (torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT) * D**-0.5).softmax(-1)
+    return torch.bmm(weights, v.flatten(0, 1)).unflatten(0, (B, H))
+
+
 GROUPED = {
     "enable_gqa": (2, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)),
     "enable_gqa, one head": (1, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True, scale=0.3)),
@@ -119,6 +125,7 @@ GROUPED = {
             1, 2
         ),
     ),
+    "bmm, groups": (2, lambda q, k, v: by_bmm(q, repeated(k, 2), repeated(v, 2))),
     "einsum": (
         1,
         lambda q, k, v: torch.einsum(

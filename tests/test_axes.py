@@ -41,6 +41,18 @@ def test_a_reshape_through_an_axis_is_not_taken_for_it():
     assert not set(new[1] + new[2]) & set(dims[1] + dims[2])
 
 
+def test_products_are_identified_stretch_by_stretch():
+    """[2·4] and [2·(2·2)]: heads of queries, and of keys that several of them share, each beside the images."""
+    table = AxisTable()
+    images, heads, others, keys, copies = table.fresh_dims((2, 4, 2, 2, 2))
+    assert table.align(images + heads, others + keys + copies) == ()
+    assert table.canonical(heads) == keys + copies and table.canonical(images) == table.canonical(others)
+    # [6·2] and [4·3] have no boundary in common: what they are products of stays apart.
+    six, two, four, three = table.fresh_dims((6, 2, 4, 3))
+    assert table.align(six + two, four + three) == (six + two, four + three)
+    assert table.canonical(six + two + four + three) == six + two + four + three
+
+
 def test_equal_sizes_are_not_equal_axes():
     """Tokens and channels of the same number stay apart."""
     axes, nodes, _ = axes_of(lambda x, w: torch.nn.functional.linear(x, w), torch.ones(2, 48, 48), torch.ones(48, 48))

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from mctf_compile.passes.rules import RULES, find_rule
 from mctf_compile.testing import Recorder
-from mctf_compile.testing.soundness import ONLY_SIMILARITY
+from mctf_compile.testing.soundness import ONLY_SIMILARITY, assert_fused_alike
 
 B, N, C = 2, 16, 8
 W = torch.randn(C, C, generator=torch.Generator().manual_seed(1))
@@ -278,3 +278,47 @@ def test_every_family_of_rules_is_tested_here():
         seen |= {rule.axes for n in graph.nodes if n.op == "call_function" and (rule := find_rule(n.target))}
     missing = {rule.axes.__name__ for rule in RULES.values()} - {axes.__name__ for axes in seen}
     assert missing == set()
+
+
+class Biased(nn.Module):
+    """Two blocks of attention with a class token and a bias; ``heads``: [B, H, N, D] or, of one head, [B, N, D]."""
+
+    def __init__(self, bias: Tensor, heads: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv = nn.ModuleList(nn.Linear(C, 3 * C, dtype=torch.float64) for _ in range(2))
+        self.mlp = nn.ModuleList(nn.Linear(C, C, dtype=torch.float64) for _ in range(2))
+        self.bias, self.heads = nn.Buffer(bias), heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([torch.ones(B, 1, C, dtype=x.dtype), x], 1)
+        for qkv, mlp in zip(self.qkv, self.mlp):
+            q, k, v = qkv(x).chunk(3, -1)
+            if self.heads:
+                q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+            y = F.scaled_dot_product_attention(q, k, v, self.bias)
+            x = x + (y.transpose(1, 2).flatten(2) if self.heads else y)
+            x = x + mlp(x).relu()
+        return x
+
+
+@pytest.mark.parametrize(
+    "options", [{"method": "evit", "keep_rate": 0.7}, {"r": 4}, {"method": "tome", "r": 4}], ids=str
+)
+@pytest.mark.parametrize(
+    ("shape", "heads"),
+    # With heads, PyTorch takes none of fewer than two dimensions.
+    [((), 0), ((N + 1,), 0), *(((n, N + 1), heads) for n in (1, N + 1) for heads in (0, 2))],
+    ids=str,
+)
+def test_a_bias_may_have_any_number_of_dimensions(shape: tuple[int, ...], heads: int, options: dict) -> None:
+    """Fewer dimensions are what PyTorch makes of them: the same for all images and heads."""
+    bias = 3 * torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    whole = bias.expand(*[1] * (1 + bool(heads)), N + 1, N + 1).clone()
+    x = torch.randn(B, N, C, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    options = {**options, "layers": [1], "strict": True}
+    with torch.no_grad():
+        assert_fused_alike(Biased(bias, heads), Biased(whole, heads), x, **options)
+        recorder = Recorder({**options})
+        recorder.run(Biased(bias, heads), x)
+    assert recorder.reports[0].removed

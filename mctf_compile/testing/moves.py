@@ -317,7 +317,8 @@ class Builder:
         elif (self.pack and g.chance(85)) or self.pairs:
             bias = [self._constant_mask(g.value(q).dtype)]
         elif not joint and self.has("bias", 20):
-            bias = [g.hold((n, n) if len(shape) == 3 or g.chance(50) else (shape[1], n, n), g.value(q).dtype)]
+            by_head = [(shape[1], n, n), (1, shape[1], 1, n)] if len(shape) > 3 else []
+            bias = [g.hold(g.choose([(n, n), (1, n), *by_head]), g.value(q).dtype)]
         k, v, spellings = self._for_all_heads(q, k, v)
         a = g(g.choose(spellings), q, k, v, *bias)
         a = a if len(shape) == 3 else g(aten.flatten.using_ints, g(aten.transpose.int, a, 1, 2), 2)

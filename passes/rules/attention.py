@@ -59,7 +59,10 @@ def head_layout(dims: Dims, tokens: Tokens) -> HeadLayout | None:
 
 @dataclass(frozen=True)
 class Operands:
-    """Operands of attention as [B, H, N, D], an additive ``bias`` for its logits, and the layout they had."""
+    """Operands of attention as [B, H, N, D], an additive ``bias`` for its logits, and the layout they had.
+
+    The bias has four dimensions too, of which some may be 1.
+    """
 
     layout: HeadLayout
     query: Tensor
@@ -81,8 +84,10 @@ def attention_operands(call: Fused[V], *names: str) -> Operands:
     bias = None
     if call.args.get("attn_mask") is not None:
         query = given["query"]
-        # It may be one number, or one for each key.
-        bias = torch.atleast_2d(additive(call.intensive("attn_mask").tensor, query.dtype))
+        bias = additive(call.intensive("attn_mask").tensor, query.dtype)
+        if bias.dim() < query.dim():
+            # It may be one for all images, all heads, or all queries; or one number.
+            bias = bias.reshape(*[1] * (query.dim() - bias.dim()), *bias.shape)
         if query.dim() != 4:
             bias = layout.split(bias.expand(*query.shape[:-2], *bias.shape[-2:]))
     return Operands(
