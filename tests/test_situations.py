@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import mctf_compile
 from mctf_compile.testing import Recorder, TinyViT, VitSpec, assert_rewrite_sound, check_rewrite, repeated_patches
-from mctf_compile.testing.soundness import ONLY_SIMILARITY
+from mctf_compile.testing.soundness import ONLY_SIMILARITY, assert_fused_alike
 
 IMAGES = torch.randn(4, 3, 96, 96, generator=torch.Generator().manual_seed(0))
 
@@ -541,3 +541,42 @@ def test_values_without_a_mean_meet_fused_tokens_only_where_their_members_agree(
     assert (report.removed > 0) == (with_mask if masked else without)
     if not report.removed:
         assert any("may differ in a value of" in line for line in report.unmerged)
+
+
+class Returning(nn.Module):
+    """Three blocks whose attention comes back to the residual stream as ``back`` says."""
+
+    def __init__(self, back) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv = nn.ModuleList(nn.Linear(16, 48) for _ in range(3))
+        self.mlp = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+        self.back = back
+
+    def forward(self, x):
+        for qkv, mlp in zip(self.qkv, self.mlp):
+            q, k, v = (t.unflatten(2, (2, 8)).transpose(1, 2) for t in qkv(x).chunk(3, -1))
+            x = self.back(x, F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+            x = x + mlp(x).relu()
+        return x.mean(1)
+
+
+COPIES = {
+    "clone": lambda x, y: x.clone().add_(y),
+    "contiguous": lambda x, y: y + x.contiguous(),
+    "view": lambda x, y: x.view_as(x) + y,
+    "copy_": lambda x, y: torch.empty_like(x).copy_(x).add_(y),
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+@pytest.mark.parametrize("options", [{}, {"method": "tome"}, {"span": "branch"}], ids=str)
+def test_a_residual_stream_may_be_copied_before_it_is_added_to(name, options):
+    x = torch.randn(2, 24, 16, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    copying, plain = (Returning(back).double().eval() for back in (COPIES[name], lambda x, y: x + y))
+    options = {"r": 4, "min_tokens": 4, "strict": True, **options}
+    with torch.no_grad():
+        assert_fused_alike(copying, plain, x, **options)
+        recorder = Recorder(options)
+        recorder.run(copying, x)
+    assert recorder.reports[0].removed

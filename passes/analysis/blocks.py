@@ -289,13 +289,25 @@ def _residual(
     for node, a, b in sums(flow.span(attention.node, None), axes):
         if other is not None and following is not None and flow.order[node] > flow.order[following]:
             break
-        for stream, branch in ((a, b), (b, a)):
+        for operand, branch in ((a, b), (b, a)):
+            stream = _copied(operand, axes)
             around = all(flow.leads(stream, n) for n in (attention.query, attention.key, attention.value))
             if around and (branch is attention.node or flow.leads(attention.node, branch)):
                 if mentions(axes.of(stream), tokens):
                     return stream, node
                 other = other or (stream, node)
     return other
+
+
+def _copied(node: fx.Node, axes: Axes) -> fx.Node:
+    """What a value is a copy of, as it is before something is added in place."""
+    rule = rule_of(node)
+    while rule is not None and rule.elements in (Elements.REGROUPED, Elements.REPEATED):
+        of = node_of(node.args[0])
+        if of not in axes.dims or axes.of(of) != axes.of(node):
+            break
+        node, rule = of, rule_of(of)
+    return node
 
 
 def _ends_are_keys(stream: Dims, keys: Dim, tokens: Tokens) -> bool:
