@@ -289,8 +289,8 @@ def _residual(
     for node, a, b in sums(flow.span(attention.node, None), axes):
         if other is not None and following is not None and flow.order[node] > flow.order[following]:
             break
-        for operand, branch in ((a, b), (b, a)):
-            stream = _copied(operand, axes)
+        # Attention may read what the sum has a copy of.
+        for stream, branch in ((a, b), (b, a), (_copied(a, axes), b), (_copied(b, axes), a)):
             around = all(flow.leads(stream, n) for n in (attention.query, attention.key, attention.value))
             if around and (branch is attention.node or flow.leads(attention.node, branch)):
                 if mentions(axes.of(stream), tokens):
