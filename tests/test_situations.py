@@ -291,7 +291,7 @@ def test_a_mask_that_a_fusion_did_not_keep_apart_is_never_averaged(name, spellin
             # Tokens that are masked alike are copies of one another.
             torch.testing.assert_close(got, model(x, valid), atol=1e-5, rtol=1e-5)
             (report,) = recorder.reports
-            assert (report.removed > 0) == all(masked)
+            assert report.removed
             assert all(masked) or any("may differ in a" in line for line in report.unmerged)
 
 
