@@ -132,9 +132,11 @@ def draw(rows: dict[str, Tensor], path: Path) -> None:
     """A picture with one row of digits for each entry, images [N, 1, H, W]."""
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(len(rows), 1, figsize=(8, 0.95 * len(rows)), layout="constrained")
+    first = next(iter(rows.values()))
+    low, high = first.min().item(), first.max().item()
+    figure, axes = plt.subplots(len(rows), 1, figsize=(8, 0.7 * len(rows)), layout="constrained")
     for axis, (name, images) in zip(axes, rows.items()):
-        axis.imshow(torch.cat(list(images[:, 0]), 1), cmap="gray_r", vmin=images.min(), vmax=images.max())
+        axis.imshow(torch.cat(list(images[:, 0]), 1), cmap="gray_r", vmin=low, vmax=high)
         axis.set_title(name, loc="left", fontsize=9)
         axis.axis("off")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -179,7 +181,7 @@ def run(data: Digits, steps: int, count: int, seeds: int, inner: str, output: Pa
 def main() -> None:
     """Train and sample as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=2000, help="of training, 64 digits each (default: 2000)")
+    parser.add_argument("--steps", type=int, default=1200, help="of training, 64 digits each (default: 1200)")
     parser.add_argument("--count", type=int, default=500, help="digits to draw for each seed (default: 500)")
     parser.add_argument("--seeds", type=int, default=3, help="of the noise that they start from (default: 3)")
     parser.add_argument("--inner", default="eager", help="what compiles the graphs (default: eager)")
