@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -59,7 +58,8 @@ class Projector:
             out = out[..., projection.start - start : projection.stop - start]
         if projection.shape:
             out = out.unflatten(-1, projection.shape)
-        return replace(x, tensor=out.permute(projection.order), dims=self.axes.of(node))
+        out = out.permute(projection.order)
+        return Value(out, self.axes.of(node), x.stream, x.generation, returned=x.returned)
 
     def _features(self, source: fx.Node, start: int, stop: int, env: Mapping[fx.Node, Any]) -> Tensor:
         """``source[..., start:stop]``, of which no more than that is computed."""
