@@ -185,6 +185,8 @@ class Builder:
             self.uneven = self.choose((False, True))
             self.valid = self._padding()
         self.mask: Ref | None = None
+        # Whether a bias is the same for all queries, as padding is.
+        self.by_keys = False
         self.text: Ref | None = None
         if not (self.pack or self.pairs) and self.has("joint", 20):
             self.text = self.g.given("text", (BATCH, WORDS, WIDTH), self.dtype)
@@ -318,7 +320,9 @@ class Builder:
             bias = [self._constant_mask(g.value(q).dtype)]
         elif not joint and self.has("bias", 20):
             by_head = [(shape[1], n, n), (1, shape[1], 1, n)] if len(shape) > 3 else []
-            bias = [g.hold(g.choose([(n, n), (1, n), *by_head]), g.value(q).dtype)]
+            table = g.choose([(n, n), (1, n), *by_head])
+            self.by_keys = self.by_keys or table[-2] == 1
+            bias = [g.hold(table, g.value(q).dtype)]
         k, v, spellings = self._for_all_heads(q, k, v)
         a = g(g.choose(spellings), q, k, v, *bias)
         a = a if len(shape) == 3 else g(aten.flatten.using_ints, g(aten.transpose.int, a, 1, 2), 2)
