@@ -33,18 +33,19 @@ CANDIDATES: dict[str, dict[str, Any]] = {
 class Block(nn.Module):
     """Attention and an MLP, both modulated by a condition [B, C] (adaLN; Peebles & Xie, ICCV 2023)."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH, elementwise_affine=False) for _ in range(2))
-        self.modulation = nn.Linear(WIDTH, 6 * WIDTH)
-        self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.mlp = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(approximate="tanh"), nn.Linear(4 * WIDTH, WIDTH))
+        self.heads = heads
+        self.norms = nn.ModuleList(nn.LayerNorm(width, elementwise_affine=False) for _ in range(2))
+        self.modulation = nn.Linear(width, 6 * width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """[B, N, C] -> [B, N, C]."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(F.silu(condition))[:, None].chunk(6, -1)
         y = self.norms[0](x) * (1 + scale) + shift
-        q, k, v = self.qkv(y).unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(y).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         x = x + gate * self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return x + mlp_gate * self.mlp(self.norms[1](x) * (1 + mlp_scale) + mlp_shift)
 
@@ -56,7 +57,7 @@ class DiT(nn.Module):
         super().__init__()
         self.embed = nn.Conv2d(4, WIDTH, 2, 2)
         self.position = nn.Parameter(0.02 * torch.randn(1, side * side, WIDTH))
-        self.blocks = nn.ModuleList(Block() for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(WIDTH, HEADS) for _ in range(depth))
         self.head = nn.Linear(WIDTH, 16)
 
     def forward(self, latents: Tensor, condition: Tensor) -> Tensor:

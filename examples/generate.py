@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from branches import Block
 from digits import Digits, load, make_model, train
 from rich.console import Console
 from rich.table import Table
@@ -32,26 +33,6 @@ FUSED = {
 }
 
 
-class Block(nn.Module):
-    """Attention and an MLP, both modulated by a condition [B, C] (adaLN-Zero; Peebles & Xie, ICCV 2023)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH, elementwise_affine=False) for _ in range(2))
-        self.modulation = nn.Linear(WIDTH, 6 * WIDTH)
-        nn.init.zeros_(self.modulation.weight)
-        self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.mlp = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(approximate="tanh"), nn.Linear(4 * WIDTH, WIDTH))
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """[B, N, C] -> [B, N, C]."""
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(F.silu(condition))[:, None].chunk(6, -1)
-        y = self.norms[0](x) * (1 + scale) + shift
-        q, k, v = self.qkv(y).unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-        x = x + gate * self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return x + mlp_gate * self.mlp(self.norms[1](x) * (1 + mlp_scale) + mlp_shift)
-
-
 class Velocity(nn.Module):
     """A noisy image [B, 1, 16, 16], its time [B] in 0..1 and its class int64 [B] -> the velocity, shaped as the image.
 
@@ -65,7 +46,10 @@ class Velocity(nn.Module):
         self.position = nn.Parameter(0.5 * torch.randn(1, side * side, WIDTH))
         self.time = nn.Sequential(nn.Linear(2 * 16, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH))
         self.label = nn.Embedding(CLASSES + 1, WIDTH)
-        self.blocks = nn.ModuleList(Block() for _ in range(DEPTH))
+        self.blocks = nn.ModuleList(Block(WIDTH, HEADS) for _ in range(DEPTH))
+        for block in self.blocks:
+            # At first no block listens to the condition (adaLN-Zero has a bias of zero too).
+            nn.init.zeros_(block.modulation.weight)
         self.norm = nn.LayerNorm(WIDTH)
         self.head = nn.Linear(WIDTH, PATCH * PATCH)
         self.register_buffer("frequencies", torch.logspace(0, 2, 16))
