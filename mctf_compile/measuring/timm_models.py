@@ -1,4 +1,4 @@
-"""timm's models by name, and how their images are prepared."""
+"""Models by name, timm's and our own, and how their images are prepared."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mctf_compile import models as own
 from mctf_compile import packages
 from mctf_compile.errors import ConfigError
 
@@ -17,9 +18,13 @@ timm, data, models = map(packages.timm, ("timm", "timm.data", "timm.models"))
 
 
 def make_model(name: str, img_size: int | None, pretrained: bool) -> nn.Module:
-    """A timm model; raises ``ConfigError`` with the nearest names for an unknown one."""
+    """A model of timm or ``mctf_compile.models``; raises ``ConfigError`` with the names nearest to an unknown one."""
+    if name in own.MODELS:
+        if pretrained:
+            raise ConfigError(f"no weights of {name} can be fetched; give a file of them with --weights")
+        return own.made(name, img_size)
     if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), 3, 0.4)
+        near = difflib.get_close_matches(name, [*own.MODELS, *timm.list_models()], 3, 0.4)
         hint = f"; the nearest are {', '.join(near)}" if near else ""
         raise ConfigError(f"timm has no model {name!r}{hint}")
     sized: dict[str, Any] = {} if img_size is None else {"img_size": img_size}

@@ -325,6 +325,38 @@ def consistency(
     return _mean_where(error, probability > threshold, over)
 
 
+def token_labeling(
+    logits: Tensor,
+    patch_logits: Tensor,
+    labels: Tensor,
+    patch_labels: Tensor,
+    box: Tensor | None = None,
+    *,
+    weight: float = 0.5,
+) -> Tensor:
+    """The training loss of LV-ViT: the class of the image, and one of every patch.
+
+    Args:
+        logits: [B, K] of the class token.
+        patch_logits: [B, N, K] of the patches.
+        labels: int64 [B], or probabilities [B, K].
+        patch_labels: probabilities [B, N, K] of the patches of an image as it was before MixToken.
+        box: bool, N elements: the patches that each image has from another one of the batch, as given to
+            ``mctf_compile.models.LVViT``. The label of the image is then theirs by as much as they are.
+        weight: of the patches' part; 0.5.
+
+    Returns:
+        A scalar: cross-entropy, and ``weight`` times its mean over all patches.
+
+    Source: Jiang et al., NeurIPS 2021, equations 3 and 5.
+    """
+    cls = cross_entropy(logits, labels)
+    if box is not None:
+        share = box.to(logits.dtype).mean()
+        cls = cls + share * (cross_entropy(logits, labels.flip(0)) - cls)
+    return cls + weight * cross_entropy(patch_logits.flatten(0, 1), patch_labels.flatten(0, 1))
+
+
 def mean_over_processes(value: Tensor) -> Tensor:
     """The mean of a tensor over all processes of the default group; the tensor itself where there is one process."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
