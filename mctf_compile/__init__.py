@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mctf_compile import testing
+    from mctf_compile import models, pose, testing
     from mctf_compile.compiler import explain, rewrite
     from mctf_compile.config import FusionConfig
     from mctf_compile.dynamic import set_r
@@ -77,6 +77,8 @@ __all__ = [
     "export",
     "fused_tokens",
     "losses",
+    "models",
+    "pose",
     "register_method",
     "rewrite",
     "set_r",
@@ -100,7 +102,7 @@ _HOMES = {
     "training.attach": ("attach",),
 }
 # Modules that are names of their own.
-_MODULES = {"losses": "training.losses", "testing": "testing"}
+_MODULES = {"losses": "training.losses", "models": "models", "pose": "pose", "testing": "testing"}
 
 
 def __getattr__(name: str) -> Any:

@@ -92,7 +92,7 @@ class Trace:
         return max(self.reports, key=lambda r: r.macs_before)
 
 
-def trace(model: Callable[..., Any], *inputs: Any, **options: Any) -> Trace:
+def trace(model: Callable[..., Any], *inputs: Any, kwargs: Mapping[str, Any] | None = None, **options: Any) -> Trace:
     """Run a model with its tokens reduced, and follow every original token through all blocks.
 
     The model runs once, without gradients, in its present mode. It is rewritten as ``torch.compile`` would have it and
@@ -103,6 +103,7 @@ def trace(model: Callable[..., Any], *inputs: Any, **options: Any) -> Trace:
         model: a module or function, or what ``torch.compile(..., backend="mctf")`` made of one, whose options are taken
             (``r`` as ``set_r`` left it).
         inputs: its inputs.
+        kwargs: those that are given by name.
         options: as for the backend; they take precedence over those of a compiled model.
 
     Raises:
@@ -113,13 +114,13 @@ def trace(model: Callable[..., Any], *inputs: Any, **options: Any) -> Trace:
     config = FusionConfig.from_options(_for_interpreting({**_options(model), **options}))
     follower = _Follower(config)
     with torch.no_grad():
-        output = run_under(follower, model, *inputs)
+        output = run_under(follower, model, *inputs, **(kwargs or {}))
     if not follower.reports:
         raise MctfError("Dynamo captured no graph of this model: it runs no tensor operation that can be compiled.")
     return Trace(follower.blocks, follower.reports, output)
 
 
-def run_under(backend: Callable[..., Any], model: Callable[..., Any], *inputs: Any) -> Any:
+def run_under(backend: Callable[..., Any], model: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Any:
     """What ``model`` returns when ``backend`` compiles its graphs; models compiled before stay compiled.
 
     Dynamo keeps what it compiles with the code that it compiled, so the model is called from code of its own. Where
@@ -135,12 +136,12 @@ def run_under(backend: Callable[..., Any], model: Callable[..., Any], *inputs: A
         compiled: Callable[..., Any] = backend(gm, example_inputs)
         return compiled
 
-    def call(*inputs: Any) -> Any:
-        return function(*inputs)
+    def call(*inputs: Any, **kwargs: Any) -> Any:
+        return function(*inputs, **kwargs)
 
     own = FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
     try:
-        return torch.compile(own, backend=counted, dynamic=False)(*inputs)
+        return torch.compile(own, backend=counted, dynamic=False)(*inputs, **kwargs)
     except Exception as error:
         cause = cause_of(error)
         raise cause from (None if cause is error else error)

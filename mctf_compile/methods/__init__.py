@@ -8,6 +8,7 @@ from mctf_compile.methods import (  # register themselves
     idlevit,
     mctf,
     pitome,
+    select,
     tofu,
     tome,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "mctf",
     "pitome",
     "register_method",
+    "select",
     "tofu",
     "tome",
 ]

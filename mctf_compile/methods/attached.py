@@ -26,6 +26,9 @@ class Attached(nn.Module):
         self.untrained &= not mode
         return super().train(mode)
 
+    def added_to(self, model: nn.Module) -> None:
+        """Called with the model that this is part of now; what it needs of a call beside tokens is hooked up here."""
+
     @property
     def state(self) -> str:
         return "training" if self.training else "untrained" if self.untrained else "trained"

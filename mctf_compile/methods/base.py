@@ -140,7 +140,8 @@ class Choice:
     tokens that left go with the kept ones most similar to them, should an operator want all tokens back.
     ``weight`` [B, N], before normalisation, for ``Combine.MEAN`` and ``Combine.MLERP``. ``gain`` [B, M]: a factor for
     the combined residual stream, where the method wants another than the mean. ``mixed``: a group may hold padding
-    beside other tokens; it is padding where the token that stays is.
+    beside other tokens; it is padding where the token that stays is. ``zeroed``: tokens that were dropped come back as
+    zeros, should an operator want all tokens.
 
     Raises ``ConfigError`` where tokens are to be combined and ``into`` does not say with which.
     """
@@ -152,6 +153,7 @@ class Choice:
     combine: Combine = Combine.MEAN
     gain: Tensor | None = None
     mixed: bool = False
+    zeroed: bool = False
 
     def __post_init__(self) -> None:
         if self.into is None and self.combine is not Combine.DROP:

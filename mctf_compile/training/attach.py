@@ -11,6 +11,7 @@ from torch import fx, nn
 from mctf_compile.capture import capture
 from mctf_compile.config import FusionConfig
 from mctf_compile.errors import ConfigError
+from mctf_compile.methods.attached import Attached
 from mctf_compile.methods.base import Reads
 from mctf_compile.narrowing import node_of, present
 from mctf_compile.passes import ANALYSIS, State, run_passes
@@ -52,7 +53,7 @@ def attach(
     if isinstance(model, nn.Sequential):
         raise ConfigError("attach cannot add modules to an nn.Sequential, which would run them; wrap it in a module.")
     state = _analyse(model, inputs if inputs or kwargs else _example(model), kwargs or {}, config)
-    flow, added, module = Dataflow(present(state.normal).graph), nn.ModuleDict(), None
+    flow, added, module = Dataflow(present(state.normal).graph), dict[str, Attached](), None
     readers: set[nn.Module] = set()
     device = next((p.device for p in model.parameters()), None)
     chosen = {
@@ -79,7 +80,9 @@ def attach(
     if not added:
         reasons = "; ".join(sorted({b.problem for b in blocks if b.problem})) or "it has no self-attention"
         raise ConfigError(f"method {method!r} found no block of this model to attach to: {reasons}.")
-    model.add_module(name, added)
+    model.add_module(name, nn.ModuleDict(added))
+    for own in added.values():
+        own.added_to(model)
     return model
 
 

@@ -40,10 +40,14 @@ class Axes:
         return Call(node, self.table, self.of)
 
 
-@graph_pass("token_axes", requires=("normal",), ensures=("axes", "sizes"))
+@graph_pass("token_axes", requires=("normal", "observations"), ensures=("axes", "sizes"))
 def run(state: State) -> None:
     state.sizes = Sizes.of(state.inputs)
-    state.axes = token_axes(present(state.normal).graph)
+    state.axes = axes = token_axes(present(state.normal).graph)
+    for observation in present(state.observations):
+        # What is said of tokens need not be computed of them.
+        for read, learned in zip(axes.of(observation.read)[:2], axes.of(observation.learned)[:2]):
+            axes.table.unify(read, learned)
 
 
 def token_axes(graph: fx.Graph) -> Axes:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mctf_compile.methods import Combine, Evidence
+from mctf_compile.methods import Evidence
 from mctf_compile.passes.axes import Place
 from mctf_compile.passes.planning.plan import PlannedBlock
 from mctf_compile.passes.rewriting.stream import Stream
@@ -46,10 +46,5 @@ class Reduction:
 
     def _dropped(self) -> Tensor:
         """Bool [B, N]: the original tokens that no token holds any more."""
-        dropped = torch.zeros_like(self._map(0), dtype=torch.bool)
-        for generation in range(1, self.generation + 1):
-            fusion = self.stream.fusion(generation, self.place.lead, self.place.tail)
-            if fusion.combine is Combine.DROP:
-                stays = torch.zeros_like(fusion.index, dtype=torch.bool).scatter(1, fusion.keep, True)
-                dropped = dropped | ~stays.gather(1, self._map(generation - 1))
-        return dropped
+        stays = self.stream.stays(self.generation, 0, self.place.lead, self.place.tail)
+        return torch.zeros_like(self._map(0), dtype=torch.bool) if stays is None else ~stays

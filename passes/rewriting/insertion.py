@@ -24,6 +24,7 @@ from mctf_compile.passes.analysis.structure import Attention
 from mctf_compile.passes.axes import Place, atoms, hint_of
 from mctf_compile.passes.planning.plan import PlannedBlock
 from mctf_compile.passes.rewriting import fused_call
+from mctf_compile.passes.rewriting.embedding import made_of_kept, origins
 from mctf_compile.passes.rewriting.following import Reduction
 from mctf_compile.passes.rewriting.fused_call import FusedCall
 from mctf_compile.passes.rewriting.stream import Fusion, Stream, Value
@@ -53,6 +54,12 @@ class Program(fused_call.Program, Protocol):
 
     def recomputed(self, node: fx.Node, replacements: Mapping[fx.Node, Value]) -> Any:
         """The value of ``node`` had others been the ``replacements``."""
+
+    def recomputed_fused(self, node: fx.Node, replacements: Mapping[fx.Node, Value]) -> Value | None:
+        """The same, as far as no tokens are given back on the way; else None."""
+
+    def descends(self, node: fx.Node, source: fx.Node) -> bool:
+        """Whether ``node`` is computed from ``source``."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +180,9 @@ class Insertion:
             return
         (place,) = stream.places(x.dims)
         tokens = stream.canonical(replace(x, stream=stream), place)
-        stream.begin(tokens.new_ones(tokens.shape[:2], dtype=working_dtype(x.tensor.dtype)), place.lead, place.tail)
+        # Of the tokens these have their number alone: where nothing else needs all of them, they need not be made.
+        dtype, device = working_dtype(x.tensor.dtype), tokens.device
+        stream.begin(torch.ones(tokens.shape[:2], dtype=dtype, device=device), place.lead, place.tail)
 
     def _stream(self, block: PlannedBlock) -> Stream:
         """The stream of a block's tokens; one of its own where nothing has fused them yet, or all came back."""
@@ -445,7 +454,25 @@ class Insertion:
             choice = self._choose(evidence, r)
         stream.fusions.append(replace(self._fusion(choice, evidence, place), padding=block.block.padding))
         self._choices[stream] = choice
-        return self._with_gain(stream.raise_to(x, x.generation + 1), x, choice)
+        fused = self._made_of_kept(block, x, choice) or stream.raise_to(x, x.generation + 1)
+        return self._with_gain(fused, x, choice)
+
+    def _made_of_kept(self, block: PlannedBlock, x: Value, choice: Choice) -> Value | None:
+        """The kept tokens, made alone: what is computed of each patch by itself begins with those that stay.
+
+        Before::  x0 = add(embed(patches), positions); y0 = mctf.keep(x0, keep, 1)
+        After::   y0 = add(embed(mctf.keep(patches, keep, 1)), mctf.keep(positions, keep, 1))
+
+        None where tokens that leave are combined with others, or all are needed to choose among them.
+        """
+        entry, learned, stream = present(block.block.entry), block.block.learned, present(x.stream)
+        if choice.combine is not Combine.DROP or not choice.zeroed or x.generation or self.plan.site is not Site.BEFORE:
+            return None
+        first = origins(entry, stream.tokens, self.program.axes)
+        if learned is not None and any(node is learned or self.program.descends(learned, node) for node in first):
+            return None
+        made = {node: made_of_kept(node, stream, self.program.env) for node in first}
+        return self.program.recomputed_fused(entry, made)
 
     def _with_gain(self, fused: Value, x: Value, choice: Choice) -> Value:
         """What the tokens of ``x`` were fused to, times what the choice has beside the mean."""
@@ -494,7 +521,9 @@ class Insertion:
             if self.plan.site is Site.AHEAD:
                 raise PassError(f"method {method.name!r} drops tokens, which has no attention one step ahead")
             into = choice.into
-            if into is None:
+            if choice.zeroed:
+                into = torch.zeros_like(choice.gone)
+            elif into is None:
                 into = torch.ops.mctf.nearest(evidence.x, choice.keep, choice.gone, place.lead, place.tail)
             index = index_of(choice.keep, choice.gone, into)
             return Fusion(
@@ -508,6 +537,7 @@ class Insertion:
                 place.tail,
                 choice.combine,
                 conserves=False,
+                zeroed=choice.zeroed,
             )
         raw = torch.ones_like(size) if choice.weight is None else choice.weight
         index, weight, total = torch.ops.mctf.group(raw, size, choice.keep, choice.gone, choice.into)

@@ -409,6 +409,16 @@ class Rewriter:
         """The value of ``node`` had others been the ``replacements``; only what lies between is run again."""
         return self.derived([node], replacements)[node]
 
+    def recomputed_fused(self, node: fx.Node, replacements: Mapping[fx.Node, Value]) -> Value | None:
+        """The same, as far as no tokens are given back on the way; else None."""
+        unmerges, given_back = len(self.unmerges), set(self.given_back)
+        value: Value = self.recomputed(node, replacements)
+        if len(self.unmerges) == unmerges and self.given_back == given_back and value.generation:
+            return value
+        del self.unmerges[unmerges:]
+        self.given_back = given_back
+        return None
+
     def derived(self, nodes: Sequence[fx.Node], replacements: Mapping[fx.Node, Value]) -> Env:
         """The values had others been the ``replacements``, as far as ``nodes`` are computed from them."""
         between, stack = set(), [*nodes]
@@ -424,7 +434,7 @@ class Rewriter:
                 local[n] = self.evaluate(n, local)
         return local
 
-    def _descends(self, node: fx.Node, source: fx.Node) -> bool:
+    def descends(self, node: fx.Node, source: fx.Node) -> bool:
         """Whether ``node`` is computed from ``source``."""
         stack, seen = [node], set()
         while stack:
@@ -454,7 +464,7 @@ class Rewriter:
                 fused = self.insertion.fused[source]
                 if node is source:
                     value = fused
-                elif self._descends(node, source):
+                elif self.descends(node, source):
                     # What was derived from the tokens before they were fused is derived from the fused ones.
                     value = self.recomputed(node, {source: fused})
                 if value.generation == generation:

@@ -41,7 +41,7 @@ class Fusion:
     ``weight`` [B, N] are the normalised pooling weights of ``Combine.MEAN``, else None. ``conserves``:
     whether the sizes still add up to the number of original tokens; ``whole_to_itself``: see ``Relaxed``.
     ``padding``: values of the program each of which alone tells padding from tokens that it was not fused with, or
-    that count for it where ``mixed``: see ``Choice``.
+    that count for it where ``mixed``: see ``Choice``, and there for ``zeroed``.
     """
 
     keep: Tensor
@@ -57,6 +57,12 @@ class Fusion:
     whole_to_itself: bool = False
     padding: frozenset[fx.Node] = frozenset()
     mixed: bool = False
+    zeroed: bool = False
+
+    @property
+    def stays(self) -> Tensor:
+        """Bool [B, N]: the old tokens that are among the new ones."""
+        return torch.zeros_like(self.index, dtype=torch.bool).scatter(1, self.keep, True)
 
     def pool(self, x: Tensor, dim: int, mask: bool = False) -> Tensor:
         """[B, ..., N, ...] -> [B, ..., M, ...] along ``dim``; booleans and integers are those of the kept tokens.
@@ -202,6 +208,21 @@ class Stream:
             self._maps[key] = last if new == old + 1 else last.gather(1, self.map(new - 1, old, lead, tail))
         return self._maps[key]
 
+    def stays(self, new: int, old: int, lead: int, tail: int, zeroed: bool = False) -> Tensor | None:
+        """Bool [B, N_old]: the tokens of ``old`` that none up to ``new`` has dropped; None where that is all.
+
+        ``zeroed``: but for those that were dropped and come back as others.
+        """
+        found: Tensor | None = None
+        for generation in range(old + 1, new + 1):
+            fusion = self.fusion(generation, lead, tail)
+            if fusion.zeroed if zeroed else fusion.combine is Combine.DROP:
+                own = fusion.stays
+                if generation > old + 1:
+                    own = own.gather(1, self.map(generation - 1, old, lead, tail))
+                found = own if found is None else found & own
+        return found
+
     def raise_to(self, value: Value, generation: int, agrees: Callable[[Fusion], bool] | None = None) -> Value:
         """Fuse an older value up to ``generation`` through the maps, with the tokens' own weights.
 
@@ -247,7 +268,12 @@ class Stream:
         def unmerge(x: Tensor, dim: int, place: Place) -> Tensor:
             index = self.map(value.generation, generation, place.lead, place.tail)
             given_back: Tensor = torch.ops.mctf.unmerge(x, index, dim)
-            return given_back
+            stays = self.stays(value.generation, generation, place.lead, place.tail, zeroed=True)
+            if stays is None:
+                return given_back
+            shape = [1] * x.dim()
+            shape[0], shape[dim] = stays.shape
+            return given_back.where(stays.view(shape), given_back.new_zeros(()))
 
         tensor = self._each_place(value, unmerge)
         if generation == 0:
@@ -261,11 +287,10 @@ class Stream:
         fusion = self.fusion(value.generation, place.lead, place.tail)
         # Where the others would come from does not matter: they are taken from the entry.
         index = index_of(fusion.keep, fusion.gone, torch.zeros_like(fusion.gone))
-        chosen = torch.zeros_like(index, dtype=torch.bool).scatter(1, fusion.keep, True)
         tensor = self._each_place(value, lambda x, dim, _: torch.ops.mctf.unmerge(x, index, dim))
         known = Value(tensor, value.dims, self, entry.generation)
         off_grid = self._off_grid(entry).tensor
-        tensor = torch.where(self.factor(chosen, known, place), tensor, off_grid)
+        tensor = torch.where(self.factor(fusion.stays, known, place), tensor, off_grid)
         return replace(entry, tensor=tensor if entry.generation else _regrid(tensor, place, value.dims))
 
     def intensive(self, value: Value) -> Value:
