@@ -140,10 +140,11 @@ def test_all_are_embedded_where_joints_are_to_choose() -> None:
     assert report.macs_after == embedded + blocks + head
 
 
-def test_joints_learn_and_choose() -> None:
+@pytest.mark.parametrize("head", ["cls", "dense"])
+def test_joints_learn_and_choose(head: str) -> None:
     """Masked in training as they are gone afterwards; and a gradient reaches the learned tokens."""
     torch.manual_seed(0)
-    model, images = TinyViT(VitSpec(position=True)), torch.randn(2, 3, 16, 16)
+    model, images = TinyViT(VitSpec(position=True, head=head)), torch.randn(2, 3, 16, 16)
     dense = model(images)
     mctf_compile.attach(model, images, method="select", score="joints", joints=3)
     torch.testing.assert_close(model(images), dense)

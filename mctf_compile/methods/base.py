@@ -169,13 +169,15 @@ class Relaxed:
 
     ``size`` [B, N]: how much each counts for others; ``order`` [B, N]: the old position of each, None where
     none moves; ``x`` [B, N, C]: the residual stream in that order, None where it stays. ``whole_to_itself``:
-    a token counts fully for itself whatever its size, as in DynamicViT's masked softmax.
+    a token counts fully for itself whatever its size, as in DynamicViT's masked softmax. ``back`` [B, N]: a factor for
+    what the tokens are where an operator or output wants all of them, None for 1.
     """
 
     size: Tensor
     order: Tensor | None = None
     x: Tensor | None = None
     whole_to_itself: bool = False
+    back: Tensor | None = None
 
 
 @dataclass(frozen=True)

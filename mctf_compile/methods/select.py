@@ -153,8 +153,8 @@ class Select(Method):
         """Every token stays; one that would leave counts for itself alone, straight through to its score."""
         score = present(evidence.learned)[..., 0]
         keep, _ = torch.ops.mctf.select(score, n - evidence.lead - evidence.tail - r, evidence.lead, evidence.tail)
-        stays = torch.zeros_like(score).scatter(1, keep, 1.0)
-        return Relaxed(stays + (score - score.detach()), whole_to_itself=True)
+        stays = torch.zeros_like(score).scatter(1, keep, 1.0) + (score - score.detach())
+        return Relaxed(stays, whole_to_itself=True, back=stays if self.given_back == "zeros" else None)
 
     def removal(self, index: int, depth: int, count: Count) -> Removal:
         kept = math.ceil(self.keep_ratio * count.free)

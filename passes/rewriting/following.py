@@ -46,5 +46,5 @@ class Reduction:
 
     def _dropped(self) -> Tensor:
         """Bool [B, N]: the original tokens that no token holds any more."""
-        stays = self.stream.stays(self.generation, 0, self.place.lead, self.place.tail)
+        stays = self.stream.stays(self.generation, self.place.lead, self.place.tail)
         return torch.zeros_like(self._map(0), dtype=torch.bool) if stays is None else ~stays

@@ -510,6 +510,7 @@ class Insertion:
                 Combine.DROP,
                 conserves=False,
                 whole_to_itself=relaxed.whole_to_itself,
+                back=relaxed.back,
             )
         )
         moved = x if relaxed.order is None else stream.raise_to(x, x.generation + 1)
@@ -525,7 +526,9 @@ class Insertion:
                 into = torch.zeros_like(choice.gone)
             elif into is None:
                 into = torch.ops.mctf.nearest(evidence.x, choice.keep, choice.gone, place.lead, place.tail)
-            index = index_of(choice.keep, choice.gone, into)
+            index, back = index_of(choice.keep, choice.gone, into), None
+            if choice.zeroed:
+                back = torch.zeros_like(size).scatter(1, choice.keep, 1.0)
             return Fusion(
                 choice.keep,
                 choice.gone,
@@ -537,7 +540,7 @@ class Insertion:
                 place.tail,
                 choice.combine,
                 conserves=False,
-                zeroed=choice.zeroed,
+                back=back,
             )
         raw = torch.ones_like(size) if choice.weight is None else choice.weight
         index, weight, total = torch.ops.mctf.group(raw, size, choice.keep, choice.gone, choice.into)

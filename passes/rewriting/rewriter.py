@@ -60,7 +60,7 @@ def run(state: State) -> str | None:
     declined = known.declined | outcome.wasted
     if plan.site is Site.BRANCH:
         declined = declined | _unpaid(state)
-    elif outcome.unmerges and not outcome.wasted:
+    elif outcome.unmerges and not outcome.wasted and not plan.relaxed:
         declined = declined | _losing(normal, plan, outcome)
     state.findings = replace(known, declined=declined, uncut=known.uncut | outcome.uncut)
     return None if state.findings == known else "plan"

@@ -41,7 +41,8 @@ class Fusion:
     ``weight`` [B, N] are the normalised pooling weights of ``Combine.MEAN``, else None. ``conserves``:
     whether the sizes still add up to the number of original tokens; ``whole_to_itself``: see ``Relaxed``.
     ``padding``: values of the program each of which alone tells padding from tokens that it was not fused with, or
-    that count for it where ``mixed``: see ``Choice``, and there for ``zeroed``.
+    that count for it where ``mixed``: see ``Choice``. ``back`` [B, N]: what an old token is multiplied by where it is
+    given back, None for 1; nothing is left of one with 0.
     """
 
     keep: Tensor
@@ -57,7 +58,7 @@ class Fusion:
     whole_to_itself: bool = False
     padding: frozenset[fx.Node] = frozenset()
     mixed: bool = False
-    zeroed: bool = False
+    back: Tensor | None = None
 
     @property
     def stays(self) -> Tensor:
@@ -116,6 +117,7 @@ class Fusion:
             index=ends(self.index[:, body_n], new_m),
             weight=None if self.weight is None else ones(self.weight[:, body_n]),
             size=ones(self.size[:, body_m]),
+            back=None if self.back is None else ones(self.back[:, body_n]),
             lead=lead,
             tail=tail,
         )
@@ -208,19 +210,25 @@ class Stream:
             self._maps[key] = last if new == old + 1 else last.gather(1, self.map(new - 1, old, lead, tail))
         return self._maps[key]
 
-    def stays(self, new: int, old: int, lead: int, tail: int, zeroed: bool = False) -> Tensor | None:
-        """Bool [B, N_old]: the tokens of ``old`` that none up to ``new`` has dropped; None where that is all.
+    def stays(self, new: int, lead: int, tail: int) -> Tensor | None:
+        """Bool [B, N]: the original tokens that no fusion up to ``new`` has dropped; None where that is all."""
+        return self._through_all(new, 0, lead, tail, lambda f: f.stays if f.combine is Combine.DROP else None)
 
-        ``zeroed``: but for those that were dropped and come back as others.
-        """
+    def back(self, new: int, old: int, lead: int, tail: int) -> Tensor | None:
+        """[B, N_old]: what the tokens of ``old`` are multiplied by where they are given back; None for 1."""
+        return self._through_all(new, old, lead, tail, lambda f: f.back)
+
+    def _through_all(
+        self, new: int, old: int, lead: int, tail: int, of: Callable[[Fusion], Tensor | None]
+    ) -> Tensor | None:
+        """The product of what the fusions from ``old`` to ``new`` say of their tokens, for those of ``old``."""
         found: Tensor | None = None
         for generation in range(old + 1, new + 1):
-            fusion = self.fusion(generation, lead, tail)
-            if fusion.zeroed if zeroed else fusion.combine is Combine.DROP:
-                own = fusion.stays
+            own = of(self.fusion(generation, lead, tail))
+            if own is not None:
                 if generation > old + 1:
                     own = own.gather(1, self.map(generation - 1, old, lead, tail))
-                found = own if found is None else found & own
+                found = own if found is None else found * own
         return found
 
     def raise_to(self, value: Value, generation: int, agrees: Callable[[Fusion], bool] | None = None) -> Value:
@@ -268,12 +276,13 @@ class Stream:
         def unmerge(x: Tensor, dim: int, place: Place) -> Tensor:
             index = self.map(value.generation, generation, place.lead, place.tail)
             given_back: Tensor = torch.ops.mctf.unmerge(x, index, dim)
-            stays = self.stays(value.generation, generation, place.lead, place.tail, zeroed=True)
-            if stays is None:
+            back = self.back(value.generation, generation, place.lead, place.tail)
+            if back is None:
                 return given_back
             shape = [1] * x.dim()
-            shape[0], shape[dim] = stays.shape
-            return given_back.where(stays.view(shape), given_back.new_zeros(()))
+            shape[0], shape[dim] = back.shape
+            back = back.view(shape).to(x.dtype)
+            return (given_back * back).where(back != 0, given_back.new_zeros(()))
 
         tensor = self._each_place(value, unmerge)
         if generation == 0:
