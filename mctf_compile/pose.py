@@ -1,7 +1,7 @@
 """Scores of patches from the joints of a body, for ``method="select"``.
 
-Source: Kinfu & Vidal, "Efficient Vision Transformer for Human Pose Estimation via Patch Selection", 2023
-(arXiv 2306.04225), section 3.
+Source: Kinfu & Vidal, "Efficient Vision Transformer for Human Pose Estimation via Patch Selection", BMVC 2023
+(arXiv 2306.04225).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mctf_compile.errors import ConfigError
 
 
 def near_joints(joints: Tensor, grid: tuple[int, int], visible: Tensor | None = None) -> Tensor:
-    """Scores of patches that are the higher the nearer they are to a joint (section 3.1 of the paper).
+    """Scores of patches that are the higher the nearer they are to a joint.
 
     Args:
         joints: [B, J, 2], x and y of each joint, as shares of the width and height of the image: from 0 to 1.
@@ -36,7 +36,7 @@ def on_limbs(
 ) -> Tensor:
     """Scores of patches that are the higher the nearer they are to a line between two joints.
 
-    The patches on a line are those of Bresenham's algorithm (IBM Systems Journal, 1965); section 3.2 of the paper.
+    The patches on a line are those of Bresenham's algorithm (IBM Systems Journal, 1965).
 
     Args:
         joints: as for ``near_joints``.

@@ -238,6 +238,7 @@ def test_every_method_has_a_row_with_its_source() -> None:
         "idlevit",
         "dynamicvit",
         "dtem",
+        "select",
         "random",
         "none",
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 import mctf_compile
 from mctf_compile import ConfigError, pose
-from mctf_compile.methods.select import by_patch
+from mctf_compile.methods.select import GivenScores, by_patch
 from mctf_compile.testing import TinyViT, VitSpec
 
 GRID = (16, 12)
@@ -113,13 +114,14 @@ def test_vitpose_gets_zeros_on_its_grid() -> None:
     torch.testing.assert_close(heatmaps, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_patches_that_leave_are_not_embedded() -> None:
+@pytest.mark.parametrize("batch", [1, 2])
+def test_patches_that_leave_are_not_embedded(batch: int) -> None:
     """Multiply-accumulates of the embedding and of both blocks are those of the patches that stay."""
-    model, images = vitpose(), torch.randn(1, 3, 256, 192)
+    model, images = vitpose(), torch.randn(batch, 3, 256, 192)
     dense = mctf_compile.explain(model, images).macs_before
     mctf_compile.attach(model, images, method="select")
     report = mctf_compile.explain(
-        model, images, kwargs={"patch_scores": torch.randn(1, 192)}, method="select", keep_ratio=0.5
+        model, images, kwargs={"patch_scores": torch.randn(batch, 192)}, method="select", keep_ratio=0.5
     )
     assert (report.blocks[0].tokens_in, report.blocks[0].tokens_out) == (192, 96)
 
@@ -127,7 +129,7 @@ def test_patches_that_leave_are_not_embedded() -> None:
         return n * 768 * c + 2 * (12 * n * c * c + 2 * n * n * c)
 
     assert report.macs_before == dense
-    assert dense - report.macs_after == work(192) - work(96)
+    assert dense - report.macs_after == batch * (work(192) - work(96))
 
 
 def test_all_are_embedded_where_joints_are_to_choose() -> None:
@@ -140,11 +142,22 @@ def test_all_are_embedded_where_joints_are_to_choose() -> None:
     assert report.macs_after == embedded + blocks + head
 
 
-@pytest.mark.parametrize("head", ["cls", "dense"])
-def test_joints_learn_and_choose(head: str) -> None:
+class OnGrid(nn.Module):
+    """A convolution over the patches of a TinyViT: an operator that wants all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.head = TinyViT(VitSpec(position=True, prefix=0, head="dense")), nn.Conv2d(16, 5, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.tokens(images).mT.unflatten(2, (4, 4)))
+
+
+@pytest.mark.parametrize("made", [lambda: TinyViT(VitSpec(position=True)), OnGrid], ids=["class", "grid"])
+def test_joints_learn_and_choose(made: Callable[[], nn.Module]) -> None:
     """Masked in training as they are gone afterwards; and a gradient reaches the learned tokens."""
     torch.manual_seed(0)
-    model, images = TinyViT(VitSpec(position=True, head=head)), torch.randn(2, 3, 16, 16)
+    model, images = made(), torch.randn(2, 3, 16, 16)
     dense = model(images)
     mctf_compile.attach(model, images, method="select", score="joints", joints=3)
     torch.testing.assert_close(model(images), dense)
@@ -329,3 +342,59 @@ def test_joints_outside_are_left_out_by_visible() -> None:
 def test_wrong_options_are_named(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         mctf_compile.FusionConfig("select", **options)
+
+
+def test_one_compilation_serves_batches_of_any_size() -> None:
+    """Each image by its own scores, also where Dynamo does not know that both have one batch."""
+    torch.manual_seed(0)
+    model = TinyViT(VitSpec(head="mean")).eval()
+    plain, images, scores = copy.deepcopy(model), torch.randn(5, 3, 16, 16), torch.rand(5, 16)
+    expected = selected(plain, images, highest(scores, 0.5))
+    mctf_compile.attach(model, images, method="select")
+    fast = compiled(model, keep_ratio=0.5)
+    with torch.no_grad():
+        # From the second one on the batch is symbolic.
+        for batch in (2, 5, 3, 1, 4):
+            out = fast(images[:batch], patch_scores=scores[:batch])
+            torch.testing.assert_close(out, expected[:batch], rtol=1e-4, atol=1e-5)
+
+
+class Wrapped(nn.Module):
+    """For what passes on no arguments by name that a model does not declare."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, scores: Tensor) -> Tensor:
+        return self.model(images, patch_scores=scores)
+
+
+def test_an_exported_program_takes_scores() -> None:
+    torch.manual_seed(0)
+    model = TinyViT(VitSpec(head="mean")).eval()
+    plain, images, scores = copy.deepcopy(model), torch.randn(3, 3, 16, 16), torch.rand(3, 16)
+    mctf_compile.attach(model, images, method="select")
+    with torch.no_grad():
+        program = mctf_compile.export(Wrapped(model).eval(), (images, scores), method="select", keep_ratio=0.5)
+        for batch in (3, 2):
+            expected = selected(plain, images[:batch], highest(scores[:batch], 0.5))
+            out = program.module()(images[:batch], scores[:batch])
+            torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_scores_of_other_images_are_refused() -> None:
+    torch.manual_seed(0)
+    model, images = TinyViT(VitSpec()).eval(), torch.randn(2, 3, 16, 16)
+    mctf_compile.attach(model, images, method="select")
+    with pytest.raises(ConfigError, match="patch_scores are of 3 images, and the model was given 2"):
+        model(images, patch_scores=torch.rand(3, 16))
+
+
+def test_a_module_that_says_the_same_of_all_images_fuses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GivenScores, "forward", lambda self, x: torch.arange(17.0)[None, :, None])
+    torch.manual_seed(0)
+    model, images = TinyViT(VitSpec()).eval(), torch.randn(2, 3, 16, 16)
+    mctf_compile.attach(model, images, method="select")
+    report = mctf_compile.explain(model, images, kwargs={"patch_scores": torch.rand(2, 16)}, method="select")
+    assert "speaks of other images than those of this block" in str(report.blocks[0])

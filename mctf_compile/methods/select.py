@@ -1,4 +1,4 @@
-"""Patch selection: before the first block, the patches that matter stay (Kinfu & Vidal, 2023)."""
+"""Patch selection: before the first block, the patches that matter stay (Kinfu & Vidal, BMVC 2023)."""
 
 from __future__ import annotations
 
@@ -83,6 +83,9 @@ class GivenScores(Attached):
         given, self.given = present(self.given), None
         scores = self.score(given) if callable(self.score) else given
         scores = by_patch(scores, x.shape[1] - self.lead - self.tail).to(torch.float32)
+        # Compiled for any batch, this says that both are of one size.
+        if scores.shape[0] != x.shape[0]:
+            raise ConfigError(f"{ARGUMENT} are of {scores.shape[0]} images, and the model was given {x.shape[0]}.")
         return F.pad(scores, (self.lead, self.tail))[..., None]
 
 
@@ -127,9 +130,7 @@ class Select(Method):
     """
 
     name: ClassVar[str] = "select"
-    source: ClassVar[str] = (
-        "Kinfu & Vidal, Efficient Vision Transformer for Human Pose Estimation via Patch Selection, 2023"
-    )
+    source: ClassVar[str] = "Kinfu & Vidal, BMVC 2023, arXiv 2306.04225"
     site: ClassVar[Site] = Site.BEFORE
     needs: ClassVar[Collection[Need]] = (Need.LEARNED,)
     reads: ClassVar[Reads] = Reads.STREAM

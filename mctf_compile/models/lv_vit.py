@@ -17,7 +17,7 @@ from mctf_compile.models.vit import IMAGES, blocks, initialize
 
 
 class Stem(nn.Module):
-    """Patch embedding by four convolutions: images [B, 3, H, W] -> [B, C, H / patch, W / patch] (section 3.3)."""
+    """Patch embedding by four convolutions: images [B, 3, H, W] -> [B, C, H / patch, W / patch]."""
 
     def __init__(self, patch: int, width: int, inner: int = 64) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class LVViT(nn.Module):
         """Logits of images [B, 3, H, W].
 
         ``box``: bool [H / patch, W / patch], see ``draw_box``: there the patches of an image are those of another of
-        the batch, the one that is as far from its end (MixToken, section 3.2). The logits of a patch come back in the
+        the batch, the one that is as far from its end (MixToken). The logits of a patch come back in the
         place of the image that it was taken from.
         """
         grid = self.patch_embed(images)
@@ -119,7 +119,7 @@ def draw_box(height: int, width: int, generator: torch.Generator | None = None) 
     It covers a share 1 − λ of the grid, λ uniform in [0, 1], around a uniform point, and is cut at the borders. A
     mask, as the numbers of a box would compile the model again for each.
 
-    Source: Jiang et al., section 3.2; the box is CutMix's (Yun et al., ICCV 2019).
+    Source: Jiang et al.; the box is CutMix's (Yun et al., ICCV 2019).
     """
     share, y, x = torch.rand(3, generator=generator).tolist()
     tall, wide = int(height * share**0.5), int(width * share**0.5)

@@ -348,7 +348,7 @@ def token_labeling(
     Returns:
         A scalar: cross-entropy, and ``weight`` times its mean over all patches.
 
-    Source: Jiang et al., NeurIPS 2021, equations 3 and 5.
+    Source: Jiang et al., NeurIPS 2021 (arXiv 2104.10858).
     """
     cls = cross_entropy(logits, labels)
     if box is not None:

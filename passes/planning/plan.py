@@ -19,7 +19,7 @@ from mctf_compile.passes.analysis.branches import Branch
 from mctf_compile.passes.analysis.projections import Projection
 from mctf_compile.passes.analysis.structure import Block, Mask, Tower
 from mctf_compile.passes.analysis.token_axes import Axes
-from mctf_compile.passes.axes import Dim, mentions, places, product, size_at
+from mctf_compile.passes.axes import Dim, has_batch, mentions, places, product, size_at
 from mctf_compile.passes.pipeline import State, graph_pass
 from mctf_compile.passes.planning.segments import owners, segments
 from mctf_compile.passes.rules import schema_arguments
@@ -456,7 +456,10 @@ def _unmet(block: Block, axes: Axes, method: Method) -> str | None:
         return f"method {method.name!r} reads the class token, and there is none before these tokens{hint}"
     if Need.LEARNED in method.needs and block.learned is None:
         return f"method {method.name!r} has no module at this block"
-    if Need.LEARNED in method.needs and len(places(axes.of(present(block.learned)), tokens) or ()) != 1:
+    learned = axes.of(present(block.learned)) if Need.LEARNED in method.needs else None
+    if learned is not None and tokens.batch and not has_batch(learned, tokens):
+        return f"the module of method {method.name!r} speaks of other images than those of this block"
+    if learned is not None and len(places(learned, tokens) or ()) != 1:
         return f"the module of method {method.name!r} does not tell the tokens of this block apart"
     return None
 

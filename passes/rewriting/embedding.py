@@ -23,8 +23,10 @@ def origins(entry: fx.Node, tokens: Tokens, axes: Axes) -> list[fx.Node]:
     """The values of every image that ``entry`` is computed from, and in which its tokens are told apart first."""
 
     def of_tokens(node: fx.Node) -> bool:
-        dims = axes.dims.get(node)
-        return isinstance(dims, tuple) and mentions(dims, tokens) and has_batch(dims, tokens)
+        if not isinstance(axes.dims.get(node), tuple):
+            return False
+        dims = axes.of(node)
+        return mentions(dims, tokens) and has_batch(dims, tokens)
 
     found: list[fx.Node] = []
     seen, stack = set[fx.Node](), [entry]
@@ -83,5 +85,5 @@ def _cut(images: Tensor, window: Any, grid: Any, padding: list[int]) -> Tensor:
     """[B, C, H, W] as patches [B, N, C · window], row by row."""
     (tall, wide), (rows, columns) = window, grid
     x = F.pad(images, (padding[1], padding[1], padding[0], padding[0])) if any(padding) else images
-    x = x[:, :, : rows * tall, : columns * wide].reshape(len(x), -1, rows, tall, columns, wide)
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(len(x), rows * columns, -1)
+    x = x[:, :, : rows * tall, : columns * wide].reshape(x.shape[0], -1, rows, tall, columns, wide)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(x.shape[0], rows * columns, -1)
