@@ -17,6 +17,7 @@
 ``policy_attention``  attention in which a dropped token counts for itself alone (training)
 ``importance``      how much attention each token receives, before the values are computed
 ``ahead``           one-step-ahead attention: the pooled map times the values of the fused tokens
+``powers``          weights that are powers of two, of a byte each
 ``frozen_linear``   a linear layer whose weight nothing will change, packed once (on a CPU)
 ==================  ==============================================================================
 """
@@ -28,4 +29,5 @@ import mctf_compile.kernels.matching.op
 import mctf_compile.kernels.observation.op
 import mctf_compile.kernels.pooling.op
 import mctf_compile.kernels.selection.op
+import mctf_compile.kernels.shift.op
 import mctf_compile.kernels.unmerge.op  # noqa: F401

@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mctf_compile import models, pose, testing
+    from mctf_compile import models, pose, shiftadd, testing
     from mctf_compile.compiler import explain, rewrite
     from mctf_compile.config import FusionConfig
     from mctf_compile.dynamic import set_r
@@ -82,6 +82,7 @@ __all__ = [
     "register_method",
     "rewrite",
     "set_r",
+    "shiftadd",
     "testing",
     "trace",
     "visualize",
@@ -102,7 +103,13 @@ _HOMES = {
     "training.attach": ("attach",),
 }
 # Modules that are names of their own.
-_MODULES = {"losses": "training.losses", "models": "models", "pose": "pose", "testing": "testing"}
+_MODULES = {
+    "losses": "training.losses",
+    "models": "models",
+    "pose": "pose",
+    "shiftadd": "shiftadd",
+    "testing": "testing",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -135,7 +135,7 @@ class Select(Method):
     needs: ClassVar[Collection[Need]] = (Need.LEARNED,)
     reads: ClassVar[Reads] = Reads.STREAM
     sized: ClassVar[bool] = False
-    hint: ClassVar[str] = f"with score='input', each call gives {ARGUMENT}="
+    hint: ClassVar[str] = f"with score='input', each call gives {ARGUMENT}=; score='joints' needs nothing"
 
     keep_ratio: float = option(0.6, share)
     score: str | Callable[..., Tensor] = option(INPUT, _score)

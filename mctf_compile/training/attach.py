@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from mctf_compile.capture import capture
+from mctf_compile.analysing import analyse, modules_around
 from mctf_compile.config import FusionConfig
 from mctf_compile.errors import ConfigError
 from mctf_compile.methods.attached import Attached
 from mctf_compile.methods.base import Reads
 from mctf_compile.narrowing import node_of, present
-from mctf_compile.passes import ANALYSIS, State, run_passes
 from mctf_compile.passes.analysis.dataflow import Dataflow
-from mctf_compile.passes.analysis.normalize import fake_inputs
 from mctf_compile.passes.analysis.structure import Block
 from mctf_compile.passes.subclasses import wrappers
 
@@ -52,7 +50,7 @@ def attach(
         raise ConfigError(f"this model has the modules of method {method!r} already, as {name!r}.")
     if isinstance(model, nn.Sequential):
         raise ConfigError("attach cannot add modules to an nn.Sequential, which would run them; wrap it in a module.")
-    state = _analyse(model, inputs if inputs or kwargs else _example(model), kwargs or {}, config)
+    state = analyse(model, inputs, kwargs or {}, config)
     flow, added, module = Dataflow(present(state.normal).graph), dict[str, Attached](), None
     readers: set[nn.Module] = set()
     device = next((p.device for p in model.parameters()), None)
@@ -86,25 +84,6 @@ def attach(
     return model
 
 
-def _example(model: nn.Module) -> tuple[Any, ...]:
-    """A blank image for a timm model."""
-    size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
-    if size is None:
-        raise ConfigError("attach needs example inputs for this model: attach(model, images, method=...).")
-    parameter = next(model.parameters())
-    return (torch.zeros(2, *size, device=parameter.device, dtype=parameter.dtype),)
-
-
-def _analyse(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any], config: FusionConfig) -> State:
-    """The analysis of the graph with the most blocks; the model is not run."""
-
-    def analyse(gm: fx.GraphModule, given: Sequence[Any]) -> State:
-        return run_passes(ANALYSIS, State(gm, fake_inputs(gm, given), config, given))
-
-    with torch.no_grad():
-        return capture(model, inputs, kwargs, analyse).largest(lambda state: len(present(state.blocks)))
-
-
 def _reader(model: nn.Module, block: Block, reads: Reads, flow: Dataflow) -> tuple[nn.Module, int]:
     """The module that takes what is to be read as its first argument, and the number of channels."""
     query, entry = block.attention.query, present(block.entry)
@@ -115,11 +94,7 @@ def _reader(model: nn.Module, block: Block, reads: Reads, flow: Dataflow) -> tup
     else:
         node = next((n for n in reversed(between) if _is_linear(n)), query)
         read = node_of(node.args[0])
-    # Dynamo keys a call's modules by their identity, "@" and a number behind it for a repeated call.
-    modules = {str(id(m)): m for m in model.modules()}
-    keys = [key.partition("@")[0] for key in node.meta.get("nn_module_stack") or {}]
-    reader = next((modules[key] for key in reversed(keys) if key in modules), model)
-    return reader, read.meta["val"].shape[-1]
+    return next(iter(modules_around(node, model)), model), read.meta["val"].shape[-1]
 
 
 def _is_linear(node: fx.Node) -> bool:

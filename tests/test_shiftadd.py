@@ -1,0 +1,186 @@
+"""Shift layers: weights that are powers of two, to train and packed into bytes, with tokens fused around them."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+import mctf_compile
+from mctf_compile import ConfigError, shiftadd
+from mctf_compile.kernels.shift import reference
+from mctf_compile.testing import TinyViT, VitSpec, assert_rewrite_sound
+from mctf_compile.testing.models import repeated_patches
+from mctf_compile.testing.soundness import ONLY_SIMILARITY
+
+IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def tiny(**changes: object) -> TinyViT:
+    torch.manual_seed(0)
+    return TinyViT(VitSpec(**changes)).eval()
+
+
+def power_of_two(w: float) -> float:
+    """The formula, for one weight."""
+    if w == 0:
+        return 0.0
+    return math.copysign(2.0 ** min(max(round(math.log2(abs(w))), -14), 0), w)
+
+
+def shift_layers(model: nn.Module) -> list[str]:
+    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and parametrize.is_parametrized(m)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_code_is_its_power_of_two(dtype: torch.dtype) -> None:
+    codes = torch.arange(-15, 16, dtype=torch.int8).view(31, 1)
+    found = torch.ops.mctf.powers(codes, dtype)
+    assert found.dtype is dtype
+    assert torch.equal(found, reference.powers(codes, dtype))
+    compiled = torch.compile(torch.ops.mctf.powers, fullgraph=True)
+    assert torch.equal(compiled(codes, dtype), found)
+
+
+def test_weights_are_the_nearest_powers_of_two() -> None:
+    torch.manual_seed(0)
+    weight = torch.cat([torch.randn(200) * 10.0 ** torch.randint(-6, 2, (200,)), torch.tensor([0.0, 1.0, -0.5])])
+    expected = torch.tensor([power_of_two(w) for w in weight.tolist()])
+    assert torch.equal(shiftadd.PowerOfTwo()(weight), expected)
+    layer = shiftadd.ShiftLinear(weight[None], None)
+    assert torch.equal(torch.ops.mctf.powers(layer.codes, torch.float32)[0], expected)
+    assert layer.codes.dtype is torch.int8 and layer.codes.abs().max() == 15
+
+
+def test_the_graph_says_which_layers_shift() -> None:
+    """Those of attention and MLP, whatever they are called; not the embedding, the head, or a layer beside."""
+    model = tiny(depth=2, spelling="separate", mlp="swiglu")
+    shiftadd.shift(model, IMAGES)
+    found = shift_layers(model)
+    assert "head" not in found and "score" not in found
+    blocks = [n for n, m in model.named_modules() if n.startswith("blocks.") and isinstance(m, nn.Linear)]
+    assert sorted(found) == sorted(blocks) and len(found) == 12
+
+
+def test_gradients_go_straight_through() -> None:
+    """Those of a plain model that has the powers of two as its weights."""
+    model = tiny(depth=2).train()
+    plain = copy.deepcopy(model)
+    shiftadd.shift(model, IMAGES)
+    names = shift_layers(model)
+    for name in names:
+        layer = plain.get_submodule(name)
+        layer.weight.data.apply_(power_of_two)
+    expected = plain(IMAGES)
+    torch.testing.assert_close(model(IMAGES), expected)
+    expected.square().sum().backward()
+    compiled = torch.compile(model, backend="mctf", options={"method": "none", "inner": "aot_eager"})
+    for run in (model, compiled):
+        model.zero_grad()
+        run(IMAGES).square().sum().backward()
+        for name in names:
+            trained = model.get_submodule(name).parametrizations.weight.original.grad
+            torch.testing.assert_close(trained, plain.get_submodule(name).weight.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_packed_layers_compute_the_same_bit_for_bit(tmp_path: Path) -> None:
+    model = tiny()
+    dense = copy.deepcopy(model)
+    shiftadd.shift(model, IMAGES)
+    with torch.no_grad():
+        expected = model(IMAGES)
+        layers = [dense.get_submodule(n).weight for n in shift_layers(model)]
+        shiftadd.pack(model)
+        assert torch.equal(model(IMAGES), expected)
+        assert not torch.allclose(dense(IMAGES), expected)
+    codes = [m.codes for m in model.modules() if isinstance(m, shiftadd.ShiftLinear)]
+    assert 4 * sum(c.nbytes for c in codes) == sum(w.nbytes for w in layers)
+    # What is saved has them, and another packed model takes it.
+    torch.save(model.state_dict(), tmp_path / "packed.pt")
+    other = shiftadd.pack(shiftadd.shift(tiny(depth=3), IMAGES))
+    for parameter in other.parameters():
+        parameter.data.zero_()
+    other.load_state_dict(torch.load(tmp_path / "packed.pt", weights_only=True))
+    with torch.no_grad():
+        assert torch.equal(other(IMAGES), expected)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["trained", "packed"])
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_tokens_fuse_as_before(packed: bool, inner: str) -> None:
+    """The same blocks fuse, and what is fused of shift layers is what is fused of plain ones with their weights."""
+    model = shiftadd.shift(tiny(), IMAGES)
+    plain = tiny()
+    for name in shift_layers(model):
+        plain.get_submodule(name).weight.data.copy_(model.get_submodule(name).weight)
+    if packed:
+        shiftadd.pack(model)
+    options = {"r": 4, "min_tokens": 1}
+    reports = [mctf_compile.explain(m, IMAGES, **options) for m in (model, plain)]
+    assert [str(b) for b in reports[0].blocks] == [str(b) for b in reports[1].blocks]
+    assert reports[0].macs_after == reports[1].macs_after < reports[0].macs_before
+    torch._dynamo.reset()
+    with torch.no_grad():
+        results = [
+            torch.compile(m, backend="mctf", options={**options, "inner": inner})(IMAGES) for m in (model, plain)
+        ]
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.builds(
+        VitSpec,
+        depth=st.just(2),
+        prefix=st.integers(0, 2),
+        spelling=st.sampled_from(("sdpa", "softmax", "einsum", "flat", "separate")),
+        norm=st.sampled_from(("pre", "post", "parallel")),
+        mlp=st.sampled_from(("gelu", "swiglu")),
+        head=st.sampled_from(("mean", "max", "dense", "spread")),
+        layout=st.sampled_from(("bnc", "nbc")),
+        layer_scale=st.booleans(),
+        qk_norm=st.booleans(),
+    ),
+    st.booleans(),
+    st.integers(1, 6),
+    st.integers(0, 99),
+)
+def test_fused_shift_layers_are_sound(spec: VitSpec, packed: bool, r: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    model = TinyViT(spec).eval()
+    images = repeated_patches(2, spec.grid, 3, seed)
+    shiftadd.shift(model, images)
+    if packed:
+        shiftadd.pack(model)
+    assert_rewrite_sound(model, images, r=r, min_tokens=1, **ONLY_SIMILARITY)
+
+
+class Lines(nn.Module):
+    """A model without attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def test_models_without_such_layers_are_refused() -> None:
+    with pytest.raises(ConfigError, match="no block of this model has a linear layer"):
+        shiftadd.shift(Lines(), torch.randn(2, 3))
+    with pytest.raises(ConfigError, match="no shift layers; mctf_compile"):
+        shiftadd.pack(Lines())
+    with pytest.raises(ConfigError, match="needs example inputs"):
+        shiftadd.shift(tiny())
+    model = shiftadd.shift(tiny(), IMAGES)
+    with pytest.raises(ConfigError, match="could be a shift layer"):
+        shiftadd.shift(model, IMAGES)
