@@ -71,3 +71,41 @@ def test_the_distance_between_features_is_frechets() -> None:
     apart = ((a.double().mean(0) - b.double().mean(0)) ** 2).sum().item()
     expected = apart + numpy.trace(first + second - 2 * linalg.sqrtm(first @ second).real)
     assert frechet(a, b) == pytest.approx(expected, rel=1e-6) and abs(frechet(a, a)) < 1e-9
+
+
+def test_figures_have_their_joints_where_their_limbs_end() -> None:
+    from pose import COLOURS, LIMBS, SIZE, figures
+
+    images, joints = figures(20, torch.Generator().manual_seed(0))
+    assert images.shape == (20, 3, SIZE, SIZE) and 0 <= joints.min() and joints.max() <= 1
+    # The last limbs are drawn over the others: there their own colour is.
+    for (_, end), colour in list(zip(LIMBS, COLOURS))[-2:]:
+        at = (joints[:, end] * SIZE).long()
+        drawn = torch.stack([image[:, y, x] for image, (x, y) in zip(images, at.tolist())])
+        assert (drawn == torch.tensor(colour)).all(1).float().mean() > 0.8
+
+
+def test_a_heat_map_says_where_its_joint_is() -> None:
+    from pose import where
+
+    heat = torch.full((1, 2, 16, 16), -1e4)
+    heat[0, 0, 3, 12] = heat[0, 1, 0, 0] = 1e4
+    torch.testing.assert_close(where(heat), torch.tensor([[[12.5 / 16, 3.5 / 16], [0.5 / 16, 0.5 / 16]]]))
+
+
+def test_half_of_the_patches_of_a_figure_run() -> None:
+    from pose import Light, OnLimbs, Pose, figures
+
+    torch.manual_seed(0)
+    model, (images, _) = Pose().eval(), figures(2, torch.Generator().manual_seed(0))
+    mctf_compile.attach(model, images, method="select", score=OnLimbs(Light().eval()))
+    options = {"method": "select", "keep_ratio": 0.5}
+    (block,) = mctf_compile.trace(model, images, **options).blocks
+    assert (~block.dropped).sum(1).tolist() == [32, 32]
+    assert torch.equal(~block.dropped, torch.zeros(2, 64, dtype=torch.bool).scatter(1, _highest(model, images), True))
+
+
+def _highest(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """The 32 patches of each image with the highest scores; of equal ones the first."""
+    scores = model.mctf_select["0"].score(images)
+    return scores.argsort(dim=1, descending=True, stable=True)[:, :32]
