@@ -398,3 +398,28 @@ def test_a_module_that_says_the_same_of_all_images_fuses_nothing(monkeypatch: py
     mctf_compile.attach(model, images, method="select")
     report = mctf_compile.explain(model, images, kwargs={"patch_scores": torch.rand(2, 16)}, method="select")
     assert "speaks of other images than those of this block" in str(report.blocks[0])
+
+
+@pytest.mark.parametrize(("protected", "tokens"), [(0, 9), (1, 9), (3, 10)])
+def test_protected_tokens_are_those_of_the_option(protected: int, tokens: int) -> None:
+    """With 0 the class token competes, and patches are not made apart from it: all are embedded, and it fuses."""
+    torch.manual_seed(0)
+    model, images = TinyViT(VitSpec()).eval(), torch.randn(2, 3, 16, 16)
+    entry = torch.cat([model.prefix.expand(2, -1, -1), model.embed(images).flatten(2).mT], 1)
+    blocks, scores = copy.deepcopy(model.blocks), torch.rand(2, 16) + 1
+    mctf_compile.attach(model, images, method="select")
+    seen: list[Tensor] = []
+    model.head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        compiled(model, keep_ratio=0.5, protected=protected)(images, patch_scores=scores)
+        rest = torch.cat([torch.zeros(2, 1), scores], 1)[:, protected:].argsort(1, descending=True) + protected
+        first = torch.arange(protected).expand(2, -1)
+        y = of(entry, torch.cat([first, rest[:, : tokens - protected]], 1))
+        for block in blocks:
+            y = block(y, None)
+    report = mctf_compile.explain(
+        model, images, kwargs={"patch_scores": scores}, method="select", keep_ratio=0.5, protected=protected
+    )
+    assert report.blocks[0].tokens_out == tokens
+    # Without protection the class token has the lowest score and leaves; as the report says, position 0 holds another.
+    torch.testing.assert_close(seen[0], model.norm(y)[:, 0], rtol=1e-4, atol=1e-5)

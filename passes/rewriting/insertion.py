@@ -463,7 +463,8 @@ class Insertion:
         Before::  x0 = add(embed(patches), positions); y0 = mctf.keep(x0, keep, 1)
         After::   y0 = add(embed(mctf.keep(patches, keep, 1)), mctf.keep(positions, keep, 1))
 
-        None where tokens that leave are combined with others, or all are needed to choose among them.
+        None where tokens that leave are combined with others, where all are needed to choose among them, and where they
+        are made of several parts that cannot be told apart by token.
         """
         entry, learned, stream = present(block.block.entry), block.block.learned, present(x.stream)
         if choice.combine is not Combine.DROP or not choice.zeroed or x.generation or self.plan.site is not Site.BEFORE:
@@ -471,7 +472,10 @@ class Insertion:
         first = origins(entry, stream.tokens, self.program.axes)
         if learned is not None and any(node is learned or self.program.descends(learned, node) for node in first):
             return None
-        made = {node: made_of_kept(node, stream, self.program.env) for node in first}
+        try:
+            made = {node: made_of_kept(node, stream, self.program.env) for node in first}
+        except Declined:
+            return None
         return self.program.recomputed_fused(entry, made)
 
     def _with_gain(self, fused: Value, x: Value, choice: Choice) -> Value:
