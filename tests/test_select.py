@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from typing import Any
 
@@ -423,3 +424,22 @@ def test_protected_tokens_are_those_of_the_option(protected: int, tokens: int) -
     assert report.blocks[0].tokens_out == tokens
     # Without protection the class token has the lowest score and leaves; as the report says, position 0 holds another.
     torch.testing.assert_close(seen[0], model.norm(y)[:, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_calls_from_several_threads_have_their_own_scores() -> None:
+    torch.manual_seed(0)
+    model, images = TinyViT(VitSpec(head="mean")).eval(), torch.randn(2, 3, 16, 16)
+    plain, scores = copy.deepcopy(model), [torch.rand(2, 16) for _ in range(4)]
+    expected = [selected(plain, images, highest(each, 0.5)) for each in scores]
+    mctf_compile.attach(model, images, method="select")
+    fast = compiled(Wrapped(model).eval(), keep_ratio=0.5)
+    with torch.no_grad():
+        fast(images, scores[0])
+
+    def calls(number: int) -> float:
+        with torch.no_grad():
+            errors = [(fast(images, scores[number]) - expected[number]).abs().max().item() for _ in range(30)]
+        return max(errors)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert max(pool.map(calls, range(4))) < 1e-4
