@@ -138,10 +138,10 @@ def make_plan(
     blocks, towers = present(state.blocks), present(state.towers)
     able = [b for b in blocks if b.problem is None]
     if Need.LEARNED in method.needs and able and all(b.learned is None for b in able):
-        hint = f"; {method.hint}" if method.hint else ""
+        has_none = f"has no word of its modules in this graph ({method.hint})" if method.hint else None
         raise ConfigError(
-            f"method {method.name!r} needs modules that this model does not have; "
-            f"mctf_compile.attach(model, method={method.name!r}) adds them before it is compiled{hint}."
+            f"method {method.name!r} {has_none or 'needs modules that this model does not have'}; "
+            f"mctf_compile.attach(model, method={method.name!r}) adds them before it is compiled."
         )
     _check_layers(method, blocks, towers)
     planned: dict[int, PlannedBlock] = {}
