@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import mctf_compile
-from mctf_compile.testing import Recorder
+from mctf_compile.testing import Recorder, TinyViT, VitSpec, assert_rewrite_sound
+from mctf_compile.testing.models import repeated_patches
 from mctf_compile.testing.soundness import ONLY_SIMILARITY
 
 B, N, C, H, D = 2, 24, 32, 4, 8
@@ -154,3 +155,24 @@ def test_compiled_with_grouped_heads():
     assert mctf_compile.explain(model, x, **options).removed == 8
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(model, backend="mctf", options=options)(x), model(x))
+
+
+class TokensAsHeads(nn.Module):
+    """Attention that takes the tokens for heads: they are as many as those of a table, or share its only one."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.tokens = TinyViT(VitSpec(depth=2, prefix=0, head="dense"))
+        self.table = nn.Parameter(torch.randn(1, 2, 16).expand(heads, -1, -1).clone())
+
+    def forward(self, images):
+        x = self.tokens(images).transpose(0, 1)
+        return F.scaled_dot_product_attention(x, self.table, self.table, enable_gqa=True)
+
+
+@pytest.mark.parametrize("heads", [16, 8, 1])
+def test_tokens_in_the_place_of_grouped_heads(heads):
+    torch.manual_seed(0)
+    model = TokensAsHeads(heads).eval()
+    report = assert_rewrite_sound(model, repeated_patches(2, 4, 3, seed=0), method="tome", r=3, layers=[0])
+    assert report.fused

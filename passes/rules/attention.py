@@ -146,9 +146,12 @@ def attention(call: Call) -> Flow:
     # From the right, as they broadcast; what is missing or 1 in one is that of another.
     leads = [dims[-3::-1] for dims in (q, k, v, *(() if mask is None else (call.dims_of(mask),)))]
     lead = tuple(next(filter(None, dims), ()) for dims in zip_longest(*leads, fillvalue=()))[::-1]
-    if not call.args.get("enable_gqa"):
-        for a, b, c in zip_longest(*leads[:3], fillvalue=()):
-            mixed += align(a, b) + align(a, c) + align(b, c)
+    for i, (a, b, c) in enumerate(zip_longest(*leads[:3], fillvalue=())):
+        if i == 0 and call.args.get("enable_gqa") and not product(a) == product(b) == product(c):
+            # Several heads of the queries share one of the keys.
+            mixed += (a, b, c)
+            continue
+        mixed += align(a, b) + align(a, c) + align(b, c)
     if mask is not None:
         for a, b in zip(reversed((*q[:-1], k[-2])), reversed(call.dims_of(mask))):
             mixed += align(a, b)
