@@ -25,6 +25,6 @@ def powers(codes: Tensor, dtype: torch.dtype) -> Tensor:
     Returns:
         The weights, in that dtype; exactly. They have no gradient.
 
-    Source: You et al., ShiftAddViT, NeurIPS 2023 (arXiv 2306.06446), section 4.
+    Source: You et al., ShiftAddViT, NeurIPS 2023 (arXiv 2306.06446).
     """
     return aten.powers(codes, dtype)

@@ -26,7 +26,7 @@ class PowerOfTwo(nn.Module):
 
     The gradient of a weight is that of its power of two (straight-through).
 
-    Source: You et al., NeurIPS 2023, the shift layers of its section 4.
+    Source: You et al., NeurIPS 2023 (arXiv 2306.06446).
     """
 
     def forward(self, weight: Tensor) -> Tensor:
