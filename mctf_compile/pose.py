@@ -58,7 +58,7 @@ def on_limbs(
     steps = torch.arange(max(grid), device=joints.device)
     longest = (last - first).abs().amax(-1, keepdim=True)[:, :, None].clamp(min=1)
     # The nearest whole number at each step along the longer side.
-    at = steps.clamp(max=max(grid))[:, None].minimum(longest)
+    at = steps[:, None].minimum(longest)
     line = first[:, :, None] + (2 * at * (last - first)[:, :, None] + longest).div(2 * longest, rounding_mode="floor")
     shown = (seen[:, pairs[:, 0]] & seen[:, pairs[:, 1]])[:, :, None].expand(line.shape[:3])
     if not torch.compiler.is_compiling():
