@@ -298,7 +298,7 @@ def test_checkpoints_of_other_models_are_refused(change: Any, said: str, tmp_pat
 
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.pth").write_text("nothing")
-    with pytest.raises(ConfigError, match=r"a\.pth cannot be read as a checkpoint"):
+    with pytest.raises(ConfigError, match=r"a\.pth cannot be read as a state dict"):
         load_official(MODELS["t2t_vit_14"](), tmp_path / "a.pth")
 
 

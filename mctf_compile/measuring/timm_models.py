@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from mctf_compile import models as own
 from mctf_compile import packages
 from mctf_compile.errors import ConfigError
+from mctf_compile.models.checkpoints import state_dict_in
 
-timm, data, models = map(packages.timm, ("timm", "timm.data", "timm.models"))
+timm, data = map(packages.timm, ("timm", "timm.data"))
 
 
 def make_model(name: str, img_size: int | None, pretrained: bool) -> nn.Module:
@@ -45,13 +46,7 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
     Raises ``ConfigError`` for a file that is none.
     """
-    try:
-        found: dict[str, Any] = models.load_state_dict(str(file), weights_only=True)
-    except Exception as error:
-        # The formats' readers raise errors of their own.
-        raise ConfigError(f"{file} cannot be read as a state dict: {str(error).splitlines()[0]}") from error
-    if not found or not all(isinstance(value, Tensor) for value in found.values()):
-        raise ConfigError(f"{file} holds no state dict: not every entry is a tensor")
+    found = state_dict_in(file)
     learned = {name: value for name, value in found.items() if name.startswith("mctf_")}
     return {name: value for name, value in found.items() if name not in learned}, learned
 

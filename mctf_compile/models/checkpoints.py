@@ -21,7 +21,7 @@ def load_official(model: nn.Module, file: Path | str) -> None:
     Raises ``ConfigError`` for a file that is no checkpoint, and for one of another model: it names the first entries
     that are missing, left over, or of another shape. ``MissingPackage`` without timm.
     """
-    found = _read(file)
+    found = state_dict_in(file)
     own = model.state_dict()
     other = {name for name in found if name in own and found[name].shape != own[name].shape}
     resized = {name.split(".")[0] for name in other if name.startswith(HEADS)}
@@ -38,11 +38,17 @@ def load_official(model: nn.Module, file: Path | str) -> None:
     model.load_state_dict({name: own[name] if name in heads else value for name, value in found.items()})
 
 
-def _read(file: Path | str) -> dict[str, Tensor]:
+def state_dict_in(file: Path | str) -> dict[str, Tensor]:
+    """A checkpoint's state dict, out of what a training script wrapped it in.
+
+    Raises ``ConfigError`` for a file that holds none; ``MissingPackage`` without timm.
+    """
     models = packages.timm("timm.models")
     try:
         found: dict[str, Tensor] = models.load_state_dict(str(file), weights_only=True)
     except Exception as error:
         # The formats' readers raise errors of their own.
-        raise ConfigError(f"{file} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{file} cannot be read as a state dict: {str(error).splitlines()[0]}") from error
+    if not found or not all(isinstance(value, Tensor) for value in found.values()):
+        raise ConfigError(f"{file} holds no state dict: not every entry is a tensor")
     return found
