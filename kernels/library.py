@@ -1,6 +1,6 @@
 """The operator namespace ``torch.ops.mctf`` and the ways to put an operator in it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
 from hashlib import sha256
@@ -22,37 +22,51 @@ _SHAPES = torch.library.Library("mctf_shapes", "DEF")
 _stand_ins: dict[Callable[..., Any], OpOverload] = {}
 _originals: dict[OpOverload, OpOverload] = {}
 
+# Multiply-accumulates, of the operators that say how many theirs are.
+_macs: dict[OpOverload, Callable[..., int]] = {}
 
-def composite(schema: str, shapes: Callable[..., Any] | None = None) -> Callable[[F], F]:
+
+def composite(
+    schema: str, shapes: Callable[..., Any] | None = None, macs: Callable[..., int] | None = None
+) -> Callable[[F], F]:
     """Register the decorated function as a composite operator with ``schema``.
 
     A composite operator (CompositeImplicitAutograd) is one node in a graph traced before dispatch, and
     opens up into ATen under AOTAutograd, so that Inductor fuses its parts with their neighbours. Its
     autograd and its fake kernel are those of the ATen operators that it calls.
 
-    ``shapes``: what programs are traced with, in a tenth of the time: see ``stand_in``.
+    ``shapes``: what programs are traced with, in a tenth of the time: see ``stand_in``. ``macs``: the
+    multiply-accumulates of the products that it calls, from the same arguments; with ``shapes`` alone it calls none.
     """
 
     def register(function: F) -> F:
         name = LIBRARY.define(schema)
         LIBRARY.impl(name, function, "CompositeImplicitAutograd")
+        operator = getattr(torch.ops.mctf, name).default
         if shapes is not None:
-            stand_in(getattr(torch.ops.mctf, name).default)(shapes)
+            stand_in(operator)(shapes)
+            _macs[operator] = macs or _no_macs
         return function
 
     return register
 
 
-def opaque(schema: str, shapes: Callable[..., Any]) -> Callable[[F], F]:
+def _no_macs(*_: object) -> int:
+    return 0
+
+
+def opaque(schema: str, shapes: Callable[..., Any], macs: Callable[..., int] | None = None) -> Callable[[F], F]:
     """Register the decorated function as an operator that stays one call whatever compiles the graph.
 
-    It has no gradient. ``shapes``: from the same arguments, empty tensors of the shapes and dtypes of the results.
+    It has no gradient. ``shapes``: from the same arguments, empty tensors of the shapes and dtypes of the results;
+    ``macs``: its multiply-accumulates, where it has any.
     """
 
     def register(function: F) -> F:
         name = LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"mctf::{name}", shapes, lib=LIBRARY)
+        _macs[getattr(torch.ops.mctf, name).default] = macs or _no_macs
         return function
 
     return register
@@ -107,6 +121,22 @@ class ShapesAlone(TorchFunctionMode):
 def original(target: Any) -> OpOverload | None:
     """The operator that ``target`` stands for, where it is a stand-in."""
     return _originals.get(target)
+
+
+def says_macs(target: Any) -> bool:
+    """Whether ``macs_of`` knows an operator: what it multiplies is then not to be found by running it."""
+    return target in _macs
+
+
+def macs_of(operator: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """The multiply-accumulates of a call of an operator that says how many; of symbolic sizes an expression."""
+    rest = operator._schema.arguments[len(args) :]
+    return _macs[operator](*args, *(kwargs.get(argument.name, argument.default_value) for argument in rest))
+
+
+def shapes_of(operator: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Empty results of a call of an operator, computing as little as can be."""
+    return _stand_ins.get(operator, operator)(*args, **kwargs)
 
 
 @cache

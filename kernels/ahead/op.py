@@ -1,5 +1,7 @@
 """``mctf::ahead``: one-step-ahead attention through the fusion map."""
 
+from math import prod
+
 import torch
 from torch import Tensor
 
@@ -12,10 +14,17 @@ def _shapes(weights: Tensor, norm: Tensor, v: Tensor, *_: object) -> Tensor:
     return v.new_empty(v.shape)
 
 
+def _macs(weights: Tensor, norm: Tensor, v: Tensor, index: Tensor, weight: Tensor | None, *_: object) -> int:
+    """Those of A (Sᵀ V), or of A' V where A' is built."""
+    rows, columns = (v.shape[2], v.shape[2]) if weight is None else weights.shape[2:]
+    return prod((*v.shape[:2], rows, columns, v.shape[3]))
+
+
 @composite(
     "ahead(Tensor weights, Tensor norm, Tensor v, Tensor index, Tensor? weight, Tensor keep, Tensor gone, Tensor into, "
     "float dropout_p) -> Tensor",
     _shapes,
+    _macs,
 )
 def ahead(
     weights: Tensor,

@@ -1,5 +1,7 @@
 """``mctf::attention`` and ``mctf::importance``: attention over tokens that have sizes."""
 
+from math import prod
+
 from torch import Tensor
 
 from mctf_compile.kernels.attention import aten
@@ -23,9 +25,14 @@ def _attention_shapes(
     return resized(q, 3, v.shape[3]).to(autocast_dtype(q))
 
 
+def _attention_macs(q: Tensor, k: Tensor, v: Tensor, *_: object) -> int:
+    return prod(q.shape[:3]) * k.shape[2] * (q.shape[3] + v.shape[3])
+
+
 @composite(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? log_size, Tensor? bias, float scale, float dropout_p) -> Tensor",
     _attention_shapes,
+    _attention_macs,
 )
 def attention(
     q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None, bias: Tensor | None, scale: float, dropout_p: float
@@ -61,9 +68,15 @@ def _importance_shapes(
     )
 
 
+def _importance_macs(q: Tensor, k: Tensor, *_: object) -> int:
+    """Those of the logits, and of the sum over heads and queries."""
+    return prod(q.shape[:3]) * k.shape[2] * (q.shape[3] + 1)
+
+
 @composite(
     "importance(Tensor q, Tensor k, Tensor? log_size, Tensor? bias, float scale) -> (Tensor, Tensor, Tensor)",
     _importance_shapes,
+    _importance_macs,
 )
 def importance(
     q: Tensor, k: Tensor, log_size: Tensor | None, bias: Tensor | None, scale: float

@@ -40,10 +40,20 @@ def _matching(x: Tensor, n: int, r: int) -> tuple[Tensor, Tensor, Tensor]:
     return keep, gone, into
 
 
+def _macs(
+    x: Tensor, importance: Tensor | None, size: Tensor, r: int, lead: int, tail: int, tau_sim: float, *_: object
+) -> int:
+    """Those of the scores, which with ``tau_sim=1`` are products of vectors with an entry more."""
+    free = x.shape[1] - lead - tail
+    even = (free + 1 - lead % 2) // 2
+    return x.shape[0] * even * (free - even) * (x.shape[2] + (tau_sim == 1)) if tau_sim else 0
+
+
 @composite(
     "match(Tensor x, Tensor? importance, Tensor size, SymInt r, int lead, int tail, float tau_sim, "
     "float tau_info, float tau_size, bool bidirectional, Tensor? kind=None) -> (Tensor, Tensor, Tensor)",
     shapes,
+    _macs,
 )
 def match(
     x: Tensor,
@@ -132,10 +142,29 @@ def _tiles_shapes(
     return _matching(x, x.shape[1], r)
 
 
+def _tiles_macs(
+    x: Tensor,
+    importance: Tensor | None,
+    size: Tensor,
+    r: int,
+    lead: int,
+    tail: int,
+    height: int,
+    width: int,
+    tile: Sequence[int],
+    seed: int | None,
+    taus: Sequence[float],
+    *_: object,
+) -> int:
+    receivers = -(-height // tile[0]) * -(-width // tile[1])
+    return x.shape[0] * receivers * (height * width - receivers) * x.shape[2] if taus[0] else 0
+
+
 @composite(
     "match_tiles(Tensor x, Tensor? importance, Tensor size, SymInt r, int lead, int tail, int height, int width, "
     "int[] tile, int? seed, float[] taus, Tensor? kind=None) -> (Tensor, Tensor, Tensor)",
     _tiles_shapes,
+    _tiles_macs,
 )
 def match_tiles(
     x: Tensor,
@@ -187,10 +216,15 @@ def _best_shapes(a: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return a.new_empty(a.shape[:2]), a.new_empty(a.shape[:2], dtype=torch.long)
 
 
+def _best_macs(a: Tensor, b: Tensor, of_a: Tensor, of_b: Tensor, tau_sim: float, *_: object) -> int:
+    return a.shape[0] * a.shape[1] * b.shape[1] * a.shape[2] if tau_sim else 0
+
+
 @opaque(
     "best(Tensor a, Tensor b, Tensor of_a, Tensor of_b, float tau_sim, Tensor? kind_a, Tensor? kind_b) "
     "-> (Tensor, Tensor)",
     _best_shapes,
+    _best_macs,
 )
 def best(
     a: Tensor, b: Tensor, of_a: Tensor, of_b: Tensor, tau_sim: float, kind_a: Tensor | None, kind_b: Tensor | None

@@ -37,7 +37,11 @@ def _nearest_shapes(x: Tensor, keep: Tensor, gone: Tensor, *_: object) -> Tensor
     return gone.new_empty(gone.shape)
 
 
-@composite("nearest(Tensor x, Tensor keep, Tensor gone, int lead, int tail) -> Tensor", _nearest_shapes)
+def _nearest_macs(x: Tensor, keep: Tensor, gone: Tensor, lead: int, tail: int) -> int:
+    return gone.shape[0] * gone.shape[1] * (keep.shape[1] - lead - tail) * x.shape[2]
+
+
+@composite("nearest(Tensor x, Tensor keep, Tensor gone, int lead, int tail) -> Tensor", _nearest_shapes, _nearest_macs)
 def nearest(x: Tensor, keep: Tensor, gone: Tensor, lead: int, tail: int) -> Tensor:
     """The unprotected kept token most similar (by cosine) to each one that left.
 

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import mctf_compile.kernels  # noqa: F401  registers torch.ops.mctf
 from mctf_compile.errors import PassError
+from mctf_compile.kernels.library import macs_of, says_macs, shapes_of
 from mctf_compile.passes.analysis.structure import Block
 from mctf_compile.passes.axes import hint_of
 from mctf_compile.passes.planning.counts import Counts
@@ -35,16 +36,10 @@ def _product_flops(a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
     return flops
 
 
-def _scores_flops(a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
-    flops: int = 2 * a[0] * a[1] * a[2] * b[1]
-    return flops
-
-
 # The counter of older releases does not know attention on the CPU, and none knows products of integers.
 COUNTED = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._int_mm: _product_flops,
-    torch.ops.mctf.best: _scores_flops,
 }
 
 
@@ -216,7 +211,11 @@ class _ByNode(_Numbers):
             flops, result = self.calls[call]
             self.counter.flop_counts["Global"][target] += flops
             return result
-        result = super().call_function(target, args, kwargs)
+        if says_macs(target):
+            self.counter.flop_counts["Global"][target] += 2 * macs_of(target, args, kwargs)
+            result = shapes_of(target, args, kwargs)
+        else:
+            result = super().call_function(target, args, kwargs)
         if call is not None:
             if len(self.calls) == CALLS:
                 self.calls.clear()
