@@ -3,11 +3,17 @@
 import gc
 import os
 
+# Read when torch is imported, in the processes that tests start as well.
+os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")
+
 import pytest
 import torch
+from torch._dynamo import guards
 
 torch.set_num_threads(1)
 os.environ.setdefault("MCTF_FAULTS", "raise")
+# Dynamo times the guards of everything that it compiles, in an emptied cache, for its log alone.
+guards.profile_guard_manager = lambda *_: 0.0
 
 
 def pytest_collection_finish() -> None:
