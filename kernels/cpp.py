@@ -9,7 +9,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 # One translation unit: most of the time goes into PyTorch's headers.
-SOURCES = ("cpp.h", "attention/attention.cpp", "matching/match.cpp", "pooling/pooling.cpp")
+SOURCES = ("cpp.h", "attention/attention.cpp", "matching/match.cpp", "pooling/pooling.cpp", "shift/shift.cpp")
 # The kernels are written for multiply-adds, which Inductor's flags leave out.
 FLAGS = ("-ffp-contract=fast",)
 

@@ -38,6 +38,12 @@ def pool_supported(x: Tensor, weight: Tensor | None, dim: int) -> bool:
     return rows and x.dtype in KNOWN and weight is not None and weight.dtype == torch.float32
 
 
+def shift_supported(x: Tensor, codes: Tensor, bias: Tensor | None) -> bool:
+    """Whether the kernel of shift layers takes these operands: tokens of float32 or bfloat16, codes with no gaps."""
+    same = bias is None or bias.dtype == x.dtype
+    return x.dtype in KNOWN and same and 2 <= x.dim() <= 4 and codes.dim() == 2 and 1 in codes.stride()
+
+
 def _token_major(v: Tensor, n: int | torch.SymInt) -> Tensor:
     """Empty [B, H, N, D] laid out [B, N, H, D]."""
     return v.new_empty(v.shape[0], n, v.shape[1], v.shape[3]).transpose(1, 2)
@@ -100,6 +106,14 @@ declare("group_cpp(Tensor raw, Tensor size, Tensor keep, Tensor gone, Tensor int
 declare("pool_cpp(Tensor x, Tensor weight, Tensor keep, Tensor gone, Tensor into, int dim) -> Tensor")(pool_shapes)
 
 
+# A linear layer whose weights are those of the codes, which lie row by row or, faster, channel by channel; x has two to
+# four dimensions.
+@declare("shift_linear_cpp(Tensor x, Tensor codes, Tensor? bias) -> Tensor")
+def shift_linear(x: Tensor, codes: Tensor, bias: Tensor | None) -> Tensor:
+    """Empty [..., O] of x [..., C] and codes [O, C]."""
+    return x.new_empty(*x.shape[:-1], codes.shape[0])
+
+
 def _no_gradient(ctx: Any, *grads: Tensor) -> NoReturn:
     raise RuntimeError(
         "The C++ kernels of mctf_compile have no gradient: compile the model where gradients are "
@@ -107,5 +121,5 @@ def _no_gradient(ctx: Any, *grads: Tensor) -> NoReturn:
     )
 
 
-for _name in ("attention_cpp", "importance_cpp", "ahead_cpp", "group_cpp", "pool_cpp"):
+for _name in ("attention_cpp", "importance_cpp", "ahead_cpp", "group_cpp", "pool_cpp", "shift_linear_cpp"):
     torch.library.register_autograd(f"mctf::{_name}", _no_gradient, lib=LIBRARY)

@@ -15,6 +15,7 @@ from mctf_compile.kernels.attention import triton as _attention
 from mctf_compile.kernels.attention import triton_backward as _gradients
 from mctf_compile.kernels.matching import triton as _matching
 from mctf_compile.kernels.pooling import triton as _pooling
+from mctf_compile.kernels.shift import triton as _shift
 from mctf_compile.kernels.unmerge import triton as _unmerge
 
 
@@ -217,3 +218,24 @@ def _unmerge_gradient(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
 
 
 unmerge.register_autograd(_unmerge_gradient, setup_context=_keep_unmerge)
+
+
+@triton_op("mctf::shift_linear_triton", mutates_args=())
+def shift_linear(x: Tensor, codes: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer [..., C] -> [..., O] with the weights of ``codes`` [O, C]."""
+    return _shift.shift_linear(x, codes, bias)
+
+
+def _keep_codes(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, codes, bias = inputs
+    ctx.save_for_backward(codes)
+    ctx.bias_gradient = bias is not None and ctx.needs_input_grad[2]
+
+
+def _shift_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    (codes,) = ctx.saved_tensors
+    dbias = dy.flatten(0, -2).sum(0) if ctx.bias_gradient else None
+    return dy @ torch.ops.mctf.powers(codes, dy.dtype), None, dbias
+
+
+shift_linear.register_autograd(_shift_gradients, setup_context=_keep_codes)

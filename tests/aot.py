@@ -37,6 +37,7 @@ TYPES = {
     torch.int64: "*i64",
     torch.int32: "*i32",
     torch.bool: "*i1",
+    torch.int8: "*i8",
     torch.uint8: "*u8",
 }
 

@@ -19,9 +19,10 @@ from mctf_compile.kernels.attention import triton_backward as gradients
 from mctf_compile.kernels.device import Launch
 from mctf_compile.kernels.matching import triton as matching
 from mctf_compile.kernels.pooling import triton as pooling
+from mctf_compile.kernels.shift import triton as shift
 from mctf_compile.kernels.unmerge import triton as unmerge
 
-MODULES = (attention, gradients, ahead, matching, pooling)
+MODULES = (attention, gradients, ahead, matching, pooling, shift)
 B, H, R = 2, 3, 16
 
 
@@ -67,6 +68,12 @@ def pool(channels: int, dtype: torch.dtype) -> None:
         unmerge.unmerge_backward(unmerge.unmerge(y, index, dim), index, n - R, dim)
 
 
+def multiply_codes(dtype: torch.dtype) -> None:
+    codes = empty(1536, 384, dtype=torch.int8)
+    shift.shift_linear(empty(B, 197, 384, dtype=dtype), codes, empty(1536, dtype=dtype))
+    shift.shift_linear(empty(B, 197, 384, dtype=dtype), codes, None)
+
+
 def with_tf32(launch: Callable[[], None]) -> None:
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32"
@@ -97,6 +104,7 @@ TABLE: dict[str, Callable[[], None]] = {
         for c in (1, 16, 64, 384)
         for dtype in (torch.bfloat16, torch.float32)
     },
+    **{f"shift-{str(dtype)[6:]}": partial(multiply_codes, dtype) for dtype in (torch.bfloat16, torch.float32)},
     "attention-N577-D128-tf32": partial(with_tf32, partial(attend, 128, torch.float32, 577)),
     "ahead-D64-tf32": partial(with_tf32, partial(attend_ahead, 64, torch.float32, 197)),
 }

@@ -20,6 +20,7 @@ from mctf_compile.kernels.attention import reference as attention_reference
 from mctf_compile.kernels.library import sources_digest
 from mctf_compile.kernels.matching import reference as matching_reference
 from mctf_compile.kernels.pooling import reference as pooling_reference
+from mctf_compile.kernels.shift import reference as shift_reference
 
 ops = torch.ops.mctf
 examples = settings(max_examples=60, deadline=None, derandomize=True)
@@ -315,6 +316,46 @@ def test_a_gradient_is_refused():
         out = ops.attention_cpp(q, k, v, None, None, 1.0)
         with pytest.raises(RuntimeError, match="have no gradient: compile the model where gradients are recorded"):
             out.sum().backward()
+
+
+def some_codes(outputs: int, channels: int) -> Tensor:
+    return torch.randint(-15, 16, (outputs, channels), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+
+
+def channel_by_channel(x: Tensor, codes: Tensor, bias: Tensor | None) -> Tensor:
+    """Products with powers of two are exact: each sum is rounded after each channel, in their order."""
+    total, weight = torch.zeros(()), shift_reference.powers(codes, torch.float32)
+    for c in range(x.shape[-1]):
+        total = total + x[..., c : c + 1] * weight[:, c]
+    return total if bias is None else total + bias
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 30), (2, 197, 64), (2, 3, 5, 33), (3, 0, 8)], ids=str)
+@pytest.mark.parametrize("outputs", [1, 24, 100])
+def test_shift_layers_are_the_formula_bit_for_bit(shape, outputs, biased, threads):
+    x, codes = randn(*shape), some_codes(outputs, shape[-1])
+    bias = randn(outputs, seed=1) if biased else None
+    assert torch.equal(ops.shift_linear_cpp(x, codes, bias), channel_by_channel(x, codes, bias))
+    # Rows and channels that are not next to one another, codes in rows of a longer tensor.
+    apart = torch.full((*shape[:-1], 2 * shape[-1]), float("nan"))[..., ::2].copy_(x)
+    parted = torch.cat([codes, codes], 1)[:, : shape[-1]]
+    assert torch.equal(ops.shift_linear_cpp(apart, parted, bias), channel_by_channel(x, codes, bias))
+    by_channel = torch.cat([codes, codes]).t().contiguous().t()[outputs:]
+    assert torch.equal(ops.shift_linear_cpp(x, by_channel, bias), channel_by_channel(x, codes, bias))
+
+
+def test_shift_layers_in_bfloat16_are_rounded_once(threads):
+    x, codes, bias = (
+        t.bfloat16() if t.is_floating_point() else t for t in (randn(50, 64), some_codes(30, 64), randn(30))
+    )
+    exact = channel_by_channel(x.float(), codes, bias.float())
+    assert torch.equal(ops.shift_linear_cpp(x, codes, bias), exact.bfloat16())
+
+
+def test_shift_layers_refuse_other_channels():
+    with pytest.raises(RuntimeError, match="weights of 5 channels for 4"):
+        ops.shift_linear_cpp(randn(2, 4), some_codes(3, 5), None)
 
 
 def vit(**options) -> torch.nn.Module:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 import mctf_compile
-from mctf_compile import ConfigError, shiftadd
+from mctf_compile import ConfigError, FusionConfig, rewrite, shiftadd
 from mctf_compile.kernels.shift import reference
+from mctf_compile.passes.lowering import triton
+from mctf_compile.passes.lowering.choose_kernels import choose_kernels
 from mctf_compile.testing import TinyViT, VitSpec, assert_rewrite_sound
 from mctf_compile.testing.models import repeated_patches
 from mctf_compile.testing.soundness import ONLY_SIMILARITY
@@ -133,6 +138,80 @@ def test_tokens_fuse_as_before(packed: bool, inner: str) -> None:
             torch.compile(m, backend="mctf", options={**options, "inner": inner})(IMAGES) for m in (model, plain)
         ]
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+
+
+def lowered(model: nn.Module, autocast: bool = False, **options: object) -> tuple[list[str], list[str], Tensor]:
+    """The operators of the compiled graph, what it says of kernels that were not taken, and its output."""
+    graphs: list[fx.GraphModule] = []
+    remarks: list[str] = []
+
+    def backend(gm: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        fused, report = rewrite(gm, inputs, FusionConfig(r=4, min_tokens=1, **options))
+        graphs.append(fused)
+        remarks.extend(report.remarks)
+        return fused.forward
+
+    torch._dynamo.reset()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = torch.compile(model, backend=backend)(IMAGES)
+    return [str(n.target).partition(".default")[0] for n in graphs[0].graph.nodes], remarks, out
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+def test_packed_layers_run_on_their_codes(autocast: bool) -> None:
+    """In C++, without weights in memory; in low precisions the codes are as exact."""
+    model = shiftadd.pack(shiftadd.shift(tiny(depth=2), IMAGES))
+    with torch.no_grad():
+        found, remarks, out = lowered(model, autocast, kernels="cpp")
+        plain, _, expected = lowered(model, autocast, kernels="aten")
+    layers = len([m for m in model.modules() if isinstance(m, shiftadd.ShiftLinear)])
+    # One projection is taken apart: the values are computed of the fused tokens.
+    assert (found.count("mctf.shift_linear_cpp"), plain.count("mctf.powers")) == (layers + 1, layers)
+    assert "mctf.powers" not in found and remarks == []
+    near = {"rtol": 0.05, "atol": 0.05} if autocast else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(out, expected, **near)
+
+
+def test_packed_layers_stay_aten_where_gradients_pass() -> None:
+    model = shiftadd.pack(shiftadd.shift(tiny(depth=2), IMAGES))
+    found, remarks, out = lowered(model, kernels="cpp")
+    assert "mctf.shift_linear_cpp" not in found and any("powers" in r and "no gradient" in r for r in remarks)
+    out.sum().backward()
+    assert model.embed.weight.grad.isfinite().all()
+
+
+def test_a_gpu_has_products_with_codes_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="Triton is optional, and this test is about it")
+    monkeypatch.setattr(triton, "problem", lambda device: None)
+    gm = make_fx(lambda x, codes: F.linear(x, torch.ops.mctf.powers(codes, x.dtype)), pre_dispatch=True)(
+        torch.randn(2, 5, 8), torch.ones(3, 8, dtype=torch.int8)
+    )
+    chosen, _ = choose_kernels(gm, "triton", [torch.randn(2, 5, 8, requires_grad=True), torch.ones(3, 8)])
+    assert [str(n.target) for n in chosen.graph.nodes if n.op == "call_function"] == [
+        "mctf.shift_linear_triton.default"
+    ]
+
+
+class Odd(nn.Module):
+    """Codes that are a weight, and are read as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vit = tiny(depth=2, head="dense")
+        self.layer = shiftadd.ShiftLinear(torch.randn(16, 16), torch.randn(16))
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.vit(images)
+        weight = torch.ops.mctf.powers(self.layer.codes, x.dtype)
+        return F.linear(x, weight, self.layer.bias).mean(1) @ weight
+
+
+def test_weights_that_something_else_reads_are_made() -> None:
+    model = Odd().eval()
+    with torch.no_grad():
+        found, _, out = lowered(model, kernels="cpp")
+        torch.testing.assert_close(out, lowered(model, kernels="aten")[2], rtol=1e-4, atol=1e-5)
+    assert found.count("mctf.shift_linear_cpp") == 1 and found.count("mctf.powers") == 1
 
 
 @settings(max_examples=12, deadline=None)

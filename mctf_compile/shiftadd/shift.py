@@ -51,7 +51,8 @@ class ShiftLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.register_buffer("codes", codes_of(weight))
+        # Channel by channel in memory, as products read them.
+        self.register_buffer("codes", codes_of(weight).t().contiguous().t())
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:

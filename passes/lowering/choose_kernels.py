@@ -15,7 +15,7 @@ from mctf_compile.errors import ConfigError
 from mctf_compile.kernels.device import device_of
 from mctf_compile.narrowing import present
 from mctf_compile.passes.lowering import cpp, triton
-from mctf_compile.passes.lowering.replacing import readers_of_map
+from mctf_compile.passes.lowering.replacing import replaced_with
 from mctf_compile.passes.pipeline import State, graph_pass
 
 aten = torch.ops.aten
@@ -89,7 +89,7 @@ def choose_kernels(gm: fx.GraphModule, wanted: str, inputs: Sequence[Any]) -> tu
     replacements = {gradients: family.replacements(gradients) for gradients in (False, True)}
     kept, recording = [], recorded(gm, inputs)
     for node in [n for n in gm.graph.nodes if n.target in replacements[True]]:
-        gradients = not recording.isdisjoint((node, *_replaced_with(node)))
+        gradients = not recording.isdisjoint((node, *replaced_with(node)))
         with gm.graph.inserting_before(node):
             reason = replacements[gradients][node.target](node)
         if reason is not None:
@@ -97,11 +97,6 @@ def choose_kernels(gm: fx.GraphModule, wanted: str, inputs: Sequence[Any]) -> tu
     gm.graph.eliminate_dead_code()
     gm.recompile()
     return gm, kept if wanted != "auto" else []
-
-
-def _replaced_with(node: fx.Node) -> list[fx.Node]:
-    """The nodes that are replaced together with one."""
-    return (readers_of_map(node) or []) if node.target is torch.ops.mctf.importance.default else []
 
 
 def _is_ours(node: fx.Node) -> bool:

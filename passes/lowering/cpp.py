@@ -16,6 +16,7 @@ from mctf_compile.passes.lowering.replacing import (
     NOT_TAKEN,
     Replacement,
     by_the_same_operands,
+    by_their_codes,
     call,
     item,
     items,
@@ -50,7 +51,8 @@ def problem(device: torch.device) -> str | None:
 
 def replacements(gradients: bool) -> dict[object, Replacement]:
     """What puts a C++ kernel in the place of each operator. Of those, a matching alone needs no gradient."""
-    import mctf_compile.kernels.on_cpu  # noqa: F401  declares torch.ops.mctf.*_cpp
+    # Declares torch.ops.mctf.*_cpp.
+    from mctf_compile.kernels.on_cpu import shift_supported
 
     return {
         mctf.attention.default: _without_gradient if gradients else _attention,
@@ -58,6 +60,9 @@ def replacements(gradients: bool) -> dict[object, Replacement]:
         mctf.match.default: _match,
         mctf.group.default: _without_gradient if gradients else by_the_same_operands(mctf.group_cpp.default, _groups),
         mctf.pool.default: _without_gradient if gradients else by_the_same_operands(mctf.pool_cpp.default, _pools),
+        mctf.powers.default: (
+            _without_gradient if gradients else by_their_codes(mctf.shift_linear_cpp.default, shift_supported)
+        ),
     }
 
 

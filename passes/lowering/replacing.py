@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
 from torch import fx
 from torch._ops import OpOverload
 
+from mctf_compile.narrowing import node_of
 from mctf_compile.passes.rules import schema_arguments
+
+aten = torch.ops.aten
 
 # Puts a kernel in the place of a node; says why it does not where it does not.
 Replacement = Callable[[fx.Node], "str | None"]
@@ -56,6 +59,52 @@ def by_the_same_operands(target: OpOverload, supported: Callable[[dict[str, Any]
         return None
 
     return put
+
+
+def shift_layers(weight: fx.Node, slices: tuple[fx.Node, ...] = ()) -> Iterator[tuple[fx.Node, tuple[fx.Node, ...]]]:
+    """The linear layers whose weight are the powers of two of ``mctf::powers``, and the slices of it on the way there.
+
+    Casts change none of these numbers.
+    """
+    for user in weight.users:
+        if user.target is aten.linear.default and user.args[1] is weight:
+            yield user, slices
+        elif user.target is aten.to.dtype:
+            yield from shift_layers(user, slices)
+        elif user.target is aten.slice.Tensor:
+            yield from shift_layers(user, (*slices, user))
+
+
+def by_their_codes(target: OpOverload, supported: Callable[[Any, Any, Any], bool]) -> Replacement:
+    """Shift layers by products with the codes themselves; ``supported`` is asked of x, codes and bias.
+
+    Before::  weight = mctf.powers(codes, float32)
+              y = linear(x, slice(weight, 0, 0, O), bias)
+    After::   y = mctf.shift_linear_cpp(x, slice(codes, 0, 0, O), bias)
+    """
+
+    def put(node: fx.Node) -> str | None:
+        taken = False
+        for layer, slices in list(shift_layers(node)):
+            args, codes = schema_arguments(layer), node_of(node.args[0])
+            with layer.graph.inserting_before(layer):
+                for part in slices:
+                    where = part.args[1:]
+                    codes = call(part, aten.slice.Tensor, (codes, *where), aten.slice(codes.meta["val"], *where))
+                operands = args["input"], codes, args["bias"]
+                if supported(*values(*operands)):
+                    replace(layer, call(layer, target, operands, layer.meta["val"]))
+                    taken = True
+        return None if taken else NOT_TAKEN
+
+    return put
+
+
+def replaced_with(node: fx.Node) -> list[fx.Node]:
+    """The nodes that are replaced together with one."""
+    if node.target is torch.ops.mctf.importance.default:
+        return readers_of_map(node) or []
+    return [layer for layer, _ in shift_layers(node)] if node.target is torch.ops.mctf.powers.default else []
 
 
 def readers_of_map(importance: fx.Node) -> list[fx.Node] | None:

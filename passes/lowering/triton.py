@@ -14,6 +14,7 @@ from mctf_compile.passes.lowering.replacing import (
     NOT_TAKEN,
     Replacement,
     by_the_same_operands,
+    by_their_codes,
     call,
     item,
     items,
@@ -48,6 +49,7 @@ def replacements(gradients: bool) -> dict[object, Replacement]:
     import mctf_compile.kernels.on_device  # noqa: F401  registers torch.ops.mctf.*_triton
     from mctf_compile.kernels.matching import triton as matching
     from mctf_compile.kernels.pooling import triton as pooling
+    from mctf_compile.kernels.shift import triton as shift
     from mctf_compile.kernels.unmerge import triton as unmerge
 
     def match(args: dict[str, Any]) -> bool:
@@ -69,6 +71,9 @@ def replacements(gradients: bool) -> dict[object, Replacement]:
         mctf.group.default: by_the_same_operands(mctf.group_triton.default, group),
         mctf.pool.default: by_the_same_operands(mctf.pool_triton.default, pool),
         mctf.unmerge.default: by_the_same_operands(mctf.unmerge_triton.default, unmerged),
+        mctf.powers.default: by_their_codes(
+            mctf.shift_linear_triton.default, lambda x, codes, _: shift.supported(x, codes)
+        ),
     }
 
 

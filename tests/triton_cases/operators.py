@@ -35,6 +35,7 @@ def calls() -> dict[str, tuple]:
         "group": (received * size, size, *matching),
         "pool": (x, weight, *matching, 1),
         "unmerge": (fused, index, 2),
+        "shift_linear": (x, torch.randint(-15, 16, (5, 12), dtype=torch.int8), leaf(5, seed=7)),
     }
 
 
