@@ -59,7 +59,8 @@ class EViT(Method):
         keep, gone = away.keep, away.gone
         # The first that is not attentive carries the others, at the end of the patches; padding comes last.
         place = keep.shape[1] - evidence.tail
-        keep = torch.cat([keep[:, :place], gone[:, :1], keep[:, place:]], 1)
+        # An index of one from a number that is one as it is traced would be all of it.
+        keep = torch.cat([keep[:, :place], gone.narrow(1, 0, 1), keep[:, place:]], 1)
         gone = gone[:, 1:]
         total = score.gather(1, keep[:, place : place + 1]) + score.gather(1, gone).sum(1, keepdim=True)
         gain = torch.where(torch.arange(keep.shape[1], device=keep.device) == place, total, 1.0)

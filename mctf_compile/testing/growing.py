@@ -65,7 +65,9 @@ class Run:
 
 
 class Grower:
-    """A program in the making, with its values in two executions: as they are, and with other rounding.
+    """A program in the making, with its values in several executions: as they are, and with other roundings.
+
+    By one other rounding alone the position of a maximum among copies is now and then the same.
 
     ``choose`` takes one of a sequence of options, the plainest first.
     """
@@ -76,7 +78,7 @@ class Grower:
         self.held: list[Held] = []
         self.lines: list[Line] = []
         self.run = Run({})
-        self.other = Run({}, torch.Generator().manual_seed(0))
+        self.others = [Run({}, torch.Generator().manual_seed(seed)) for seed in range(3)]
         self._numbers = 0
 
     def chance(self, percent: int) -> bool:
@@ -99,7 +101,7 @@ class Grower:
 
     def _add(self, among: list[Held], held: Held) -> Ref:
         among.append(held)
-        for run in (self.run, self.other):
+        for run in (self.run, *self.others):
             tensor = held.tensor(self.kinds)
             run.values[held.ref] = nn.Parameter(tensor) if held.parameter else tensor
         return held.ref
@@ -120,7 +122,7 @@ class Grower:
         """Add a step whose result is not read before others have made something of it that rounding does not change."""
         step = Step(Ref(f"v{self._number()}"), target, args, kwargs)
         try:
-            for run in (self.run, self.other):
+            for run in (self.run, *self.others):
                 run.values[step.ref] = run.step(step)
         except (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError) as error:
             raise Rejected(str(error)) from error
@@ -129,12 +131,12 @@ class Grower:
 
     def check(self, ref: Ref) -> None:
         """Raises ``Rejected`` for a value that is no tensor, large, or changed by rounding."""
-        a, b = self.run.values[ref], self.other.values[ref]
+        a, others = self.run.values[ref], [run.values[ref] for run in self.others]
         if isinstance(a, (list, tuple)):
             return
-        if not isinstance(a, Tensor) or a.numel() > LARGEST or a.shape != b.shape or not a.numel():
+        if not isinstance(a, Tensor) or not 0 < a.numel() <= LARGEST or any(a.shape != b.shape for b in others):
             raise Rejected("no tensor that can be compared")
-        if not distance(a, b) < UNSTABLE:
+        if not all(distance(a, b) < UNSTABLE for b in others):
             raise Rejected("rounding decides over it")
 
     @contextmanager
@@ -147,8 +149,8 @@ class Grower:
         except Rejected:
             del self.lines[lines:], self.held[held:], self.inputs[inputs:]
             for ref in set(self.run.values) - known:
-                del self.run.values[ref]
-                self.other.values.pop(ref, None)
+                for run in (self.run, *self.others):
+                    run.values.pop(ref, None)
 
     @contextmanager
     def region(self, region: Region | None) -> Iterator[None]:
@@ -188,7 +190,7 @@ class Grower:
         made = [line.ref for line in self.lines if isinstance(line, Step)]
         leaves = [ref for ref in made if ref not in read and isinstance(self.run.values[ref], Tensor)]
         outputs = tuple(dict.fromkeys((*more, *leaves)))
-        apart = max((distance(self.run.values[r], self.other.values[r]) for r in outputs), default=0.0)
+        apart = max((distance(self.run.values[r], run.values[r]) for r in outputs for run in self.others), default=0.0)
         floor = max((_floor(self.run.values[r]) for r in outputs), default=0.0)
         return Program(
             self.kinds,

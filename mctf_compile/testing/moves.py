@@ -405,7 +405,8 @@ class Builder:
         ref = self.g.given("valid", (BATCH, self.g.kinds.total), torch.bool, apart=self.uneven)
         if not self.g.value(ref).any(1).all():
             ones = self.g.value(ref).fill_(True)
-            self.g.other.values[ref].copy_(ones)
+            for run in self.g.others:
+                run.values[ref].copy_(ones)
             del self.g.inputs[-1]
             return None
         return ref

@@ -35,7 +35,7 @@ def run(state: State) -> None:
     )
     if state.counted and isinstance(method, Merging):
         method, requests = with_representative_r(method, state), None
-    state.plan = make_plan(state, method, requests, relaxed, state.counted)
+    state.plan = make_plan(state, method, requests, relaxed, state.counted, representative=state.counted)
 
 
 @dataclass(frozen=True)
@@ -125,12 +125,13 @@ def make_plan(
     relaxed: bool = False,
     adjustable: bool = False,
     numbers: Mapping[sympy.Symbol, int] | None = None,
+    representative: bool = False,
 ) -> Plan:
     """Schedule the reduction over the blocks of each tower.
 
     ``requests``: the tokens that each block is to remove, in the place of the method's ``r``. ``adjustable``: blocks
     take part that may remove tokens at another ``r`` or size, even where they are to remove none now. ``numbers``: the
-    values of the symbols in sizes; None for those that the graph was captured with.
+    values of the symbols in sizes; None for those that the graph was captured with. ``representative``: see ``FEW``.
     ``state.findings`` has what an earlier rewrite found: blocks not worth fusing, with their reasons, and blocks that
     get the original tokens back before they run.
     Raises ``ConfigError`` where options of the method do not fit the blocks.
@@ -149,7 +150,7 @@ def make_plan(
         own = method
         if requests is not None:
             own = replace(cast(Merging, method), r=[requests[i] for i in tower.blocks], target=None)
-        planner = _TowerPlanner(state, own, number, tower, relaxed, adjustable, numbers)
+        planner = _TowerPlanner(state, own, number, tower, relaxed, adjustable, numbers, representative)
         planned.update((block.index, block) for block in map(planner.plan, range(len(tower.blocks))))
     ordered = [planned[i] for i in range(len(blocks))]
     return Plan(method, ordered, relaxed, masks=present(state.masks), marks=present(state.marks))
@@ -167,8 +168,9 @@ class _TowerPlanner:
         relaxed: bool,
         adjustable: bool,
         numbers: Mapping[sympy.Symbol, int] | None,
+        representative: bool,
     ) -> None:
-        self.state, self.relaxed = state, relaxed
+        self.state, self.relaxed, self.representative = state, relaxed, representative
         self.blocks, self.axes, self.findings = present(state.blocks), present(state.axes), state.findings
         self.method, self.number, self.tower, self.adjustable = method, number, tower, adjustable
         self.numbers = present(state.sizes).hints if numbers is None else numbers
@@ -292,6 +294,8 @@ class _TowerPlanner:
         if outcome.r >= count.free > 0:
             # The tokens that left need one that stands for them.
             return replace(outcome, r=count.free - 1, note="one unprotected token stays")
+        if self.representative and outcome.r < FEW <= (count.free - 1) // 2:
+            return replace(outcome, r=FEW)
         return outcome
 
     def _size(self, block: Block, counts: Mapping[Dim, int]) -> int | None:
@@ -327,6 +331,9 @@ def stretches(graph: fx.Graph, blocks: Sequence[PlannedBlock], streams: Mapping[
 
 # More tokens than any block has.
 MANY = 1 << 20
+# So many tokens at least leave each block at the numbers that symbolic sizes are traced at, where it has them: code for
+# none or one would hold for nothing else. What is removed in truth is planned at every call.
+FEW = 2
 
 # Why a decoder's queries stay as they are by default.
 QUERIES = (
@@ -380,16 +387,13 @@ def fusing_now(
 
 
 def with_representative_r(method: Merging, state: State) -> Merging:
-    """The method with an ``r`` at which every block removes two tokens or more, where there are so many.
-
-    Symbolic sizes are traced at such numbers: code for none or one token would hold for nothing else.
-    """
+    """The method with an ``r`` at which every block removes ``FEW`` tokens or more, where there are so many."""
     sizes, towers = present(state.sizes), present(state.towers)
     bodies = [b.tokens.size for b in present(state.blocks) if b.tokens is not None]
     counts = [size_at(size, sizes.hints) for size in bodies if sizes.known(size)]
     depth = max((len(tower.blocks) for tower in towers), default=0)
-    most = max(min(counts, default=0) // (depth + 1), 2)
-    asked = method.r if isinstance(method.r, int) and method.r >= 2 else most
+    most = max(min(counts, default=0) // (depth + 1), FEW)
+    asked = method.r if isinstance(method.r, int) and method.r >= FEW else most
     return replace(method, r=min(asked, most), target=None, min_tokens=1)
 
 
