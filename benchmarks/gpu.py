@@ -70,6 +70,8 @@ def cases(block: BlockShape, device: str, dtype: torch.dtype) -> list[Case]:
     fused = random(b, h, n - r, d).to(dtype)
     _, lse = mctf.importance_triton(q, k, log_size, None, scale)
     matching = keep, gone, into
+    codes = torch.randint(-15, 16, (4 * h * d, h * d), generator=generator, device=device).to(torch.int8)
+    bias = random(4 * h * d).to(dtype)
 
     criteria = importance, size, FIRST, 0, 1.0, 20.0, 40.0
 
@@ -84,6 +86,9 @@ def cases(block: BlockShape, device: str, dtype: torch.dtype) -> list[Case]:
     def grouped_and_pooled(group: Callable, pool: Callable, raw: Tensor, sizes: Tensor, tokens: Tensor) -> list[Tensor]:
         index, weight, size = group(raw, sizes, *matching)
         return [index, weight, size, pool(tokens, weight, *matching, 1)]
+
+    def shifted(tokens: Tensor, bias: Tensor) -> list[Tensor]:
+        return [torch.nn.functional.linear(tokens, mctf.powers(codes, tokens.dtype), bias)]
 
     def doubled(*tensors: Tensor) -> list[Tensor]:
         return [t.double() if t.is_floating_point() else t for t in tensors]
@@ -126,6 +131,12 @@ def cases(block: BlockShape, device: str, dtype: torch.dtype) -> list[Case]:
             lambda: [mctf.unmerge_triton(x[:, : n - r], index, 1)],
             lambda: [mctf.unmerge(x[:, : n - r], index, 1)],
             lambda: [mctf.unmerge(x[:, : n - r], index, 1)],
+        ),
+        Case(
+            "shift_linear",
+            lambda: [mctf.shift_linear_triton(x, codes, bias)],
+            lambda: shifted(*doubled(x, bias)),
+            lambda: shifted(x, bias),
         ),
     ]
 

@@ -1,4 +1,4 @@
-"""Multiply-accumulates of a graph, counted on what it executes."""
+"""Multiply-accumulates of a graph, counted on what it executes; this project's operators say what theirs are."""
 
 from __future__ import annotations
 
