@@ -193,25 +193,37 @@ def test_a_gpu_has_products_with_codes_and_gradients(monkeypatch: pytest.MonkeyP
 
 
 class Odd(nn.Module):
-    """Codes that are a weight, and are read as well."""
+    """Codes that are a weight, and are read in another way as well."""
 
-    def __init__(self) -> None:
+    def __init__(self, read: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.vit = tiny(depth=2, head="dense")
         self.layer = shiftadd.ShiftLinear(torch.randn(16, 16), torch.randn(16))
+        self.read = read
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.vit(images)
         weight = torch.ops.mctf.powers(self.layer.codes, x.dtype)
-        return F.linear(x, weight, self.layer.bias).mean(1) @ weight
+        return F.linear(x, weight, self.layer.bias).mean(1) + F.linear(x.mean(1), self.read(weight))
 
 
-def test_weights_that_something_else_reads_are_made() -> None:
-    model = Odd().eval()
+@pytest.mark.parametrize(
+    ("read", "taken"),
+    [
+        (lambda w: w[:, 1:].repeat(1, 2)[:, :16], 1),
+        (lambda w: w.to(torch.int32).to(w.dtype), 1),
+        (lambda w: w.to(torch.float8_e4m3fn).to(w.dtype), 1),
+        (lambda w: w.abs(), 1),
+        (lambda w: w.half().to(w.dtype), 2),
+    ],
+    ids=["repeated", "whole", "float8", "absolute", "half"],
+)
+def test_weights_that_something_else_reads_are_made(read: Callable[[Tensor], Tensor], taken: int) -> None:
+    model = Odd(read).eval()
     with torch.no_grad():
         found, _, out = lowered(model, kernels="cpp")
         torch.testing.assert_close(out, lowered(model, kernels="aten")[2], rtol=1e-4, atol=1e-5)
-    assert found.count("mctf.shift_linear_cpp") == 1 and found.count("mctf.powers") == 1
+    assert (found.count("mctf.shift_linear_cpp"), found.count("mctf.powers")) == (taken, taken == 1)
 
 
 @settings(max_examples=12, deadline=None)

@@ -36,16 +36,20 @@ static Tensor shift_linear(Tensor x, Tensor codes, optional<Tensor> bias) {
   const int64_t last = x.dim() - 1, depth = x.size(last), outputs = codes.size(0);
   STD_TORCH_CHECK(codes.size(1) == depth, "shift_linear: weights of ", codes.size(1), " channels for ", depth);
   std::vector<int64_t> shape;
-  for (int64_t d = 0; d < last; d++) shape.push_back(x.size(d));
-  const int64_t tokens = last ? x.size(last - 1) : 1, heads = last > 1 ? x.size(last - 2) : 1;
-  const int64_t rows = std::accumulate(shape.begin(), shape.end(), (int64_t)1, std::multiplies<int64_t>());
+  int64_t rows = 1;
+  for (int64_t d = 0; d < last; d++) {
+    shape.push_back(x.size(d));
+    rows *= x.size(d);
+  }
   shape.push_back(outputs);
+  const int64_t tokens = last ? x.size(last - 1) : 1, heads = last > 1 ? x.size(last - 2) : 1;
   Tensor result = torch::stable::new_empty(x, shape);
   const int8_t* const code = (const int8_t*)codes.data_ptr();
   char* const out = (char*)result.mutable_data_ptr();
   const int64_t bytes = rows_of.bfloat16 ? 2 : 4;
   constexpr int64_t BLOCK = COLUMNS * LANES;
-  const int64_t blocks = (outputs + BLOCK - 1) / BLOCK, parts = parts_of(rows, blocks), length = (rows + parts - 1) / parts;
+  const int64_t blocks = (outputs + BLOCK - 1) / BLOCK;
+  const int64_t parts = parts_of(rows, blocks), length = (rows + parts - 1) / parts;
   torch::stable::parallel_for(0, blocks * parts, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> panel(depth * BLOCK), room(std::max<int64_t>(LANES, ROWS) * depth), added(BLOCK);
     for (int64_t task = begin; task < end; task++) {

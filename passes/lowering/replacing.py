@@ -61,17 +61,18 @@ def by_the_same_operands(target: OpOverload, supported: Callable[[dict[str, Any]
     return put
 
 
-def shift_layers(weight: fx.Node, slices: tuple[fx.Node, ...] = ()) -> Iterator[tuple[fx.Node, tuple[fx.Node, ...]]]:
-    """The linear layers whose weight are the powers of two of ``mctf::powers``, and the slices of it on the way there.
+# That have all the numbers which ``mctf::powers`` gives.
+EXACT = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-    Casts change none of these numbers.
-    """
+
+def shift_layers(weight: fx.Node, slices: tuple[fx.Node, ...] = ()) -> Iterator[tuple[fx.Node, tuple[fx.Node, ...]]]:
+    """The linear layers whose weight are the powers of ``mctf::powers``, and the slices of it on the way there."""
     for user in weight.users:
         if user.target is aten.linear.default and user.args[1] is weight:
             yield user, slices
-        elif user.target is aten.to.dtype:
+        elif user.target is aten.to.dtype and user.meta["val"].dtype in EXACT:
             yield from shift_layers(user, slices)
-        elif user.target is aten.slice.Tensor:
+        elif user.target is aten.slice.Tensor and not user.kwargs and user.all_input_nodes == [weight]:
             yield from shift_layers(user, (*slices, user))
 
 
