@@ -4,7 +4,7 @@ PIP_FLAGS ?=
 ARGS ?=
 ready := .venv/.installed
 
-.PHONY: demo compare bench check test docs clean
+.PHONY: demo compare bench style check test docs clean
 
 demo: $(ready)
 	.venv/bin/python examples/demo.py $(ARGS)
@@ -15,11 +15,13 @@ compare: $(ready)
 bench: $(ready)
 	.venv/bin/python -m benchmarks $(ARGS)
 
-# What a minute or two tell: style, types, and the tests of axes, blocks, tracing and imports.
-check: $(ready)
+style: $(ready)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+# What a minute or two tell: style, types, and the tests of axes, blocks, tracing and imports.
+check: style
 	.venv/bin/python -m pytest -n 2 tests/test_architecture.py tests/test_axes.py tests/test_tracing.py $(ARGS)
 
 test: $(ready)

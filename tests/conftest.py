@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch._dynamo import guards
 
+# What is made while modules are imported stays; see below.
+gc.disable()
 torch.set_num_threads(1)
 os.environ.setdefault("MCTF_FAULTS", "raise")
 # Dynamo times the guards of everything that it compiles, in an emptied cache, for its log alone.
@@ -21,6 +23,7 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(200_000, 10, 10)
+    gc.enable()
 
 
 @pytest.fixture
