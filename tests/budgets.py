@@ -10,6 +10,11 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
+def some_codes(outputs: int, channels: int, seed: int = 0) -> Tensor:
+    """Weights of shift layers, int8 [O, C]."""
+    return torch.randint(-15, 16, (outputs, channels), generator=torch.Generator().manual_seed(seed)).to(torch.int8)
+
+
 def within_budget(name: str, actual: Tensor, exact: Tensor, plain: Tensor, terms: Tensor | None = None) -> None:
     """Largest errors of ``actual`` and of ``plain``, which has its dtype, against ``exact`` in float64.
 

@@ -7,6 +7,7 @@ import copy
 import pytest
 import timm
 import torch
+from budgets import some_codes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -316,10 +317,6 @@ def test_a_gradient_is_refused():
         out = ops.attention_cpp(q, k, v, None, None, 1.0)
         with pytest.raises(RuntimeError, match="have no gradient: compile the model where gradients are recorded"):
             out.sum().backward()
-
-
-def some_codes(outputs: int, channels: int) -> Tensor:
-    return torch.randint(-15, 16, (outputs, channels), generator=torch.Generator().manual_seed(0)).to(torch.int8)
 
 
 def channel_by_channel(x: Tensor, codes: Tensor, bias: Tensor | None) -> Tensor:

@@ -233,7 +233,7 @@ def test_match_is_the_reference(problem: Problem, bidirectional: bool, dtype: to
     matched(problem, (1.0, 20.0, 40.0), bidirectional, *inputs(problem.n, dtype=dtype))
 
 
-@pytest.mark.parametrize("problem", [p for p in PROBLEMS if p.n > 20 and p.r] + TILED[:1], ids=str)
+@pytest.mark.parametrize("problem", [p for p in PROBLEMS if p.n > 20 and p.r] + TILED[:2], ids=str)
 def test_match_of_many_is_the_assignment_of_its_scores(problem: Problem) -> None:
     tokens, taus = inputs(problem.n), (1.0, 20.0, 40.0)
     w = kernels.scores(*tokens, problem.lead, problem.tail, *taus)

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from budgets import randn, within_budget
+from budgets import randn, some_codes, within_budget
 from torch import Tensor
 
 from mctf_compile.kernels.shift import reference
 from mctf_compile.kernels.shift.triton import COLUMNS, ROWS, shift_linear, supported
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-
-
-def some_codes(outputs: int, channels: int, seed: int = 0) -> Tensor:
-    return torch.randint(-15, 16, (outputs, channels), generator=torch.Generator().manual_seed(seed)).to(torch.int8)
 
 
 def multiplied(x: Tensor, codes: Tensor, bias: Tensor | None) -> None:
