@@ -10,7 +10,7 @@ from torch import fx
 
 from mctf_compile.assumed import Checked
 from mctf_compile.compat import GraphBreak, break_behind, resumed_at, unwrapped
-from mctf_compile.compiler import fuse_or_decline
+from mctf_compile.compiler import fuse_or_decline, reparameterized
 from mctf_compile.config import FusionConfig
 from mctf_compile.dynamic import Adjustable
 from mctf_compile.errors import MctfError
@@ -56,6 +56,7 @@ def mctf(
 def _compiled(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: Mapping[str, Any] | None, config: FusionConfig
 ) -> Callable[..., Any]:
+    gm = reparameterized(gm, example_inputs, config)
     state, report = fuse_or_decline(gm, example_inputs, config, config.lowering.dynamic_r)
     for remark in report.remarks:
         warnings.warn(f"mctf: {remark}", stacklevel=2)

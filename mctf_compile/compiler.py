@@ -27,6 +27,7 @@ from mctf_compile.passes.analysis.reasons import why_no_attention
 from mctf_compile.passes.lowering.autocast import devices_of, keep_autocast_out
 from mctf_compile.passes.planning.macs import count_macs, macs_by_block, macs_by_counts, work_by_counts
 from mctf_compile.passes.planning.plan import make_plan, tokens_remaining
+from mctf_compile.passes.reparameterizing import shiftadd
 from mctf_compile.report import Report
 from mctf_compile.tradeoff import block_reports, tradeoff
 
@@ -50,7 +51,7 @@ def rewrite(
         kwargs: inputs that follow, by the names that they have in the graph.
 
     Returns:
-        The rewritten graph in one piece (``gm`` itself where nothing fuses) and the report. Outputs have the
+        The rewritten graph in one piece (the given one where nothing fuses) and the report. Outputs have the
         shapes, dtypes and devices of the original's; with ``outputs="fused"``, those that the report names have fewer
         tokens, and behind all follow the sizes [B, M] and the sources [B, N] of these (see ``FusedTokens``).
 
@@ -60,9 +61,24 @@ def rewrite(
         PassError: a pass fails, which is a fault of this package.
         TypeError: ``kwargs`` are not the graph's other inputs.
     """
+    config = config or FusionConfig()
     inputs = [*example_inputs, *_by_name(gm, len(example_inputs), kwargs or {})]
-    state, report = run_pipeline(gm, inputs, config or FusionConfig(), one_piece=True)
+    gm = reparameterized(gm, inputs, config)
+    state, report = run_pipeline(gm, inputs, config, one_piece=True)
     return (in_one_piece(state) if report.fused else gm), report
+
+
+def reparameterized(gm: fx.GraphModule, example_inputs: Sequence[Any], config: FusionConfig) -> fx.GraphModule:
+    """The graph that is to be fused: ``gm``, or one with other parts, where the option ``reparameterize`` says so.
+
+    Whatever is not fused in it then is compiled as it is there.
+
+    Raises ``ConfigError`` where its modules are not attached to the model, or do not fit it.
+    """
+    if config.lowering.reparameterize is None:
+        return gm
+    with compile_lock:
+        return shiftadd.reparameterize(gm, fake_inputs(gm, example_inputs), example_inputs)
 
 
 def in_one_piece(state: State) -> fx.GraphModule:
@@ -234,7 +250,11 @@ def explain(model: torch.nn.Module, *inputs: Any, kwargs: Mapping[str, Any] | No
         MctfError: Dynamo captures nothing of the model.
     """
     config = FusionConfig.from_options(options)
-    captured = capture(model, inputs, kwargs or {}, lambda gm, given: fuse_or_decline(gm, given, config)[1])
+
+    def reported(gm: fx.GraphModule, given: Sequence[Any]) -> Report:
+        return fuse_or_decline(reparameterized(gm, given, config), given, config)[1]
+
+    captured = capture(model, inputs, kwargs or {}, reported)
     report = captured.largest(lambda report: (bool(report.blocks), report.macs_before))
     return replace(report, remarks=[*report.remarks, *_in_pieces(captured)])
 

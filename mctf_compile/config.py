@@ -38,6 +38,8 @@ class Lowering(Options):
             ``read`` fuses no tokens under it; ``assume`` takes it for padding, which the first call checks.
         outputs: what becomes of tensors with a token axis that the graph returns: ``dense`` gives them all their tokens
             back; ``fused`` leaves them as they are, and ``mctf_compile.fused_tokens`` says what each token stands for.
+        reparameterize: ``shiftadd`` puts linear attention and MLPs of two experts in the place of the model's own,
+            with what ``mctf_compile.shiftadd.attach`` has added to it, before any token is fused; None leaves them.
     """
 
     inner: str = option("inductor", one_of("inductor", "aot_eager", "eager"))
@@ -48,6 +50,7 @@ class Lowering(Options):
     profit: str = option("off", one_of("off", "model", "measure"))
     padding: str = option("read", one_of("read", "assume"))
     outputs: str = option("dense", one_of("dense", "fused"))
+    reparameterize: str | None = option(None, one_of(None, "shiftadd"))
 
     def __post_init__(self) -> None:
         super().__post_init__()

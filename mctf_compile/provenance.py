@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mctf_compile.backend import mctf
-from mctf_compile.compiler import run_pipeline
+from mctf_compile.compiler import reparameterized, run_pipeline
 from mctf_compile.config import FusionConfig
 from mctf_compile.dynamic import backends
 from mctf_compile.errors import ConfigError, MctfError, cause_of
@@ -159,6 +159,7 @@ class _Follower:
         self.blocks: list[BlockTrace] = []
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        gm = reparameterized(gm, example_inputs, self.config)
         state, report = run_pipeline(gm, example_inputs, self.config)
         number = len(self.reports)
         self.reports.append(report)

@@ -11,8 +11,8 @@ def observe(x: Tensor, learned: Tensor, method: str, state: str) -> Tensor:
 
     Args:
         x: [B, N, C], what the module has read.
-        learned: [B, N, K], what it says of each token.
-        method: the method that it belongs to.
+        learned: what it says of that: for a method [B, N, K], something of each token.
+        method: the method, or the part of a reparametrisation, that it belongs to.
         state: "untrained", "training" or "trained".
     """
     return x

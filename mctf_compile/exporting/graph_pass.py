@@ -13,7 +13,7 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import mctf_compile
-from mctf_compile.compiler import fuse_or_decline, in_one_piece
+from mctf_compile.compiler import fuse_or_decline, in_one_piece, reparameterized
 from mctf_compile.errors import ConfigError
 from mctf_compile.exporting.program import config_of_graph, flat, put
 from mctf_compile.narrowing import present
@@ -48,10 +48,14 @@ class MctfPass(CustomGraphPass):
         if any(value is None for value in values):
             return
         owner = present(graph.owning_module)
-        state, report = fuse_or_decline(flat(owner), values, self.config, one_piece=True)
+        given = flat(owner)
+        gm = reparameterized(given, values, self.config)
+        state, report = fuse_or_decline(gm, values, self.config, one_piece=True)
         self.reports.append(report)
         if report.fused:
             _replace(graph, owner, in_one_piece(present(state)))
+        elif gm is not given:
+            _replace(graph, owner, gm)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MctfPass:
         # Inductor copies its configuration; what the pass reports is for whoever made it.

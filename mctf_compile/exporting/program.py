@@ -111,7 +111,7 @@ def export_with(
         program = _captured(model, *given, dynamic_shapes)
         module = program.module()
         fused, report = rewrite(flat(module), tree_leaves(given), config)
-        if report.fused:
+        if report.fused or config.lowering.reparameterize is not None:
             program = _captured(_as_called(fused, module), *given, dynamic_shapes)
         return _opened(program), report
 

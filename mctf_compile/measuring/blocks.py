@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from mctf_compile.capture import capture
-from mctf_compile.compiler import run_pipeline
+from mctf_compile.compiler import reparameterized, run_pipeline
 from mctf_compile.config import FusionConfig
 from mctf_compile.inner.block_clock import BlockClock, Measured, NotTimed
 from mctf_compile.passes import State
@@ -66,7 +66,7 @@ def block_times(
     config = FusionConfig.from_options(options)
 
     def take(gm: fx.GraphModule, given: Sequence[Any]) -> tuple[State, Report]:
-        return run_pipeline(gm, given, config, one_piece=True)
+        return run_pipeline(reparameterized(gm, given, config), given, config, one_piece=True)
 
     state, report = capture(model, inputs, kwargs or {}, take).largest(lambda found: found[1].macs_before)
     if not report.fused:

@@ -68,12 +68,13 @@ def hint(value: Any, allowed: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def one_of(*allowed: str) -> Check:
+def one_of(*allowed: str | None) -> Check:
     """One of the ``allowed`` words."""
 
     def check(name: str, value: Any) -> Any:
         if value not in allowed:
-            raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}{hint(value, allowed)}")
+            words = [word for word in allowed if word is not None]
+            raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}{hint(value, words)}")
         return value
 
     return check

@@ -16,7 +16,9 @@ from mctf_compile.config import FusionConfig
 from mctf_compile.errors import ConfigError
 from mctf_compile.kernels.shift.op import LEAST
 from mctf_compile.narrowing import present
+from mctf_compile.options.fields import one_of
 from mctf_compile.passes.analysis.dataflow import Dataflow
+from mctf_compile.passes.reparameterizing.shiftadd import mlps_of
 
 aten = torch.ops.aten
 
@@ -78,8 +80,8 @@ def codes_of(weight: Tensor) -> Tensor:
     return (weight.detach().sign() * (exponents(weight) + LEAST + 1)).to(torch.int8)
 
 
-def shift(model: nn.Module, *inputs: Any, kwargs: Mapping[str, Any] | None = None) -> nn.Module:
-    """Make every linear layer in the blocks of ``model`` a shift layer, and return ``model``.
+def shift(model: nn.Module, *inputs: Any, layers: str = "all", kwargs: Mapping[str, Any] | None = None) -> nn.Module:
+    """Make linear layers in the blocks of ``model`` shift layers, and return ``model``.
 
     Blocks of attention and MLP are found as the compiler finds them; embedding and head stay as they are. The model
     then computes with powers of two, compiled or not, and trains what it had: ``state_dict`` has the trained weights
@@ -90,38 +92,58 @@ def shift(model: nn.Module, *inputs: Any, kwargs: Mapping[str, Any] | None = Non
     Args:
         model: any module with self-attention.
         inputs: example inputs; for a timm model they may be left out.
+        layers: which of a block: ``attention``, ``mlp``, or ``all``.
         kwargs: example inputs that are given by name.
 
-    Raises ``ConfigError`` where no block has a linear layer that is a module of its own, or has shift layers already.
+    Raises ``ConfigError`` where no block has such a layer that is a module of its own, or has shift layers already.
     """
+    one_of("all", "attention", "mlp")("layers", layers)
     state = analyse(model, inputs, kwargs or {}, FusionConfig("none"))
-    flow, layers = Dataflow(present(state.normal).graph), dict[nn.Module, None]()
-    for block in present(state.blocks):
-        if block.entry is None or block.exit is None:
-            continue
-        for node in flow.between(block.entry, block.exit):
-            layer = _layer(node, model)
-            if layer is not None:
-                layers[layer] = None
-    if not layers:
-        raise ConfigError("no block of this model has a linear layer (nn.Linear) that could be a shift layer.")
-    for layer in layers:
-        parametrize.register_parametrization(layer, "weight", PowerOfTwo())
+    graph, blocks = present(state.normal).graph, present(state.blocks)
+    flow, found = Dataflow(graph), dict[nn.Linear, None]()
+    for block, mlps in zip(blocks, mlps_of(graph, blocks, present(state.axes))):
+        in_mlps = {node for mlp in mlps for node in mlp}
+        if block.entry is not None and block.exit is not None:
+            last = present(block.middle) if layers == "attention" else block.exit
+            nodes = {*flow.between(block.entry, last), *in_mlps}
+            wanted = {"all": nodes, "attention": nodes - in_mlps, "mlp": in_mlps}[layers]
+            found.update((layer, None) for node in sorted(wanted) if (layer := layer_of(node, model)) is not None)
+    if not found:
+        where = "no block" if layers == "all" else f"the {'MLP' if layers == 'mlp' else layers} of no block"
+        raise ConfigError(f"{where} of this model has a linear layer (nn.Linear) that could be a shift layer.")
+    for layer in found:
+        shifted(layer)
     return model
 
 
-def _layer(node: fx.Node, model: nn.Module) -> nn.Module | None:
+def shifted(layer: nn.Module) -> nn.Module:
+    """A linear layer as a shift layer, itself."""
+    parametrize.register_parametrization(layer, "weight", PowerOfTwo())
+    return layer
+
+
+def layer_of(node: fx.Node, model: nn.Module) -> nn.Linear | None:
     """The linear layer that a node computes, where that is a module with a weight of its own."""
     if node.target is not aten.linear.default:
         return None
     inner = next(iter(modules_around(node, model)), None)
-    return inner if type(inner) is nn.Linear else None
+    return inner if isinstance(inner, nn.Linear) and type(inner) is nn.Linear else None
+
+
+# Where a module keeps what is to run before and after it: modules that were attached read what it reads.
+HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
 
 
 def pack(model: nn.Module) -> nn.Module:
     """Put a ``ShiftLinear`` in the place of every shift layer of ``model``, and return ``model``.
 
-    It computes the same, from a quarter of the bytes.
+    It computes the same, from a quarter of the bytes, and has the hooks of the layer.
 
     Raises ``ConfigError`` where there is none.
     """
@@ -129,7 +151,10 @@ def pack(model: nn.Module) -> nn.Module:
     for name, layer in list(model.named_modules()):
         parts = getattr(layer, "parametrizations", {})
         if isinstance(layer, nn.Linear) and "weight" in parts and isinstance(parts["weight"][0], PowerOfTwo):
-            model.set_submodule(name, ShiftLinear(layer.weight, layer.bias))
+            packed = ShiftLinear(layer.weight, layer.bias)
+            for hooks in HOOKS:
+                getattr(packed, hooks).update(getattr(layer, hooks))
+            model.set_submodule(name, packed)
             found = True
     if not found:
         raise ConfigError("this model has no shift layers; mctf_compile.shiftadd.shift(model, images) makes them.")

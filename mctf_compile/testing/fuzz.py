@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,7 +16,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mctf_compile.errors import cause_of
+from mctf_compile import shiftadd
+from mctf_compile.errors import ConfigError, cause_of
 from mctf_compile.testing.graphs import graph_cases
 from mctf_compile.testing.models import TinyTowers, TinyViT, VitSpec, repeated_patches
 from mctf_compile.testing.soundness import Soundness, check_rewrite, check_sizes
@@ -63,6 +66,85 @@ class SpecCase:
                 f"    assert_rewrite_sound(model, *model.example({self.kinds}, {self.seed}), {options})",
             ]
         )
+
+
+@dataclass(frozen=True)
+class ShiftAddCase:
+    """A generated model with the parts of ShiftAddViT, as ``with_shiftadd`` makes them."""
+
+    spec: VitSpec
+    packed: bool
+    attention: bool
+    experts: bool
+    options: dict[str, Any]
+    kinds: int
+    seed: int
+
+    def check(self) -> Soundness:
+        torch.manual_seed(self.seed)
+        model = TinyViT(self.spec).eval()
+        inputs = model.example(self.kinds, self.seed)
+        model, inputs, own = with_shiftadd(
+            model, inputs, self.packed, self.attention, self.experts, local=self.spec.position
+        )
+        with torch.no_grad():
+            return check_rewrite(model, *inputs, **self.options, **own)
+
+    def program(self) -> str:
+        options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        return "\n".join(
+            [
+                "import torch",
+                "from mctf_compile.testing import TinyViT, VitSpec, assert_rewrite_sound",
+                "from mctf_compile.testing.fuzz import with_shiftadd",
+                "",
+                f"torch.manual_seed({self.seed})",
+                f"model = TinyViT({self.spec}).eval()",
+                f"inputs = model.example({self.kinds}, {self.seed})",
+                "model, inputs, own = with_shiftadd(",
+                f"    model, inputs, {self.packed}, {self.attention}, {self.experts}, local={self.spec.position}",
+                ")",
+                "with torch.no_grad():",
+                f"    assert_rewrite_sound(model, *inputs, {options}, **own)",
+            ]
+        )
+
+
+def with_shiftadd(
+    model: nn.Module, inputs: tuple[Tensor, ...], packed: bool, attention: bool, experts: bool, local: bool
+) -> tuple[nn.Module, tuple[Tensor, ...], dict[str, Any]]:
+    """A model with shift layers and, where it can have them, binary attention and experts; with inputs and options.
+
+    All is in float64: whether a channel is above a mean, and which expert is the first, is then no matter of rounding.
+
+    Args:
+        model: of the generator; it is changed.
+        inputs: its inputs.
+        packed: hold the weights of shift layers as codes.
+        attention: let attention be linear.
+        experts: give MLPs a second expert.
+        local: let the convolution of values see neighbours, by which positions can be told apart.
+    """
+    model, inputs = model.double(), tuple(x.double() if x.is_floating_point() else x for x in inputs)
+    own: dict[str, Any] = {}
+    with warnings.catch_warnings(), suppress(ConfigError):
+        # Of parts that stay as they are.
+        warnings.simplefilter("ignore")
+        if attention or experts:
+            shiftadd.attach(model, *inputs, attention=attention, experts=experts)
+            own = {"reparameterize": "shiftadd"}
+    for module in model.modules():
+        if isinstance(module, shiftadd.Router):
+            nn.init.normal_(module.route.weight)
+        elif isinstance(module, shiftadd.Local):
+            center = module.weight.shape[-1] // 2
+            seen = module.weight.data if local else module.weight.data[..., center, center]
+            seen.normal_()
+    with suppress(ConfigError):
+        shiftadd.shift(model, *inputs)
+        if packed:
+            shiftadd.pack(model)
+    return model, inputs, own
 
 
 @dataclass(frozen=True)
@@ -176,8 +258,15 @@ class Outcome:
 
 
 def cases(what: str = "both") -> st.SearchStrategy[Case]:
-    """Cases of the strategies named: ``models``, ``graphs``, or ``both``, five programs to every model."""
-    strategies: dict[str, st.SearchStrategy[Case]] = {"models": _models(), "graphs": graph_cases()}
+    """Cases of the strategies named: ``models``, ``graphs``, or ``both``, five programs to every model.
+
+    ``shiftadd``: models with the parts of ShiftAddViT alone.
+    """
+    strategies: dict[str, st.SearchStrategy[Case]] = {
+        "models": _models(),
+        "graphs": graph_cases(),
+        "shiftadd": shiftadd_cases(),
+    }
     if what in strategies:
         return strategies[what]
     return st.sampled_from(("graphs",) * 5 + ("models",)).flatmap(strategies.__getitem__)
@@ -207,8 +296,22 @@ def _models() -> st.SearchStrategy[Case]:
     # Tiles are those of a grid that is known when a model is compiled.
     options = method_options().map(without_tiles)
     sizes = st.builds(SizesCase, resizable_specs(), st.sampled_from(SIZES), options, seeds)
-    strategies: dict[str, st.SearchStrategy[Case]] = {"alone": spec_cases(), "towers": towers, "sizes": sizes}
-    return st.sampled_from(("alone",) * 8 + ("towers",) * 3 + ("sizes",)).flatmap(strategies.__getitem__)
+    strategies: dict[str, st.SearchStrategy[Case]] = {
+        "alone": spec_cases(),
+        "towers": towers,
+        "shiftadd": shiftadd_cases(),
+        "sizes": sizes,
+    }
+    kinds_of_case = ("alone",) * 8 + ("towers",) * 3 + ("shiftadd", "sizes")
+    return st.sampled_from(kinds_of_case).flatmap(strategies.__getitem__)
+
+
+def shiftadd_cases() -> st.SearchStrategy[Case]:
+    """Generated models with the parts of ShiftAddViT."""
+    kinds, seeds = _kinds_and_seeds()
+    specs = st.sampled_from((False, False, True)).flatmap(vit_specs)
+    flags = (st.booleans() for _ in range(3))
+    return st.builds(ShiftAddCase, specs, *flags, method_options(), kinds, seeds)
 
 
 # Rows and columns of patches.

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from mctf_compile.compiler import rewrite
-from mctf_compile.config import FusionConfig
+from mctf_compile.compiler import reparameterized, rewrite
+from mctf_compile.config import FusionConfig, Lowering
 from mctf_compile.errors import MctfError
 from mctf_compile.kernels.pooling.aten import along
 from mctf_compile.methods import get_method
@@ -145,12 +145,12 @@ class Soundness:
 class _Variants:
     """A backend that makes several versions of every graph, and runs the one that is chosen."""
 
-    def __init__(self, recorders: dict[str, Recorder]) -> None:
-        self.recorders, self.chosen = recorders, "dense"
+    def __init__(self, recorders: dict[str, Recorder], config: FusionConfig) -> None:
+        self.recorders, self.config, self.chosen = recorders, config, "dense"
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         versions = {name: recorder(gm, example_inputs) for name, recorder in self.recorders.items()}
-        versions["dense"] = fx.Interpreter(gm).run
+        versions["dense"] = fx.Interpreter(reparameterized(gm, example_inputs, self.config)).run
         return lambda *args: versions[self.chosen](*args)
 
 
@@ -169,12 +169,14 @@ def check_rewrite(
     """
     method = get_method(options.get("method", "mctf"))
     # A method that does not count its tokens leaves none.
-    nothing = {**options, "r": 0, "strict": False} if "r" in method.option_names() else {"method": "none"}
+    counts = "r" in method.option_names()
+    kept = {name: v for name, v in options.items() if counts or name in Lowering.option_names()}
+    nothing = {**kept, **({"r": 0} if counts else {"method": "none"}), "strict": False}
     recorders = {"fused": Recorder(dict(options)), "zero": Recorder(nothing)}
     by_more = "tau_info" in method.option_names() and not ONLY_SIMILARITY.items() <= options.items()
     if by_more and duplicates is not False:
         recorders["alike"] = Recorder({**options, **ONLY_SIMILARITY})
-    backend = _Variants(recorders)
+    backend = _Variants(recorders, FusionConfig.from_options(options))
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=backend, dynamic=False)
     state = [(m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]

@@ -64,7 +64,7 @@ def attach(
     for i, block in enumerate(blocks):
         if i not in chosen or block.problem is not None:
             continue
-        reader, width = _reader(model, block, config.method.reads, flow)
+        reader, width = reader_of(model, block, config.method.reads, flow)
         if reader in readers:
             # A module that runs twice in one graph has its module already.
             continue
@@ -84,7 +84,7 @@ def attach(
     return model
 
 
-def _reader(model: nn.Module, block: Block, reads: Reads, flow: Dataflow) -> tuple[nn.Module, int]:
+def reader_of(model: nn.Module, block: Block, reads: Reads, flow: Dataflow) -> tuple[nn.Module, int]:
     """The module that takes what is to be read as its first argument, and the number of channels."""
     query, entry = block.attention.query, present(block.entry)
     between = [*flow.between(entry, query), query]

@@ -357,6 +357,39 @@ def token_labeling(
     return cls + weight * cross_entropy(patch_logits.flatten(0, 1), patch_labels.flatten(0, 1))
 
 
+def balance(logits: Tensor, latency: Sequence[float]) -> Tensor:
+    """The latency-aware balance loss of a mixture of experts: CV² of what they get, by importance and by load.
+
+    With p the softmax of the logits, an expert's importance is Σ p over the tokens, and its load Σ P(p + ε is the
+    largest), ε being normal noise of deviation 1/E. Both are counted in time: times the expert's share of the latency.
+
+    Args:
+        logits: [..., E] of the router, for each token.
+        latency: E numbers above 0, what a token takes in each expert, in any unit.
+
+    Returns:
+        CV²(importance) + CV²(load), where CV² is the variance over the squared mean; 0 where every expert gets the same
+        time. The published runs add it to the task's loss times 0.01.
+
+    Raises ``ConfigError`` where ``latency`` is not a number above 0 for each expert.
+
+    Source: You et al., ShiftAddViT, NeurIPS 2023 (arXiv 2306.06446), section 4.2; the load is that of Riquelme et al.,
+    V-MoE, NeurIPS 2021, with the noise on the probabilities.
+    """
+    count = logits.shape[-1]
+    if len(latency) != count or not all(x > 0 for x in latency):
+        raise ConfigError(f"latency={latency!r} must be {count} numbers above 0, one for each expert.")
+    p = logits.flatten(0, -2).float().softmax(-1)
+    others = p[:, None, :].expand(-1, count, -1).masked_fill(torch.eye(count, device=p.device).bool(), float("-inf"))
+    loads = torch.special.ndtr((p - others.amax(-1)) * count)
+    share = torch.tensor(latency, dtype=p.dtype, device=p.device) / sum(latency)
+
+    def spread(times: Tensor) -> Tensor:
+        return times.var(correction=0) / times.mean().square()
+
+    return spread(share * p.sum(0)) + spread(share * loads.sum(0))
+
+
 def mean_over_processes(value: Tensor) -> Tensor:
     """The mean of a tensor over all processes of the default group; the tensor itself where there is one process."""
     if not dist.is_initialized() or dist.get_world_size() == 1:

@@ -19,7 +19,7 @@ from mctf_compile.passes.analysis.mutations import updates_statistics
 from mctf_compile.passes.analysis.normalize import constants
 from mctf_compile.passes.analysis.observations import assign
 from mctf_compile.passes.analysis.packs import MASKED, Packs
-from mctf_compile.passes.analysis.readings import from_inputs, in_one_operator, is_of_inputs, reading_at
+from mctf_compile.passes.analysis.readings import attends, from_inputs, in_one_operator, is_of_inputs, reading_at
 from mctf_compile.passes.analysis.reasons import name_of, padded, windows
 from mctf_compile.passes.analysis.structure import Attention, Block
 from mctf_compile.passes.analysis.token_axes import Axes
@@ -46,7 +46,7 @@ def find_blocks(
 ) -> list[Block]:
     """Every self-attention over a token axis, in the order of execution, with its residual stream.
 
-    1. Attention is scaled_dot_product_attention, or a softmax over an axis that a product then contracts.
+    1. Attention is one operator (scaled_dot_product_attention), or a softmax over an axis that a product contracts.
     2. The residual stream is the operand of the first addition after attention from which query, key
        and value all descend.
     3. The MLP ends at the next addition of two descendants of that sum.
@@ -110,12 +110,11 @@ def _attention(node: fx.Node, axes: Axes) -> Attention | None:
     Attention over channels (cross-covariance) softmaxes an axis of features. Queries that are protected
     tokens alone (class attention) read the tokens, and there is nothing behind them to fuse.
     """
-    packet = getattr(node.target, "overloadpacket", None)
     if node not in axes.dims:
         return None
-    if packet is aten.scaled_dot_product_attention:
+    if attends(node):
         attention: Attention | None = in_one_operator(node, axes)
-    elif packet is aten.softmax:
+    elif getattr(node.target, "overloadpacket", None) is aten.softmax:
         attention = _spelled_out(node, axes)
     else:
         return None

@@ -15,6 +15,7 @@ from mctf_compile.methods.base import ATTENTION, CROSS, MLP
 from mctf_compile.narrowing import present
 from mctf_compile.passes.analysis.blocks import is_own, sums
 from mctf_compile.passes.analysis.dataflow import Dataflow
+from mctf_compile.passes.analysis.readings import attends
 from mctf_compile.passes.analysis.structure import Attention, Block
 from mctf_compile.passes.analysis.token_axes import Axes
 from mctf_compile.passes.analysis.towers import is_layer, leads_around_layers
@@ -124,7 +125,7 @@ class _Finder:
         ways = {*self.flow.between(start, result), result}
         if not ways.isdisjoint(self.own):
             return None
-        if any(_packet(node) is aten.scaled_dot_product_attention for node in ways):
+        if any(map(attends, ways)):
             return CROSS
         maps = [node for node in ways if _packet(node) is aten.softmax]
         products = [node for node in ways if (rule := find_rule(node.target)) is not None and rule.factors is not None]
@@ -145,7 +146,7 @@ class _Finder:
                 ahead.add(node)
         graph = self.flow.graph.subgraph(inside)
         beyond = _closure(graph, core, nx.descendants) - set(core)
-        dense = {n for n in ahead - beyond - set(core) if self._mixes(n) or set(n.users) - read}
+        dense = {n for n in ahead - beyond - set(core) if self._mixes(n) or self.flow.live & set(n.users) - read}
         dense = dense | _closure(graph, dense, nx.ancestors)
         late = {n for n in beyond if self._mixes(n)}
         late = late | _closure(graph, late, nx.descendants)

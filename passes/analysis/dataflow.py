@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import networkx as nx
 from torch import fx
 
@@ -19,6 +21,12 @@ class Dataflow:
         self.graph = nx.DiGraph()
         self.graph.add_nodes_from(self.nodes)
         self.graph.add_edges_from((source, node) for node in self.nodes for source in node.all_input_nodes)
+
+    @cached_property
+    def live(self) -> frozenset[fx.Node]:
+        """What a graph is run for, and what that is computed from: not what attached modules say alone."""
+        wanted = [node for node in self.nodes if node.is_impure()]
+        return frozenset(wanted).union(*(nx.ancestors(self.graph, node) for node in wanted))
 
     def span(self, first: fx.Node, last: fx.Node | None) -> list[fx.Node]:
         """The nodes from ``first`` to ``last`` (to the end where None), in the order of execution."""

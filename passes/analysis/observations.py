@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,23 +16,26 @@ from mctf_compile.passes.pipeline import State, graph_pass
 
 @graph_pass("observations", requires=("normal",), ensures=("observations",))
 def run(state: State) -> None:
-    state.observations = take_observations(present(state.normal), state.config.method.name)
+    state.observations = take_observations(present(state.normal), [state.config.method.name])
 
 
 @dataclass(frozen=True)
 class Observation:
-    """``learned`` [B, N, K] is what an attached module says of the tokens of ``read``.
+    """``learned`` is what an attached module says of the value ``read``: of a method, [B, N, K] of its tokens.
 
-    ``state``: "untrained", "training" or "trained".
+    ``method``: what the module belongs to; ``state``: "untrained", "training" or "trained". ``readers``: what reads the
+    value in the program behind the module.
     """
 
+    method: str
     state: str
     read: fx.Node
     learned: fx.Node
+    readers: tuple[fx.Node, ...]
 
 
-def take_observations(gm: fx.GraphModule, method: str) -> list[Observation]:
-    """Remove every ``mctf.observe`` from a graph; those of other methods leave nothing behind.
+def take_observations(gm: fx.GraphModule, methods: Collection[str]) -> list[Observation]:
+    """Remove every ``mctf.observe`` from a graph; those of other methods than these leave nothing behind.
 
     Before::  y = mctf.observe(x, z, "dtem", "trained");  q = aten.linear(y, ...)
     After::   q = aten.linear(x, ...)
@@ -40,11 +43,11 @@ def take_observations(gm: fx.GraphModule, method: str) -> list[Observation]:
     found = []
     for node in list(gm.graph.nodes):
         if node.target is torch.ops.mctf.observe.default:
-            read, learned, of, state = node.args
+            (read, learned, of, state), readers = node.args, tuple(node.users)
             node.replace_all_uses_with(read)
             gm.graph.erase_node(node)
-            if of == method:
-                found.append(Observation(state, read, learned))
+            if of in methods:
+                found.append(Observation(of, state, read, learned, readers))
     kept = {o.learned for o in found}
     gm.graph.eliminate_dead_code(lambda node: node in kept or node.is_impure())
     gm.recompile()

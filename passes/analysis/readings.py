@@ -18,17 +18,22 @@ aten = torch.ops.aten
 
 
 def reading_at(node: fx.Node, axes: Axes) -> Attention | None:
-    """The attention at a node: scaled_dot_product_attention, or a softmax between two products."""
-    packet = getattr(node.target, "overloadpacket", None)
+    """The attention at a node: an operator that is one, or a softmax between two products."""
     if node not in axes.dims:
         return None
-    if packet is aten.scaled_dot_product_attention:
+    if attends(node):
         return in_one_operator(node, axes)
-    return _spelled_out(node, axes) if packet is aten.softmax else None
+    return _spelled_out(node, axes) if getattr(node.target, "overloadpacket", None) is aten.softmax else None
+
+
+def attends(node: fx.Node) -> bool:
+    """Whether a node is attention in one operator, as ``scaled_dot_product_attention`` is."""
+    rule = find_rule(node.target)
+    return rule is not None and rule.received is not None
 
 
 def in_one_operator(node: fx.Node, axes: Axes) -> Attention:
-    """The attention that a call of ``scaled_dot_product_attention`` is."""
+    """The attention that a call of ``scaled_dot_product_attention``, or of another operator like it, is."""
     args = schema_arguments(node)
     q, k, v = args["query"], args["key"], args["value"]
     return Attention(node, q, k, v, None, None, axes.of(k)[-2], axes.of(q)[-2])

@@ -87,16 +87,18 @@ def choose_kernels(gm: fx.GraphModule, wanted: str, inputs: Sequence[Any]) -> tu
         return gm, [f"kernels are ATen: {problem}"]
 
     replacements = {gradients: family.replacements(gradients) for gradients in (False, True)}
-    kept, recording = [], recorded(gm, inputs)
+    kept, recording = dict[fx.Node, str](), recorded(gm, inputs)
     for node in [n for n in gm.graph.nodes if n.target in replacements[True]]:
         gradients = not recording.isdisjoint((node, *replaced_with(node)))
         with gm.graph.inserting_before(node):
             reason = replacements[gradients][node.target](node)
         if reason is not None:
-            kept.append(f"{node.name} stays ATen: {reason}")
+            kept[node] = f"{node.name} stays ATen: {reason}"
     gm.graph.eliminate_dead_code()
     gm.recompile()
-    return gm, kept if wanted != "auto" else []
+    # What only replaced nodes have read is not there any more.
+    remarks = [kept[node] for node in gm.graph.nodes if node in kept]
+    return gm, remarks if wanted != "auto" else []
 
 
 def _is_ours(node: fx.Node) -> bool:

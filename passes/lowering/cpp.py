@@ -18,6 +18,7 @@ from mctf_compile.passes.lowering.replacing import (
     by_the_same_operands,
     by_their_codes,
     call,
+    codes_of,
     item,
     items,
     readers_of_map,
@@ -63,6 +64,7 @@ def replacements(gradients: bool) -> dict[object, Replacement]:
         mctf.powers.default: (
             _without_gradient if gradients else by_their_codes(mctf.shift_linear_cpp.default, shift_supported)
         ),
+        mctf.routed_linear.default: _without_gradient if gradients else _routed_linear,
     }
 
 
@@ -112,6 +114,17 @@ def _attention(node: fx.Node) -> str | None:
     if not attention_supported(q, k, v, bias, args["dropout_p"]):
         return NOT_TAKEN
     replace(node, call(node, mctf.attention_cpp.default, (*operands, args["scale"]), attention(q, k, v, bias)))
+    return None
+
+
+def _routed_linear(node: fx.Node) -> str | None:
+    """By a product for the tokens of each weight, in the place of two for all; of weights with codes by those."""
+    args = schema_arguments(node)
+    given = values(*(args[name] for name in ("input", "weight", "bias", "other", "other_bias")))
+    if len({x.dtype for x in given if x is not None}) > 1:
+        return NOT_TAKEN
+    args["other"] = codes_of(args["other"]) or args["other"]
+    node.target, node.args, node.kwargs = mctf.dispatched_linear.default, tuple(args.values()), {}
     return None
 
 

@@ -76,6 +76,13 @@ def shift_layers(weight: fx.Node, slices: tuple[fx.Node, ...] = ()) -> Iterator[
             yield from shift_layers(user, (*slices, user))
 
 
+def codes_of(weight: fx.Node) -> fx.Node | None:
+    """The codes that ``mctf::powers`` has made a weight of, cast or not; None of another one."""
+    while weight.target is aten.to.dtype and weight.meta["val"].dtype in EXACT:
+        weight = node_of(weight.args[0])
+    return node_of(weight.args[0]) if weight.target is torch.ops.mctf.powers.default else None
+
+
 def by_their_codes(target: OpOverload, supported: Callable[[Any, Any, Any], bool]) -> Replacement:
     """Shift layers by products with the codes themselves; ``supported`` is asked of x, codes and bias.
 

@@ -175,7 +175,7 @@ class FusedCall:
 
     def size(self, place: Place) -> Tensor:
         """[B, M] sizes of the tokens at a place."""
-        return self.stream.fusion(self.generation, place.lead, place.tail).size
+        return self.stream.size(self.generation, place.lead, place.tail)
 
     def to_itself(self, place: Place) -> bool:
         """Whether a token at a place counts for itself alone."""
@@ -346,6 +346,12 @@ class FusedCall:
 
         args, kwargs = fx.node.map_arg((self.node.args, self.node.kwargs), held)
         return Value(self.target(*args, **kwargs), self.out_dims()[0])
+
+    def by_place(self, name: str, function: Callable[[Tensor], Tensor]) -> Value:
+        """What ``function`` makes of the original tokens of an argument, fused as those are."""
+        original = self.stream.lower_to(self.value(name), 0)
+        made = replace(original, tensor=function(original.tensor), stream=self.stream)
+        return self.result(self.stream.raise_to(made, self.generation).tensor)
 
     def result(self, tensor: Tensor, weights_dim: int | None = None, index: int = 0) -> Value:
         """A value of this call's generation, where its axes hold the tokens; else an ordinary one.

@@ -29,7 +29,7 @@ from mctf_compile.passes.rewriting.following import Reduction
 from mctf_compile.passes.rewriting.fused_call import FusedCall
 from mctf_compile.passes.rewriting.stream import Fusion, Stream, Value
 from mctf_compile.passes.rules import rule_of
-from mctf_compile.passes.rules.attention import HeadLayout, additive, attention_operands, scale_of
+from mctf_compile.passes.rules.attention import HeadLayout, additive, attention_operands
 from mctf_compile.passes.rules.base import wrap
 
 
@@ -253,7 +253,7 @@ class Insertion:
                 call.args["dropout_p"],
             )
             return Value(seen.layout.join(out, v.tensor), self.program.axes.of(node), x.stream, x.generation)
-        if fusion.combine is Combine.MAX:
+        if fusion.combine is Combine.MAX and attention.weights is not None:
             return self._attend_by_maxima(node, block, v)
         repeated = stream.lower_to(v, x.generation - 1)
         out = self.program.evaluate(node, ChainMap({attention.value: repeated}, self.program.env))
@@ -285,8 +285,9 @@ class Insertion:
     # What the method asked to see.
 
     def _look_at_operands(self, call: FusedCall, block: PlannedBlock) -> Map | None:
-        """Note what scaled_dot_product_attention tells; returns its map where that was made."""
+        """Note what attention in one operator tells; returns its map where that was made."""
         needs, seen = set(self.plan.method.needs), self._seen.setdefault(block.index, {})
+        received = present(present(rule_of(call.node)).received)
         given, keys = attention_operands(call, "query", "key"), self._keys(call)
         if block.padded:
             columns = max(call.places_of(call.args["attn_mask"]), key=lambda p: p.dim)
@@ -304,22 +305,18 @@ class Insertion:
             bias = given.bias
             if bias is not None and bias.shape[2] != 1:
                 bias = bias.narrow(2, block.first, 1)
-            seen["class_attention"] = torch.ops.mctf.importance(
-                query, given.key, call.log_sizes(keys), bias, scale_of(call.call)
-            )[0]
+            seen["class_attention"] = received(call, query, given.key, keys, bias)[0]
         if Need.IMPORTANCE not in needs:
             return None
-        seen["importance"], weights, norm = torch.ops.mctf.importance(
-            given.query, given.key, call.log_sizes(keys), given.bias, scale_of(call.call)
-        )
-        return Map(weights, norm, given.layout)
+        seen["importance"], weights, norm = received(call, given.query, given.key, keys, given.bias)
+        return None if weights is None or norm is None else Map(weights, norm, given.layout)
 
     def _image(self, block: PlannedBlock) -> Tensor:
         """Int64 [B, N]: the run of original tokens that each token is of, within which alone it may be fused."""
         return self._stream(block).image(self._entry(block).generation, block.packed, block.block.padding)
 
     def _keys(self, call: FusedCall) -> Place:
-        """Where the keys of a scaled_dot_product_attention have the token axis."""
+        """Where the keys of attention in one operator have the token axis."""
         return next(p for p in call.places_of(call.args["key"]) if p.dim == len(call.dims("key")) - 2)
 
     def _look_at_map(

@@ -9,11 +9,12 @@ A new operator is a new entry here and nowhere else; an operator without one nev
 ``reductions``    mean, sum, max, softmax: weighted by the sizes over tokens
 ``contractions``  matmul, bmm, einsum
 ``attention``     scaled_dot_product_attention
+``shiftadd``      the operators of ShiftAddViT: attention on binary queries and keys, layers with two weights
 ``bodies``        what tensor subclasses answer (quantised weights): by what it consists of
 ================  ====================================================================
 """
 
-from mctf_compile.passes.rules import attention, contractions, features, layout, pointwise, reductions
+from mctf_compile.passes.rules import attention, contractions, features, layout, pointwise, reductions, shiftadd
 from mctf_compile.passes.rules.base import RULES, Elements, Rule, find_rule, is_random, rule, sources
 from mctf_compile.passes.rules.bodies import flow_of, rule_of
 from mctf_compile.passes.rules.call import Call, Flow, Fused, schema_arguments
@@ -37,5 +38,6 @@ __all__ = [
     "rule",
     "rule_of",
     "schema_arguments",
+    "shiftadd",
     "sources",
 ]

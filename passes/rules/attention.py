@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mctf_compile.errors import Declined
-from mctf_compile.passes.axes import Dims, Tokens, product
+from mctf_compile.passes.axes import Dims, Place, Tokens, product
 from mctf_compile.passes.rules.base import rule
 from mctf_compile.passes.rules.call import Call, Flow, Fused, V
 
@@ -129,6 +129,16 @@ def sized_attention(call: Fused[V]) -> V:
     return call.result(given.layout.join(out, call.value("query").tensor))
 
 
+def sized_importance(
+    call: Fused[V], query: Tensor, key: Tensor, keys: Place, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What each key receives of attention in which key j occurs s_j times, with its map."""
+    found: tuple[Tensor, Tensor, Tensor] = torch.ops.mctf.importance(
+        query, key, call.log_sizes(keys), bias, scale_of(call.call)
+    )
+    return found
+
+
 @rule(
     "scaled_dot_product_attention",
     reads="query key value attn_mask dropout_p is_causal scale enable_gqa",
@@ -137,6 +147,7 @@ def sized_attention(call: Fused[V]) -> V:
     called="attention within windows",
     layer=True,
     beside=True,
+    received=sized_importance,
 )
 def attention(call: Call) -> Flow:
     q, k, v = (call.dims(name) for name in ("query", "key", "value"))

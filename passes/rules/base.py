@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._ops import OpOverload
 
+from mctf_compile.passes.axes import Place
 from mctf_compile.passes.rules.call import Arguments, Call, Flow, Fused, schema_arguments
 
 
@@ -36,6 +37,14 @@ class Elements(enum.Enum):
         return self not in (Elements.THINNED, Elements.SHIFTED)
 
 
+# Of attention on fused tokens, with its query [B, H, Nq, D], its key [B, H, N, D], the place of the keys, and a bias of
+# four dimensions or None: the mean attention [B, N] that each key receives; and, where the values are multiplied by a
+# map, its weights [B, H, Nq, N] and the reciprocals [B, H, Nq, 1] of their row sums.
+Received = Callable[
+    [Fused[Any], Tensor, Tensor, Place, "Tensor | None"], tuple[Tensor, "Tensor | None", "Tensor | None"]
+]
+
+
 @dataclass(frozen=True)
 class Rule:
     """All that is known of one operator.
@@ -53,6 +62,8 @@ class Rule:
     that the result holds everywhere, or None where nobody knows it. ``prevails``: whether the result is a sum or a
     choice of the operands, so that a number which masks still does with others that do not. ``beside``:
     whether ``fused`` may also be given operands with the fused tokens of another stream, which it does not mix.
+    ``received``: of attention in one operator, with operands ``query``, ``key`` and ``value``: see ``Received``.
+    ``by_place``: whether equal tokens at other places get other results, of which a fused token has the mean.
     """
 
     axes: Callable[[Call], Flow]
@@ -69,16 +80,18 @@ class Rule:
     uniform: Callable[[Arguments], Any] | None = None
     prevails: bool = False
     beside: bool = False
+    received: Received | None = None
+    by_place: bool = False
 
 
 RULES: dict[OpOverload, Rule] = {}
 
 
 def rule(*names: str, reads: str, **properties: Any) -> Callable[[Callable[[Call], Flow]], Callable[[Call], Flow]]:
-    """Enter the decorated axes function in ``RULES`` for overloads of ATen operators.
+    """Enter the decorated axes function in ``RULES`` for overloads of operators, ATen's where nothing else is said.
 
     Args:
-        names: the overloads, as in ``"sum"`` (the default one) and ``"sum.dim_IntList"``.
+        names: the overloads, as in ``"sum"`` (the default one), ``"sum.dim_IntList"`` and ``"mctf::powers"``.
         reads: the arguments that the rule knows, separated by spaces. An overload that has another one, in a later
             release of PyTorch, gets no rule; nor does one that is not there.
         properties: the other fields of ``Rule``.
@@ -94,9 +107,10 @@ def rule(*names: str, reads: str, **properties: Any) -> Callable[[Callable[[Call
 
 
 def overload_of(name: str) -> OpOverload | None:
-    """``"sum.dim_IntList"`` or ``"sum"`` of ATen, where there is one."""
+    """``"sum.dim_IntList"`` or ``"sum"`` of ATen, or ``"mctf::powers"``, where there is one."""
+    space, _, name = name.rpartition("::")
     name, _, overload = name.partition(".")
-    return getattr(getattr(torch.ops.aten, name, None), overload or "default", None)
+    return getattr(getattr(getattr(torch.ops, space or "aten"), name, None), overload or "default", None)
 
 
 def find_rule(target: Any) -> Rule | None:

@@ -194,5 +194,8 @@ class Fused(Protocol[V]):
     def original(self) -> V:
         """What the original program computes, where no value of the operands is read."""
 
+    def by_place(self, name: str, function: Callable[[Tensor], Tensor]) -> V:
+        """What ``function`` makes of the original tokens of an argument, fused as those are."""
+
     def result(self, tensor: Tensor, weights_dim: int | None = None, index: int = 0) -> V:
         """A tensor as the value of this call; ``index``: which of several results it is."""

@@ -1,0 +1,1 @@
+"""Linear attention on binary queries and keys."""

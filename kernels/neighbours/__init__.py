@@ -1,0 +1,1 @@
+"""What the neighbours of a token in their grid say."""

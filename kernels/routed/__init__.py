@@ -1,0 +1,1 @@
+"""Layers of which each token takes one of two."""
