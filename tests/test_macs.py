@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from mctf_compile.kernels.library import macs_of, says_macs
@@ -108,6 +109,7 @@ def test_operators_multiply_as_much_as_they_say(data: st.DataObject) -> None:
     keep, gone, _ = found = ops.match(*match)
     index, weight, _ = ops.group(scores, size, *found)
     _, weights, norm = ops.importance(q, k, None, None, 1.0)
+    routed = (x, scores > 0.5, torch.randn(d, c), None, torch.randn(d, c), None)
     calls = {
         ops.match: match,
         ops.group: (scores, size, *found),
@@ -119,10 +121,17 @@ def test_operators_multiply_as_much_as_they_say(data: st.DataObject) -> None:
         ops.ahead: (weights, norm, v[:, :, : n - r], index, drawn(st.sampled_from((weight, None))), *found, 0.0),
         ops.select: (scores, free - r, lead, tail),
         ops.nearest: (x, keep, gone, lead, tail),
+        ops.binary_attention: (q, k, v),
+        ops.sized_binary_attention: (q, k, v, size),
+        ops.binary_importance: (q, k, size),
+        ops.neighbours: (v, torch.randn(h * c, 1, 3, 3), lead, height, width),
         ops.powers: (torch.ones(c, d, dtype=torch.int8), torch.float32),
     }
     for operator, args in calls.items():
         assert macs_of(operator.default, args, {}) == executed(operator, *args), operator
+    # Each token is multiplied by one of the two weights.
+    for routed_by in (ops.routed_linear, ops.dispatched_linear):
+        assert macs_of(routed_by.default, routed, {}) == executed(F.linear, *routed[:1], routed[2])
     tile = [drawn(st.integers(1, 3)), drawn(st.integers(1, 3))]
     receive, leave = matching.tiles(height, width, tile, None)
     tiled = (x, scores, size, min(r, len(leave)), lead, tail, height, width, tile, None, taus)
@@ -131,7 +140,8 @@ def test_operators_multiply_as_much_as_they_say(data: st.DataObject) -> None:
     if leave:
         assert macs_of(ops.match_tiles.default, tiled, {}) == macs_of(ops.best.default, best, {})
         assert macs_of(ops.best.default, best, {}) == executed(matching.best, *best)
-    assert SAID == {op.default for op in (*calls, ops.match_tiles, ops.best, ops.assign)}
+    others = ops.routed_linear, ops.dispatched_linear, ops.match_tiles, ops.best, ops.assign
+    assert SAID == {op.default for op in (*calls, *others)}
 
 
 def test_arguments_by_name_are_counted_alike() -> None:

@@ -236,7 +236,7 @@ def attached(kernel: int = 3, dtype: torch.dtype = torch.float64) -> Vit:
 def run(model: nn.Module, images: Tensor = IMAGES, **options: object) -> Tensor:
     torch._dynamo.reset()
     given_ = {"method": "none", "inner": "eager", **SHIFTADD, **options}
-    return torch.compile(model, backend="mctf", options=given_)(images)
+    return torch.compile(model, backend="mctf", options=given_, dynamic=False)(images)
 
 
 @pytest.mark.parametrize("kernel", [1, 3, 5])
@@ -425,7 +425,7 @@ def test_tokens_are_multiplied_by_their_own_weights_alone() -> None:
 
     def output(name: str, kernels: str) -> Tensor:
         torch._dynamo.reset()
-        return torch.compile(model, backend=backend(name, kernels))(IMAGES.float())
+        return torch.compile(model, backend=backend(name, kernels), dynamic=False)(IMAGES.float())
 
     with torch.no_grad():
         plain, dispatched = output("plain", "aten"), output("dispatched", "cpp")

@@ -12,8 +12,11 @@ from mctf_compile.passes.rules import RULES, find_rule
 from mctf_compile.testing import Recorder
 from mctf_compile.testing.soundness import ONLY_SIMILARITY, assert_fused_alike
 
+ops = torch.ops.mctf
 B, N, C = 2, 16, 8
 W = torch.randn(C, C, generator=torch.Generator().manual_seed(1))
+# Of a depthwise kernel, the middle alone.
+CENTER = F.pad(torch.rand(C, 1, 1, 1), (1, 1, 1, 1))
 HALF = torch.randn(1, N, C // 2, generator=torch.Generator().manual_seed(1))
 
 
@@ -118,6 +121,9 @@ FUSED = {
         heads(x), heads(x), heads(x), (x[..., 0] > 0)[:, None, None]
     ),
     "attention with a bias": lambda x: F.scaled_dot_product_attention(heads(x), heads(x), heads(x), torch.ones(N, N)),
+    "binary attention": lambda x: ops.binary_attention(heads(x), heads(x).roll(1, -1), heads(x)),
+    "a convolution that sees no neighbour": lambda x: ops.neighbours(heads(x), CENTER, 0, 4, 4),
+    "a layer with two weights": lambda x: ops.routed_linear(x, x[..., 0] > x[..., 1], W, None, W.flip(0), None),
     "attention of one head with one number": lambda x: F.scaled_dot_product_attention(x, x, x, W[0, 0]),
     "linalg matmul": lambda x: torch.linalg.matmul(x.mT, x),
     "maximum of the grid": lambda x: F.adaptive_max_pool2d(image(x), 1) + F.adaptive_max_pool1d(x.mT, 1)[..., None],

@@ -153,7 +153,7 @@ def lowered(model: nn.Module, autocast: bool = False, **options: object) -> tupl
 
     torch._dynamo.reset()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        out = torch.compile(model, backend=backend)(IMAGES)
+        out = torch.compile(model, backend=backend, dynamic=False)(IMAGES)
     return [str(n.target).partition(".default")[0] for n in graphs[0].graph.nodes], remarks, out
 
 

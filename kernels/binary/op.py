@@ -76,6 +76,7 @@ def binary_importance(q: Tensor, k: Tensor, size: Tensor | None) -> Tensor:
         size: [B, N] sizes s, or None for sizes of one.
 
     Returns:
-        [B, N], mean over heads and queries of A, of which a row without keys is 0; a constant for autograd; float32 or wider.
+        [B, N], mean over heads and queries of A, of which a row without keys is 0; a constant for autograd; float32 or
+        wider.
     """
     return aten.binary_importance(q, k, size)

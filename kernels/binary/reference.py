@@ -13,16 +13,19 @@ def binary(x: Tensor) -> Tensor:
 
 def coefficients(q: Tensor, k: Tensor, size: Tensor | None) -> Tensor:
     """I / 2 + Q Kᵀ diag(s) / π, [B, H, Nq, N] in float64; without I / 2 where queries are other tokens."""
-    found = torch.einsum("bhqd,bhkd->bhqk", binary(q), binary(k)) / math.pi
+    found: Tensor = torch.einsum("bhqd,bhkd->bhqk", binary(q), binary(k)) / math.pi
     if size is not None:
         found = found * size.double()[:, None, None, :]
-    return found + torch.eye(k.shape[2]).double() / 2 if q.shape[2] == k.shape[2] else found
+    if q.shape[2] == k.shape[2]:
+        found = found + torch.eye(k.shape[2], dtype=torch.float64) / 2
+    return found
 
 
 def binary_attention(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None) -> Tensor:
     """The reference of ``torch.ops.mctf.binary_attention`` and ``sized_binary_attention``; see there."""
-    y = torch.einsum("bhqk,bhkd->bhqd", coefficients(q, k, size), v.double())
-    return (y / y.norm(dim=-1, keepdim=True)).to(v.dtype)
+    y: Tensor = torch.einsum("bhqk,bhkd->bhqd", coefficients(q, k, size), v.double())
+    length: Tensor = y.norm(dim=-1, keepdim=True)
+    return (y / length).to(v.dtype)
 
 
 def binary_importance(q: Tensor, k: Tensor, size: Tensor | None) -> Tensor:

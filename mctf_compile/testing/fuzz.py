@@ -84,11 +84,11 @@ class ShiftAddCase:
         torch.manual_seed(self.seed)
         model = TinyViT(self.spec).eval()
         inputs = model.example(self.kinds, self.seed)
-        model, inputs, own = with_shiftadd(
+        changed, inputs, own = with_shiftadd(
             model, inputs, self.packed, self.attention, self.experts, local=self.spec.position
         )
         with torch.no_grad():
-            return check_rewrite(model, *inputs, **self.options, **own)
+            return check_rewrite(changed, *inputs, **self.options, **own)
 
     def program(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())

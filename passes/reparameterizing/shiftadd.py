@@ -161,10 +161,10 @@ def _replace_attention(block: Block, axes: Axes) -> None:
 
     def attend(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> Tensor:
         q, k, v = q.permute(heads.query), k.permute(heads.key), v.permute(heads.value)
-        out = torch.ops.mctf.binary_attention(q, k, v)
+        out: Tensor = torch.ops.mctf.binary_attention(q, k, v)
         apart = v if v.dim() == 4 else v.unflatten(0, (-1, heads.channels // v.shape[-1]))
-        near = torch.ops.mctf.neighbours(apart, weight.to(v.dtype), heads.lead, heads.rows, heads.columns)
-        return (out + near.reshape(out.shape)).to(out.dtype).permute(heads.out)
+        near: Tensor = torch.ops.mctf.neighbours(apart, weight.to(v.dtype), heads.lead, heads.rows, heads.columns)
+        return (out + near.reshape(out.shape)).permute(heads.out)
 
     _put(attention.node, attend, (attention.query, attention.key, attention.value, weight))
 
@@ -190,9 +190,9 @@ def _routed(
 
 
 def _gated(x: Tensor, logits: Tensor, *weights: Tensor | None) -> Tensor:
-    found = _routed(x, logits, *weights)  # type: ignore[arg-type]  # the four that a routed layer has
-    gate: Tensor = logits.softmax(-1).amax(-1, keepdim=True)
-    return found * gate.to(found.dtype)
+    found: Tensor = _routed(x, logits, *weights)  # type: ignore[arg-type]  # the four that a routed layer has
+    gated: Tensor = found * logits.softmax(-1).amax(-1, keepdim=True).to(found.dtype)
+    return gated
 
 
 def _put(node: fx.Node, function: Callable[..., Tensor], operands: Sequence[Any]) -> None:
