@@ -82,15 +82,20 @@ def shifted(images: Tensor) -> Tensor:
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-def train(model: nn.Module, data: Digits, progress: Callable[[str, int, int], None]) -> None:
-    """Train in eager mode, dense."""
+def train(
+    model: nn.Module,
+    data: Digits,
+    progress: Callable[[str, int, int], None],
+    beside: Callable[[], Tensor | float] = lambda: 0.0,
+) -> None:
+    """Train a model, compiled or not; ``beside``: what is added to the loss after each forward pass."""
     model.train()
     steps = len(data.train) // BATCH
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=EPOCHS * steps)
     for epoch in range(EPOCHS):
         for batch in torch.randperm(len(data.train))[: steps * BATCH].split(BATCH):
-            loss = F.cross_entropy(model(shifted(data.train[batch])), data.train_labels[batch])
+            loss = F.cross_entropy(model(shifted(data.train[batch])), data.train_labels[batch]) + beside()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

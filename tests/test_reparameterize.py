@@ -224,7 +224,7 @@ def attached(kernel: int = 3, dtype: torch.dtype = torch.float64) -> Vit:
     """A model with modules that have learned something, by which about half of the tokens take either expert."""
     torch.manual_seed(0)
     model = Vit().to(dtype).eval()
-    shiftadd.attach(model, IMAGES.to(dtype), kernel=kernel)
+    shiftadd.attach(model, IMAGES.to(dtype), kernel=kernel).train().eval()
     for module in model.modules():
         if isinstance(module, shiftadd.Local):
             nn.init.normal_(module.weight, std=0.2)
@@ -586,6 +586,20 @@ def test_what_cannot_be_compiled_is_said() -> None:
         shiftadd.balance(Vit())
     with pytest.raises(ConfigError, match=r"latency=\(1, 0\) must be 2 numbers above 0"):
         losses.balance(torch.zeros(3, 2), (1, 0))
+
+
+def test_untrained_modules_are_named() -> None:
+    model = Vit().double().eval()
+    shiftadd.attach(model, IMAGES)
+    with (
+        torch.no_grad(),
+        pytest.warns(UserWarning, match=r"untrained: train them, or load their weights \(mctf_shiftadd"),
+    ):
+        run(model)
+    model.load_state_dict(model.state_dict())
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(model)
 
 
 def test_a_model_without_attention_in_a_graph_of_its_own_is_left_alone() -> None:

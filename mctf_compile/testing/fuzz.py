@@ -133,6 +133,8 @@ def with_shiftadd(
         if attention or experts:
             shiftadd.attach(model, *inputs, attention=attention, experts=experts)
             own = {"reparameterize": "shiftadd"}
+    # As if they had been trained.
+    model.train().eval()
     for module in model.modules():
         if isinstance(module, shiftadd.Router):
             nn.init.normal_(module.route.weight)

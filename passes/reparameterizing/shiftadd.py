@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,7 @@ aten = torch.ops.aten
 # token; and at each linear layer of an MLP, what the second expert computes there.
 LOCAL, ROUTER, EXPERT = "shiftadd.local", "shiftadd.router", "shiftadd.expert"
 
+UNTRAINED = "the modules of ShiftAddViT are untrained: train them, or load their weights (mctf_shiftadd)"
 HINT = "mctf_compile.shiftadd.attach(model, images) adds what it learns, before the model is compiled"
 
 
@@ -83,6 +85,8 @@ def reparameterize(gm: fx.GraphModule, inputs: Sequence[Any], examples: Sequence
         if not blocks:
             return gm
         raise ConfigError(f"reparameterize='shiftadd' finds none of its modules in this model; {HINT}.")
+    if any(o.state == "untrained" for o in found):
+        warnings.warn(f"mctf: {UNTRAINED}", stacklevel=2)
     flow, mlps = Dataflow(normal.graph), mlps_of(normal.graph, blocks, axes)
     for block in assign([o for o in found if o.method == LOCAL], blocks, normal.graph):
         if block.learned is not None:

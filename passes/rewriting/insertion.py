@@ -58,6 +58,9 @@ class Program(fused_call.Program, Protocol):
     def recomputed_fused(self, node: fx.Node, replacements: Mapping[fx.Node, Value]) -> Value | None:
         """The same, as far as no tokens are given back on the way; else None."""
 
+    def of_fused(self, node: fx.Node, stream: Stream, generation: int) -> Any:
+        """The value of ``node`` had the tokens that a block fused to ``generation`` been so before."""
+
     def descends(self, node: fx.Node, source: fx.Node) -> bool:
         """Whether ``node`` is computed from ``source``."""
 
@@ -233,11 +236,11 @@ class Insertion:
 
     def _attend_ahead(self, node: fx.Node, block: PlannedBlock, call: FusedCall | None, seen: Map | None) -> Value:
         """A' V: the values of the fused tokens under the map of the unfused ones."""
-        attention, entry = block.block.attention, present(block.block.entry)
+        attention = block.block.attention
         x = self._fuse(block, self._entry(block))
         stream = present(x.stream)
         fusion = stream.fusions[-1]
-        v = stream.raise_to(self.program.recomputed(attention.value, {entry: x}), x.generation)
+        v = stream.raise_to(self.program.of_fused(attention.value, stream, x.generation), x.generation)
         if seen is not None and call is not None:
             keys = self._keys(call)
             fusion = stream.fusion(x.generation, keys.lead, keys.tail)

@@ -220,6 +220,8 @@ class Rewriter:
         self._projector = Projector(axes, plan)
         self._read = self._nodes_read()
         self._raised: dict[tuple[Stream, int, fx.Node, Tensor, Dims], Value] = {}
+        # By stream and generation: what is computed of the tokens that a block fused, and was before.
+        self._of_fused: dict[tuple[Stream, int], dict[fx.Node, Any]] = {}
 
     @cached_property
     def _written(self) -> set[fx.Node]:
@@ -419,7 +421,7 @@ class Rewriter:
         self.given_back = given_back
         return None
 
-    def derived(self, nodes: Sequence[fx.Node], replacements: Mapping[fx.Node, Value]) -> Env:
+    def derived(self, nodes: Sequence[fx.Node], replacements: Mapping[fx.Node, Any]) -> ChainMap[fx.Node, Any]:
         """The values had others been the ``replacements``, as far as ``nodes`` are computed from them."""
         between, stack = set(), [*nodes]
         first = min((self.order[n] for n in replacements), default=len(self.order))
@@ -433,6 +435,13 @@ class Rewriter:
             if any(i in local.maps[0] for i in self._sources(n)):
                 local[n] = self.evaluate(n, local)
         return local
+
+    def of_fused(self, node: fx.Node, stream: Stream, generation: int) -> Any:
+        """The value of ``node`` had the tokens that a block fused been so before; what lies between is run once."""
+        source = self.insertion.sources[stream, generation]
+        known = self._of_fused.setdefault((stream, generation), {source: self.insertion.fused[source]})
+        known.update(self.derived([node], known).maps[0])
+        return known[node] if node in known else self.env[node]
 
     def descends(self, node: fx.Node, source: fx.Node) -> bool:
         """Whether ``node`` is computed from ``source``."""
@@ -466,7 +475,7 @@ class Rewriter:
                     value = fused
                 elif self.descends(node, source):
                     # What was derived from the tokens before they were fused is derived from the fused ones.
-                    value = self.recomputed(node, {source: fused})
+                    value = self.of_fused(node, stream, generation)
                 if value.generation == generation:
                     self._raised[key] = value
                     return value
