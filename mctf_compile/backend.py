@@ -10,7 +10,7 @@ from torch import fx
 
 from mctf_compile.assumed import Checked
 from mctf_compile.compat import GraphBreak, break_behind, resumed_at, unwrapped
-from mctf_compile.compiler import fuse_or_decline, reparameterized
+from mctf_compile.compiler import dense, fuse_or_decline, reparameterized
 from mctf_compile.config import FusionConfig
 from mctf_compile.dynamic import Adjustable
 from mctf_compile.errors import MctfError
@@ -67,7 +67,7 @@ def _compiled(
             for line in _said_of_breaks(report, break_behind(gm), resumed_at()):
                 warnings.warn(f"mctf: {line}", stacklevel=2)
     if report.reason is not None:
-        return inner_compiler(config)(gm, example_inputs)
+        return inner_compiler(config)(dense(gm, state), example_inputs)
     last = last_size(gm, example_inputs)
     if last is not None:
         warnings.warn(f"mctf: {last}", stacklevel=2)
@@ -85,13 +85,13 @@ def _said_of_breaks(report: Report, behind: GraphBreak | None, before: str | Non
 
     Nothing is said of a graph without attention that goes on behind a break: the one before it has named that.
     """
-    dense = [] if report.reason is None else [f"the graph stays dense: {report.reason}"]
+    why = [] if report.reason is None else [f"the graph stays dense: {report.reason}"]
     if all(block.reason == GIVEN for block in report.blocks):
         at = behind or before
         if behind is None and before is not None and not report.blocks:
             return []
-        return dense if at is None else [f"{line}; {PIECE.format(at)}" for line in dense]
-    return dense if behind is None else [*dense, IN_PIECES.format(behind)]
+        return why if at is None else [f"{line}; {PIECE.format(at)}" for line in why]
+    return why if behind is None else [*why, IN_PIECES.format(behind)]
 
 
 PIECE = "it is a piece of a model that a graph break cuts at {}"

@@ -25,6 +25,7 @@ from mctf_compile.passes import ANALYSIS, LOWERING, REWRITING, State, run_passes
 from mctf_compile.passes.analysis.normalize import constants, fake_inputs
 from mctf_compile.passes.analysis.reasons import why_no_attention
 from mctf_compile.passes.lowering.autocast import devices_of, keep_autocast_out
+from mctf_compile.passes.lowering.choose_kernels import choose_kernels, has_own_operators
 from mctf_compile.passes.planning.macs import count_macs, macs_by_block, macs_by_counts, work_by_counts
 from mctf_compile.passes.planning.plan import make_plan, tokens_remaining
 from mctf_compile.passes.reparameterizing import shiftadd
@@ -84,6 +85,18 @@ def reparameterized(gm: fx.GraphModule, example_inputs: Sequence[Any], config: F
 def in_one_piece(state: State) -> fx.GraphModule:
     """The graph that was lowered as a whole, to run under any autocast."""
     lowered = present(state.lowered)
+    keep_autocast_out(lowered, devices_of(lowered.graph.nodes))
+    return lowered
+
+
+def dense(gm: fx.GraphModule, state: State | None) -> fx.GraphModule:
+    """What is compiled where nothing fuses: ``gm``, with kernels for operators of this package where it has such.
+
+    ``state``: what the passes found of ``gm``, or None.
+    """
+    if state is None or state.normal is None or not has_own_operators(state.normal):
+        return gm
+    lowered, _ = choose_kernels(state.normal, state.config.lowering.kernels, state.inputs)
     keep_autocast_out(lowered, devices_of(lowered.graph.nodes))
     return lowered
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 import mctf_compile
-from mctf_compile import ConfigError, FusionConfig, rewrite, shiftadd
+from mctf_compile import ConfigError, FusionConfig, backend, rewrite, shiftadd
 from mctf_compile.kernels.shift import reference
 from mctf_compile.passes.lowering import triton
 from mctf_compile.passes.lowering.choose_kernels import choose_kernels
@@ -170,6 +170,29 @@ def test_packed_layers_run_on_their_codes(autocast: bool) -> None:
     assert "mctf.powers" not in found and remarks == []
     near = {"rtol": 0.05, "atol": 0.05} if autocast else {"rtol": 1e-4, "atol": 1e-5}
     torch.testing.assert_close(out, expected, **near)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+def test_packed_layers_run_on_their_codes_where_nothing_fuses(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the backend, with no reduction, and in eager mode, the numbers are the same."""
+    seen: list[str] = []
+
+    def watched(gm: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        seen.extend(str(n.target) for n in gm.graph.nodes)
+        return gm.forward
+
+    monkeypatch.setattr(backend, "inner_compiler", lambda config: watched)
+    model = shiftadd.pack(shiftadd.shift(tiny(depth=2), IMAGES))
+    torch._dynamo.reset()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = torch.compile(model, backend="mctf", options={"method": "none", "kernels": "cpp"}, dynamic=False)(
+            IMAGES
+        )
+        expected = model(IMAGES)
+    layers = len([m for m in model.modules() if isinstance(m, shiftadd.ShiftLinear)])
+    assert seen.count("mctf.shift_linear_cpp.default") == layers and "mctf.powers.default" not in seen
+    near = {"rtol": 0.05, "atol": 0.05} if autocast else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(found, expected, **near)
 
 
 def test_packed_layers_stay_aten_where_gradients_pass() -> None:

@@ -101,5 +101,10 @@ def choose_kernels(gm: fx.GraphModule, wanted: str, inputs: Sequence[Any]) -> tu
     return gm, remarks if wanted != "auto" else []
 
 
+def has_own_operators(gm: fx.GraphModule) -> bool:
+    """Whether a graph calls operators of this package."""
+    return any(map(_is_ours, gm.graph.nodes))
+
+
 def _is_ours(node: fx.Node) -> bool:
     return isinstance(node.target, OpOverload) and node.target.namespace == "mctf"
