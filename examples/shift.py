@@ -1,7 +1,7 @@
 """ShiftAddViT on handwritten digits: weights that are powers of two, linear attention, and experts, with tokens fused.
 
-``python examples/shift.py`` trains a small ViT, makes its linear layers shift layers, or all of it a ShiftAddViT, trains
-on, and prints accuracy and the bytes of the blocks' weights after each step.
+``python examples/shift.py`` trains a small ViT, makes its linear layers shift layers, or all of it a ShiftAddViT,
+trains on, and prints accuracy and the bytes of the blocks' weights after each step.
 """
 
 from __future__ import annotations

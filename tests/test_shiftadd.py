@@ -185,9 +185,8 @@ def test_packed_layers_run_on_their_codes_where_nothing_fuses(autocast: bool, mo
     model = shiftadd.pack(shiftadd.shift(tiny(depth=2), IMAGES))
     torch._dynamo.reset()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        found = torch.compile(model, backend="mctf", options={"method": "none", "kernels": "cpp"}, dynamic=False)(
-            IMAGES
-        )
+        options = {"method": "none", "kernels": "cpp"}
+        found = torch.compile(model, backend="mctf", options=options, dynamic=False)(IMAGES)
         expected = model(IMAGES)
     layers = len([m for m in model.modules() if isinstance(m, shiftadd.ShiftLinear)])
     assert seen.count("mctf.shift_linear_cpp.default") == layers and "mctf.powers.default" not in seen
