@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -365,19 +366,23 @@ def test_fused_copies_attend_and_have_neighbours_as_all_of_them(
             assert_rewrite_sound(model, images, duplicates=True, **options)
 
 
-@pytest.mark.parametrize("attention", ["approx", "current", "exact"])
-@pytest.mark.parametrize("spelling", ["sdpa", "softmax", "einsum", "flat"])
+@cache
+def fused_in(spelling: str, attention: str) -> Tensor:
+    """The output of one model whose attention is written in some way."""
+    torch.manual_seed(0)
+    model = TinyViT(VitSpec(depth=2, spelling=spelling, position=True)).eval()
+    model, (images,), own = with_shiftadd(model, model.example(9, 0), False, True, True, local=True)
+    options = {**own, "method": "mctf", "attention": attention, "r": 4, "min_tokens": 1, "strict": True}
+    with torch.no_grad():
+        return run(model, images, **options)
+
+
+WORDS = [("softmax", "approx"), ("softmax", "current"), ("softmax", "exact"), ("einsum", "approx"), ("flat", "approx")]
+
+
+@pytest.mark.parametrize(("spelling", "attention"), WORDS)
 def test_attention_in_other_words_is_the_same_attention(spelling: str, attention: str) -> None:
-    """One model in several spellings: dense and fused, the numbers are those of the first."""
-    outputs = []
-    for words in ("sdpa", spelling):
-        torch.manual_seed(0)
-        model = TinyViT(VitSpec(depth=2, spelling=words, position=True)).eval()
-        model, inputs, own = with_shiftadd(model, model.example(9, 0), False, True, True, local=True)
-        with torch.no_grad():
-            options = {**own, "method": "mctf", "attention": attention, "r": 4, "min_tokens": 1, "strict": True}
-            outputs.append(run(model, inputs[0], **options))
-    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(fused_in(spelling, attention), fused_in("sdpa", attention), rtol=1e-8, atol=1e-10)
 
 
 def test_fewer_tokens_cost_less_and_linear_attention_less_than_maps() -> None:
@@ -539,6 +544,33 @@ class Sequence(nn.Module):
         return self.block(x)
 
 
+class Causal(Vit):
+    """Attention to earlier tokens alone."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.tokens(images)
+        q, k, v = self.blocks[0].heads(x)
+        x = x + F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        return self.head(x[:, 0])
+
+
+class Gated(Vit):
+    """Attention weights that are multiplied by something before they meet the values."""
+
+    def __init__(self, gate: bool = True) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.rand(1, HEADS, 1, 1))
+        self.gated = gate
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.tokens(images)
+        q, k, v = self.blocks[0].heads(x)
+        weights = (q @ k.mT).softmax(-1)
+        weights = weights * self.gate if self.gated else weights
+        x = x + (weights @ v).transpose(1, 2).flatten(2)
+        return self.head(x[:, 0])
+
+
 class Biased(Vit):
     """A bias on the logits."""
 
@@ -558,6 +590,10 @@ def test_what_cannot_be_attached_is_said() -> None:
         shiftadd.attach(Sequence(), torch.randn(2, 9, WIDTH), experts=False)
     with pytest.raises(ConfigError, match="has a mask or a bias"):
         shiftadd.attach(Biased(), IMAGES.float(), experts=False)
+    with pytest.raises(ConfigError, match="has a mask or a bias"):
+        shiftadd.attach(Causal(), IMAGES.float(), experts=False)
+    with pytest.raises(ConfigError, match="its attention weights meet something else"):
+        shiftadd.attach(Gated(), IMAGES.float(), experts=False)
     with pytest.raises(ConfigError, match="it has no self-attention"):
         shiftadd.attach(nn.Conv2d(3, 4, 3), IMAGES.float())
     with pytest.warns(UserWarning, match=r"the attention of block stays as it is: .*grid"):
@@ -586,6 +622,20 @@ def test_what_cannot_be_compiled_is_said() -> None:
         shiftadd.balance(Vit())
     with pytest.raises(ConfigError, match=r"latency=\(1, 0\) must be 2 numbers above 0"):
         losses.balance(torch.zeros(3, 2), (1, 0))
+
+
+def test_a_model_that_has_changed_is_refused_and_not_computed_otherwise() -> None:
+    model = Gated(gate=False).double().eval()
+    shiftadd.attach(model, IMAGES, experts=False).train().eval()
+    with torch.no_grad():
+        run(model)
+        model.gated = True
+        with pytest.raises(ConfigError, match=r"does not fit .*: its attention weights meet something else"):
+            run(model)
+        model = attached()
+        model.mctf_shiftadd["0"]["local"].weight = nn.Parameter(torch.zeros(8, 1, 3, 3).double())
+        with pytest.raises(ConfigError, match="was made for 8 channels, and its values have 16"):
+            run(model)
 
 
 def test_untrained_modules_are_named() -> None:

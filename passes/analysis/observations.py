@@ -59,13 +59,16 @@ def assign(observations: Sequence[Observation], blocks: list[Block], graph: fx.G
     if not observations:
         return blocks
     flow = Dataflow(graph)
-
-    def reads(o: Observation, block: Block) -> bool:
-        before = o.read is block.entry or flow.leads(present(block.entry), o.read)
-        return before and (o.read is block.attention.query or flow.leads(o.read, block.attention.query))
-
     found = []
     for block in blocks:
-        own = next((o for o in observations if block.tokens is not None and reads(o, block)), None)
+        own = next((o for o in observations if is_of(o, block, flow)), None)
         found.append(block if own is None else replace(block, learned=own.learned))
     return found
+
+
+def is_of(o: Observation, block: Block, flow: Dataflow) -> bool:
+    """Whether what is read lies between the residual stream of a block that can be followed and its query."""
+    if block.tokens is None:
+        return False
+    before = o.read is block.entry or flow.leads(present(block.entry), o.read)
+    return before and (o.read is block.attention.query or flow.leads(o.read, block.attention.query))

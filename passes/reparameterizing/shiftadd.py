@@ -19,9 +19,9 @@ from mctf_compile.passes.analysis.branches import find_branches
 from mctf_compile.passes.analysis.dataflow import Dataflow
 from mctf_compile.passes.analysis.masks import mask_operands
 from mctf_compile.passes.analysis.normalize import constants, normalize
-from mctf_compile.passes.analysis.observations import Observation, assign, take_observations
+from mctf_compile.passes.analysis.observations import Observation, is_of, take_observations
 from mctf_compile.passes.analysis.opening import Opener
-from mctf_compile.passes.analysis.structure import Block
+from mctf_compile.passes.analysis.structure import Attention, Block
 from mctf_compile.passes.analysis.token_axes import Axes, token_axes
 from mctf_compile.passes.axes import Dim, Dims
 from mctf_compile.passes.lowering.autocast import devices_of, keep_autocast_out
@@ -88,17 +88,12 @@ def reparameterize(gm: fx.GraphModule, inputs: Sequence[Any], examples: Sequence
     if any(o.state == "untrained" for o in found):
         warnings.warn(f"mctf: {UNTRAINED}", stacklevel=2)
     flow, mlps = Dataflow(normal.graph), mlps_of(normal.graph, blocks, axes)
-    for block in assign([o for o in found if o.method == LOCAL], blocks, normal.graph):
-        if block.learned is not None:
-            _replace_attention(block, axes)
-    routers = [o for o in found if o.method == ROUTER]
-    for mlp in (mlp for of_block in mlps for mlp in of_block):
-        experts = [o for o in found if o.method == EXPERT and o.read in mlp]
-        # Autocast may have put a cast between a layer and what it reads.
-        read = {n for o in experts for n in (o.read, node_of(schema_arguments(o.read)["input"]))}
-        router = next((o for o in routers if not read.isdisjoint(o.readers)), None)
-        if router is not None:
-            _replace_mlp(router, experts, flow)
+    experts = [[o for o in found if o.method == EXPERT and o.read in mlp] for of_block in mlps for mlp in of_block]
+    for o in found:
+        if o.method == LOCAL:
+            _replace_attention(o, next((b for b in blocks if is_of(o, b, flow)), None), axes)
+        elif o.method == ROUTER:
+            _replace_mlp(o, next((e for e in experts if _leads_into(o, e)), []), flow)
     normal.graph.eliminate_dead_code()
     normal.recompile()
     with without_autocast():
@@ -122,8 +117,10 @@ def heads_of(block: Block, axes: Axes) -> Heads | str:
     if block.problem is not None:
         return block.problem
     attention, tokens = block.attention, present(block.tokens)
-    if mask_operands(attention):
+    if mask_operands(attention) or schema_arguments(attention.node).get("is_causal"):
         return "its attention has a mask or a bias, which linear attention has no logits for"
+    if not _is_softmax_alone(attention):
+        return "its attention weights meet something else before the values, which linear attention has no weights for"
     grid = [axis.size for axis in axes.table.canonical(tokens.body)]
     if len(grid) != 2 or not all(isinstance(size, int) for size in grid):
         return "the model does not tell the grid of its tokens, whose neighbours a convolution is to add up"
@@ -143,6 +140,18 @@ def heads_of(block: Block, axes: Axes) -> Heads | str:
     return Heads(query, key, value, back, tokens.lead, rows, columns, count * shape[value[-1]])
 
 
+def _is_softmax_alone(attention: Attention) -> bool:
+    """Whether nothing but casts, layout and dropout is between the softmax and its product with the values."""
+    stack = [] if attention.weights is None else [n for n in attention.node.all_input_nodes if n is not attention.value]
+    while stack:
+        node = stack.pop()
+        if node is not attention.weights:
+            if len(node.all_input_nodes) != 1:
+                return False
+            stack.extend(node.all_input_nodes)
+    return True
+
+
 def _order(dims: Dims, lead: Sequence[Dim], keys: Dim) -> tuple[int, ...] | None:
     """The dimensions of a value in the order [..., N, D]; None where it has other ones."""
     known = [*lead, keys]
@@ -152,11 +161,16 @@ def _order(dims: Dims, lead: Sequence[Dim], keys: Dim) -> tuple[int, ...] | None
     return (*map(dims.index, known), rest)
 
 
-def _replace_attention(block: Block, axes: Axes) -> None:
+def _replace_attention(local: Observation, block: Block | None, axes: Axes) -> None:
+    if block is None:
+        raise ConfigError(
+            f"reparameterize='shiftadd' has a module at {local.read.name!r} for attention, which this graph does not "
+            "have there in a form that can be followed; the report says why (mctf_compile.explain without the option)."
+        )
     heads = heads_of(block, axes)
     if isinstance(heads, str):
         raise ConfigError(f"reparameterize='shiftadd' does not fit {_named(block)}: {heads}.")
-    attention, weight = block.attention, node_of(block.learned)
+    attention, weight = block.attention, local.learned
     if weight.meta["val"].shape[0] != heads.channels:
         raise ConfigError(
             f"reparameterize='shiftadd' does not fit {_named(block)}: its convolution was made for "
@@ -177,8 +191,19 @@ def _named(block: Block) -> str:
     return block.module or f"the attention {block.attention.node.name!r}"
 
 
+def _leads_into(router: Observation, experts: Sequence[Observation]) -> bool:
+    """Whether a router stands before one of the layers; autocast may have put a cast between."""
+    read = {n for o in experts for n in (o.read, node_of(schema_arguments(o.read)["input"]))}
+    return not read.isdisjoint(router.readers)
+
+
 def _replace_mlp(router: Observation, experts: Sequence[Observation], flow: Dataflow) -> None:
     """The layers of an MLP by such as have two weights, and behind the last of them the gate."""
+    if not experts:
+        raise ConfigError(
+            f"reparameterize='shiftadd' has a router at {router.read.name!r}, from which no MLP of linear layers leads "
+            "back to the residual stream in this graph."
+        )
     last = [o for o in experts if not any(flow.leads(o.read, other.read) for other in experts if other is not o)]
     for expert in experts:
         own, other = schema_arguments(expert.read), schema_arguments(expert.learned)
