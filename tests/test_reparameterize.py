@@ -588,9 +588,9 @@ class Biased(Vit):
 def test_what_cannot_be_attached_is_said() -> None:
     with pytest.raises(ConfigError, match="does not tell the grid of its tokens"):
         shiftadd.attach(Sequence(), torch.randn(2, 9, WIDTH), experts=False)
-    with pytest.raises(ConfigError, match="has a mask or a bias"):
+    with pytest.raises(ConfigError, match="its logits meet something else"):
         shiftadd.attach(Biased(), IMAGES.float(), experts=False)
-    with pytest.raises(ConfigError, match="has a mask or a bias"):
+    with pytest.raises(ConfigError, match="its logits meet something else"):
         shiftadd.attach(Causal(), IMAGES.float(), experts=False)
     with pytest.raises(ConfigError, match="its attention weights meet something else"):
         shiftadd.attach(Gated(), IMAGES.float(), experts=False)

@@ -118,9 +118,9 @@ def heads_of(block: Block, axes: Axes) -> Heads | str:
         return block.problem
     attention, tokens = block.attention, present(block.tokens)
     if mask_operands(attention) or schema_arguments(attention.node).get("is_causal"):
-        return "its attention has a mask or a bias, which linear attention has no logits for"
+        return "its logits meet something else before the softmax (a mask, a bias, other heads), and there will be none"
     if not _is_softmax_alone(attention):
-        return "its attention weights meet something else before the values, which linear attention has no weights for"
+        return "its attention weights meet something else before the values, and there will be none"
     grid = [axis.size for axis in axes.table.canonical(tokens.body)]
     if len(grid) != 2 or not all(isinstance(size, int) for size in grid):
         return "the model does not tell the grid of its tokens, whose neighbours a convolution is to add up"
