@@ -277,6 +277,27 @@ def test_sizes_do_not_overflow_float16(name):
     assert dense.isfinite() and fused <= 2 * dense
 
 
+# Of each image and token, whatever the token is.
+SIDE = torch.randn(B, N, 3, generator=torch.Generator().manual_seed(2))
+MET = {
+    "matmul": lambda x: SIDE.mT @ x,
+    "bmm": lambda x: torch.bmm(x.mT, SIDE),
+    "einsum": lambda x: torch.einsum("bnk,bnc->bkc", SIDE, x),
+}
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+@pytest.mark.parametrize("name", MET)
+def test_what_copies_are_multiplied_by_is_summed(name, pooling):
+    """It is no token, so its largest number stands for none of them."""
+    x = few_kinds(1, torch.float32)
+    recorder = Recorder({"r": 4, "layers": [0], "min_tokens": 1, "pooling": pooling, **ONLY_SIMILARITY})
+    with torch.no_grad():
+        fused, dense = recorder.run(After(MET[name]), x), After(MET[name])(x)
+    assert recorder.reports[0].removed == 4 and recorder.reports[0].unmerged == []
+    torch.testing.assert_close(fused, dense, atol=1e-5, rtol=1e-5)
+
+
 def test_every_family_of_rules_is_tested_here():
     seen = set()
     for program in [*FUSED.values(), *(p for p, _ in UNMERGED.values())]:

@@ -32,7 +32,13 @@ class Program(Protocol):
     plan: Plan
 
     def in_generation(
-        self, node: fx.Node, value: Value, stream: Stream, generation: int, like: Callable[[], Value]
+        self,
+        node: fx.Node,
+        value: Value,
+        stream: Stream,
+        generation: int,
+        like: Callable[[], Value],
+        summed: int | None = None,
     ) -> Value: ...
 
 
@@ -84,10 +90,13 @@ class FusedCall:
         first = self.call.tensors()[0]
         return next(name for name, value in self.args.items() if value is first)
 
-    def operand_value(self, node: fx.Node) -> Value:
-        """The value of a node in the generation of this call."""
+    def operand_value(self, node: fx.Node, summed: int | None = None) -> Value:
+        """The value of a node in the generation of this call.
+
+        Along ``summed``, over which it is contracted, tokens that were fused since it was made have their sum.
+        """
         value = self._with_others(node, self.env[node])
-        value = self.program.in_generation(node, value, self.stream, self.generation, self._like)
+        value = self.program.in_generation(node, value, self.stream, self.generation, self._like, summed)
         if self.others and not self._fits(value):
             raise Declined("two token axes that are fused apart meet")
         if len(value.dims) != len(self.env[node].dims) and not self.rule.broadcasts:

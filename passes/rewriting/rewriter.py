@@ -17,7 +17,7 @@ from torch.fx.traceback import set_current_meta
 
 from mctf_compile.errors import Declined
 from mctf_compile.kernels.library import without_autocast
-from mctf_compile.methods import Site
+from mctf_compile.methods import Combine, Site
 from mctf_compile.narrowing import function_of, node_of, operator_of, present
 from mctf_compile.passes.analysis.mutations import still_written
 from mctf_compile.passes.analysis.projections import read_by
@@ -219,7 +219,7 @@ class Rewriter:
         self.insertion = Insertion(self)
         self._projector = Projector(axes, plan)
         self._read = self._nodes_read()
-        self._raised: dict[tuple[Stream, int, fx.Node, Tensor, Dims], Value] = {}
+        self._raised: dict[tuple[Stream, int, fx.Node, Tensor, Dims, int | None], Value] = {}
         # By stream and generation: what is computed of the tokens that a block fused, and was before.
         self._of_fused: dict[tuple[Stream, int], dict[fx.Node, Any]] = {}
 
@@ -458,15 +458,30 @@ class Rewriter:
     # Moving values between generations.
 
     def in_generation(
-        self, node: fx.Node, value: Value, stream: Stream, generation: int, like: Callable[[], Value]
+        self,
+        node: fx.Node,
+        value: Value,
+        stream: Stream,
+        generation: int,
+        like: Callable[[], Value],
+        summed: int | None = None,
     ) -> Value:
-        """``value`` in ``generation``; unchanged where it has no token axis. ``like()`` shows where images are."""
+        """``value`` in ``generation``; unchanged where it has no token axis. ``like()`` shows where images are.
+
+        ``summed``: a dimension along which the numbers of tokens that become one are summed, as weights are, where it
+        is an older one of real numbers and none of them was dropped.
+        """
         if value.generation == generation or not mentions(value.dims, stream.tokens):
             return value
         # A value that is the same for all images is laid out as what it meets.
         shared = not has_batch(value.dims, stream.tokens)
+        averages = (value.tensor.is_floating_point() or value.tensor.is_complex()) and node not in self.plan.masks
+        if summed is not None:
+            dropped = any(f.combine is Combine.DROP for f in stream.fusions[value.generation : generation])
+            over_tokens = any(place.dim == summed for place in stream.places(value.dims))
+            summed = summed if averages and over_tokens and not (shared or dropped) else None
         # Tensors hash by identity; the key keeps its own alive, so that no other takes its place.
-        key = (stream, generation, node, value.tensor, like().dims if shared else value.dims)
+        key = (stream, generation, node, value.tensor, like().dims if shared else value.dims, summed)
         if key not in self._raised:
             source = self.insertion.sources.get((stream, generation))
             if source is not None and value.generation == generation - 1 and stream not in value.returned:
@@ -481,9 +496,10 @@ class Rewriter:
                     return value
             if shared:
                 value = _with_images(value, stream, like())
-            averages = value.tensor.is_floating_point() or value.tensor.is_complex()
-            agrees = None if averages and node not in self.plan.masks else partial(self._agrees, node, stream)
-            self._raised[key] = stream.raise_to(stream.intensive(value), generation, agrees)
+            agrees = None if averages else partial(self._agrees, node, stream)
+            value = stream.intensive(value)
+            value = value if summed is None else stream.extensive(value, summed)
+            self._raised[key] = stream.raise_to(value, generation, agrees)
         return self._raised[key]
 
     def _agrees(self, node: fx.Node, stream: Stream, fusion: Fusion) -> bool:

@@ -235,25 +235,29 @@ class Stream:
         """Fuse an older value up to ``generation`` through the maps, with the tokens' own weights.
 
         A value that has no mean comes with ``agrees``, which says whether the members of each token have equal ones;
-        it goes through no other fusion but one that drops tokens.
+        it goes through no other fusion but one that drops tokens. Weights of all copies together are summed.
 
         Fusions that combine tokens in the same way are one to it, so that blocks which read tables over the original
         tokens do the same, however many fusions came before them.
         """
+        summed = value.weights_dim
         while value.generation < generation:
             old, new = value.generation, generation
             if len({f.combine for f in self.fusions[old:new]}) > 1:
                 new = old + 1
 
             def pool(x: Tensor, dim: int, place: Place, old: int = old, new: int = new) -> Tensor:
-                return self.through(old, new, place.lead, place.tail).pool(x, dim, agrees is not None)
+                fusion = self.through(old, new, place.lead, place.tail)
+                if place.dim == summed:
+                    return combine(x, fusion.keep, fusion.gone, fusion.into, dim, "sum")
+                return fusion.pool(x, dim, agrees is not None)
 
             mixed = [f for f in self.fusions[old:new] if f.combine is not Combine.DROP]
             if agrees is not None and not all(map(agrees, mixed)):
                 what = "mask" if value.tensor.is_floating_point() else f"value of {value.tensor.dtype}"
                 raise Declined(f"tokens that were fused may differ in a {what}, which has no mean")
             tensor = self._each_place(value, pool)
-            value = Value(tensor, value.dims, self, new)
+            value = Value(tensor, value.dims, self, new, summed)
         return value
 
     def pooled_map(self, weights: Value) -> Value:

@@ -122,8 +122,11 @@ class Fused(Protocol[V]):
 
     # Operands.
 
-    def operand_value(self, node: fx.Node) -> V:
-        """The value of a node on the tokens of this call."""
+    def operand_value(self, node: fx.Node, summed: int | None = None) -> V:
+        """The value of a node on the tokens of this call.
+
+        Along ``summed``, over which it is contracted, tokens that were fused since it was made have their sum.
+        """
 
     def value(self, name: str) -> V:
         """A tensor argument on the tokens of this call."""

@@ -26,7 +26,9 @@ def factor_names(names: Iterable[str]) -> tuple[str, str]:
 def contracted(call: Fused[V]) -> V:
     """Σ_t s_t x_t y_t. Attention weights hold the sizes already: each is that of all copies."""
     left, right = factor_names(call.args)
-    x, y = call.value(left), call.value(right)
+    # Of tokens that are fused in one factor alone, what they are multiplied by in the other is summed.
+    x = call.operand_value(call.args[left], len(call.dims(left)) - 1)
+    y = call.operand_value(call.args[right], max(len(call.dims(right)) - 2, 0))
     if any(len(call.dims(name)) == 1 < len(v.dims) for name, v in ((left, x), (right, y))):
         raise Declined("a product with a vector over the tokens has an entry for each of the original ones")
     inner_x, inner_y = len(x.dims) - 1, max(len(y.dims) - 2, 0)
@@ -95,6 +97,9 @@ def contracted_einsum(call: Fused[V]) -> V:
     (letter,) = inner
     if not all(letter in term for term in terms):
         raise Declined("an einsum sums one of its operands over the tokens before it multiplies")
+    if not any(v.weights_dim is not None for v in values):
+        summed = [call.operand_value(node, term.index(letter)) for node, term in zip(nodes, terms)]
+        values = summed if sum(v.weights_dim is not None for v in summed) == 1 else values
     along = [v.weights_dim is not None and term[v.weights_dim] == letter for v, term in zip(values, terms)]
     if any(v.weights_dim is not None and not a for v, a in zip(values, along)) or all(along):
         raise Declined("an einsum meets attention weights along another axis than theirs")
