@@ -266,3 +266,44 @@ def test_a_mask_of_other_parts_than_the_tokens_meets_them_all(attention):
     ]
     assert [block.reason is None for block in whole.reports[0].blocks] == [True, True, False]
     torch.testing.assert_close(got, expected)
+
+
+class SpelledOnAGrid(nn.Module):
+    """Tokens of a grid, under a mask of blocks that is put together of two parts; attention is spelled out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.ModuleList([nn.Linear(8, 24), nn.Sequential(nn.Linear(8, 256), nn.GELU(), nn.Linear(256, 8))])
+            for _ in range(3)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.unflatten(1, (4, 4))
+        mask = torch.full((16, 16), float("-inf"))
+        mask[:8, :8] = 0
+        mask[8:, 8:] = 0
+        for qkv, mlp in self.blocks:
+            q, k, v = qkv(x.flatten(1, 2)).chunk(3, -1)
+            attended = (q @ k.mT * 8**-0.5 + mask).softmax(-1) @ v
+            x = x + attended.unflatten(1, (4, 4))
+            x = x + mlp(x)
+        return x
+
+
+def test_no_image_meets_another_where_a_mask_has_no_grid():
+    """The halves of the mask are no rows of the grid to whoever follows axes; so no token is fused."""
+    torch.manual_seed(0)
+    model, x = SpelledOnAGrid().eval(), torch.randn(2, 16, 8)
+    # Copies of the tokens of one image are in the other.
+    x[:, 8:] = x[:, :8].flip(1)
+    recorder = Recorder({"r": 3, "min_tokens": 1})
+    with torch.no_grad():
+        expected, got = model(x), recorder.run(model, x)
+    for index, _, _ in recorder.groups:
+        first, second = (set(index[0, part].tolist()) for part in (slice(0, 8), slice(8, 16)))
+        assert not first & second
+    assert {block.reason for block in recorder.reports[0].blocks} == {
+        "queries, keys, values and mask are put together of parts that do not line up, so no token is followed"
+    }
+    torch.testing.assert_close(got, expected)

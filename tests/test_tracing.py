@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
+from mctf_compile.passes.analysis.normalize import fake_inputs, normalize
 from mctf_compile.passes.tracing import trace
 
 aten = torch.ops.aten
@@ -54,3 +56,19 @@ def test_a_linear_of_other_channels_is_an_error():
         fake = [torch.empty(4, 6), torch.empty(5, 7)]
     with pytest.raises(RuntimeError, match="linear of"):
         trace(F.linear, fake)
+
+
+def test_what_reads_an_attribute_several_times_reads_one_value():
+    """As of an input: what its axes are is then known wherever it is read."""
+    root = torch.nn.Module()
+    root.register_buffer("table", torch.randn(4))
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    for _ in range(3):
+        x = graph.call_function(torch.add, (x, graph.get_attr("table")))
+    graph.output((x,))
+    given = torch.randn(2, 4)
+    normal = normalize(fx.GraphModule(root, graph), fake_inputs(fx.GraphModule(root, graph), [given]))
+    (table,) = normal.graph.find_nodes(op="get_attr")
+    assert len(table.users) == 3
+    torch.testing.assert_close(normal(given)[0], given + root.table + root.table + root.table)

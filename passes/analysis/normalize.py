@@ -61,6 +61,7 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     for old, new in zip(_placeholders(gm), _placeholders(normal)):
         new.meta.update({k: v for k, v in old.meta.items() if k in ("stack_trace", "nn_module_stack")})
         new.name = old.name
+    _read_once(normal.graph)
     for node in normal.graph.find_nodes(op="get_attr"):
         if isinstance(operator.attrgetter(str(node.target))(normal), FakeTensor):
             reader = name_of(next(iter(node.users)))
@@ -70,6 +71,16 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     functionalize(normal)
     canonicalize(normal)
     return normal
+
+
+def _read_once(graph: fx.Graph) -> None:
+    """Let all that read an attribute of a graph read one node, as they do an input: it has one token axis and grid."""
+    first: dict[str, fx.Node] = {}
+    for node in graph.find_nodes(op="get_attr"):
+        one = first.setdefault(str(node.target), node)
+        if one is not node:
+            node.replace_all_uses_with(one)
+            graph.erase_node(node)
 
 
 def constants(gm: fx.GraphModule, normal: fx.GraphModule, examples: Sequence[Any]) -> dict[fx.Node, Tensor]:

@@ -16,6 +16,7 @@ from mctf_compile.methods.base import OF_CLASS_TOKEN
 from mctf_compile.narrowing import present
 from mctf_compile.options.schedule import ALONE, NOT_CHOSEN, PerBlock, Removal
 from mctf_compile.passes.analysis.branches import Branch
+from mctf_compile.passes.analysis.masks import mask_operands
 from mctf_compile.passes.analysis.projections import Projection
 from mctf_compile.passes.analysis.structure import Block, Mask, Tower
 from mctf_compile.passes.analysis.token_axes import Axes
@@ -478,13 +479,13 @@ def _unsupported(block: Block, axes: Axes) -> str | None:
         )
     if block.mask is Mask.PAIRS:
         return "attention is masked by pairs of tokens (causal or block by block), which cannot be fused"
+    meet = {attention.node, *mask_operands(attention).values()}
+    if any(mentions(axes.clashes_of(node), present(block.tokens)) for node in meet):
+        return "queries, keys, values and mask are put together of parts that do not line up, so no token is followed"
     if attention.weights is not None:
         return None
-    args = schema_arguments(attention.node)
-    if args.get("is_causal"):
+    if schema_arguments(attention.node).get("is_causal"):
         return "causal attention needs the order of the original tokens"
-    if mentions(axes.clashes_of(attention.node), present(block.tokens)):
-        return "queries, keys, values and mask are put together of parts that do not line up, so no token is followed"
     if head_layout(axes.of(attention.query), present(block.tokens)) is None:
         return "attention numbers its images otherwise than the residual stream does (windows or frames)"
     return None
