@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import mctf_compile
 from mctf_compile.testing import Recorder, TinyViT, VitSpec, assert_rewrite_sound
 from mctf_compile.testing.models import repeated_patches
-from mctf_compile.testing.soundness import ONLY_SIMILARITY
+from mctf_compile.testing.soundness import ONLY_SIMILARITY, assert_fused_alike
+from mctf_compile.testing.spellings import einsum, sdpa, softmax
 
 B, N, C, H, D = 2, 24, 32, 4, 8
 
@@ -176,3 +179,37 @@ def test_tokens_in_the_place_of_grouped_heads(heads):
     model = TokensAsHeads(heads).eval()
     report = assert_rewrite_sound(model, repeated_patches(2, 4, 3, seed=0), method="tome", r=3, layers=[0])
     assert report.fused
+
+
+class GivenBack(nn.Module):
+    """Blocks of which the last two have a mask that nobody can read, so that tokens come back in them."""
+
+    def __init__(self, attention: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.attention = attention
+        self.blocks = nn.ModuleList(
+            nn.ModuleList([nn.Linear(8, 24), nn.Sequential(nn.Linear(8, 256), nn.GELU(), nn.Linear(256, 8))])
+            for _ in range(4)
+        )
+
+    def forward(self, x: Tensor, seen: Tensor) -> Tensor:
+        for i, (qkv, mlp) in enumerate(self.blocks):
+            q, k, v = qkv(x).chunk(3, -1)
+            mask = (torch.where(seen > 0, 0.0, float("-inf")).to(x.dtype),) if i > 1 else ()
+            x = x + self.attention(q, k, v, *mask)
+            x = x + mlp(x)
+        return x
+
+
+@pytest.mark.parametrize("pooling", ["attention", "mean", "size"])
+def test_the_weights_of_tokens_that_came_back_are_summed(pooling):
+    """Each value has the attention of all its copies, whatever weights the copies were pooled by."""
+    made = []
+    for attention in (softmax, einsum, sdpa):
+        torch.manual_seed(0)
+        made.append(GivenBack(attention).eval().double())
+    x, seen = torch.randn(2, 18, 8, dtype=torch.float64), torch.ones(18, 18).tril()
+    options = {"r": 4, "min_tokens": 1, "layers": [0, 1], "pooling": pooling}
+    with torch.no_grad():
+        for model in made[:-1]:
+            assert_fused_alike(model, made[-1], x, seen, tolerance=1e-12, **options)

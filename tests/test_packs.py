@@ -269,10 +269,14 @@ def test_a_mask_of_other_parts_than_the_tokens_meets_them_all(attention):
 
 
 class SpelledOnAGrid(nn.Module):
-    """Tokens of a grid, under a mask of blocks that is put together of two parts; attention is spelled out."""
+    """Tokens of a grid, under a mask that is put together of two parts; attention is spelled out.
 
-    def __init__(self) -> None:
+    ``causal``: the second part sees the first too.
+    """
+
+    def __init__(self, causal: bool) -> None:
         super().__init__()
+        self.causal = causal
         self.blocks = nn.ModuleList(
             nn.ModuleList([nn.Linear(8, 24), nn.Sequential(nn.Linear(8, 256), nn.GELU(), nn.Linear(256, 8))])
             for _ in range(3)
@@ -280,9 +284,10 @@ class SpelledOnAGrid(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.unflatten(1, (4, 4))
-        mask = torch.full((16, 16), float("-inf"))
-        mask[:8, :8] = 0
-        mask[8:, 8:] = 0
+        mask = torch.zeros(16, 16)
+        mask[:8, 8:] = float("-inf")
+        if not self.causal:
+            mask[8:, :8] = float("-inf")
         for qkv, mlp in self.blocks:
             q, k, v = qkv(x.flatten(1, 2)).chunk(3, -1)
             attended = (q @ k.mT * 8**-0.5 + mask).softmax(-1) @ v
@@ -291,10 +296,11 @@ class SpelledOnAGrid(nn.Module):
         return x
 
 
-def test_no_image_meets_another_where_a_mask_has_no_grid():
+@pytest.mark.parametrize("causal", [False, True], ids=["pack", "causal"])
+def test_no_image_meets_another_where_a_mask_has_no_grid(causal):
     """The halves of the mask are no rows of the grid to whoever follows axes; so no token is fused."""
     torch.manual_seed(0)
-    model, x = SpelledOnAGrid().eval(), torch.randn(2, 16, 8)
+    model, x = SpelledOnAGrid(causal).eval(), torch.randn(2, 16, 8)
     # Copies of the tokens of one image are in the other.
     x[:, 8:] = x[:, :8].flip(1)
     recorder = Recorder({"r": 3, "min_tokens": 1})
