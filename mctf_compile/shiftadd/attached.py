@@ -21,7 +21,7 @@ from mctf_compile.passes.analysis.structure import Block
 from mctf_compile.passes.analysis.token_axes import Axes
 from mctf_compile.passes.reparameterizing.shiftadd import EXPERT, LOCAL, ROUTER, Heads, heads_of, mlps_of
 from mctf_compile.shiftadd.shift import layer_of, shifted
-from mctf_compile.training.attach import reader_of
+from mctf_compile.training.attach import check_free, reader_of
 from mctf_compile.training.losses import balance as balance_loss
 
 NAME = "mctf_shiftadd"
@@ -122,10 +122,7 @@ def attach(
         raise ConfigError("attention=False and experts=False leave nothing to attach.")
     if isinstance(kernel, bool) or not isinstance(kernel, int) or kernel < 1 or kernel % 2 == 0:
         raise ConfigError(f"kernel={kernel!r} must be an odd number from 1 on.")
-    if hasattr(model, NAME):
-        raise ConfigError(f"this model has the modules of ShiftAddViT already, as {NAME!r}.")
-    if isinstance(model, nn.Sequential):
-        raise ConfigError("attach cannot add modules to an nn.Sequential, which would run them; wrap it in a module.")
+    check_free(model, NAME, "ShiftAddViT")
     state = analyse(model, inputs, kwargs or {}, FusionConfig("none"))
     graph, blocks, axes = present(state.normal).graph, present(state.blocks), present(state.axes)
     flow = Dataflow(graph)

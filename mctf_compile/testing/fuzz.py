@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -26,6 +26,11 @@ from mctf_compile.testing.strategies import method_options, resizable_specs, tow
 # After so many examples Hypothesis tries each with one part put in the place of another, five times; drawn anew, they
 # differ by more.
 RUN = 10
+
+
+def _as_arguments(options: Mapping[str, Any]) -> str:
+    """Options as they are given in a call."""
+    return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
 
 class Case(Protocol):
@@ -54,7 +59,7 @@ class SpecCase:
             return check_rewrite(model, *model.example(self.kinds, self.seed), **self.options)
 
     def program(self) -> str:
-        options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        options = _as_arguments(self.options)
         return "\n".join(
             [
                 "import torch",
@@ -91,7 +96,7 @@ class ShiftAddCase:
             return check_rewrite(changed, *inputs, **self.options, **own)
 
     def program(self) -> str:
-        options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        options = _as_arguments(self.options)
         return "\n".join(
             [
                 "import torch",
@@ -167,7 +172,7 @@ class TowersCase:
             return check_rewrite(model, *model.example(self.kinds, self.seed), **self.options)
 
     def program(self) -> str:
-        options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        options = _as_arguments(self.options)
         return "\n".join(
             [
                 "import torch",
@@ -203,7 +208,7 @@ class SizesCase:
         ]
 
     def program(self) -> str:
-        options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        options = _as_arguments(self.options)
         images = ", ".join(f"torch.randn(2, 3, {4 * rows}, {4 * columns})" for rows, columns in self.sizes)
         return "\n".join(
             [
@@ -234,7 +239,7 @@ class ModelCase:
             return check_rewrite(self.model, *self.inputs, **self.options)
 
     def program(self) -> str:
-        options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        options = _as_arguments(self.options)
         shapes = ", ".join(f"torch.randn({tuple(x.shape)})" for x in self.inputs)
         return "\n".join(
             [

@@ -46,10 +46,7 @@ def attach(
     name = f"mctf_{method}"
     if config.method.reads is None:
         raise ConfigError(f"method {method!r} has nothing to attach.")
-    if hasattr(model, name):
-        raise ConfigError(f"this model has the modules of method {method!r} already, as {name!r}.")
-    if isinstance(model, nn.Sequential):
-        raise ConfigError("attach cannot add modules to an nn.Sequential, which would run them; wrap it in a module.")
+    check_free(model, name, f"method {method!r}")
     state = analyse(model, inputs, kwargs or {}, config)
     flow, added, module = Dataflow(present(state.normal).graph), dict[str, Attached](), None
     readers: set[nn.Module] = set()
@@ -82,6 +79,14 @@ def attach(
     for own in added.values():
         own.added_to(model)
     return model
+
+
+def check_free(model: nn.Module, name: str, owner: str) -> None:
+    """Raise ``ConfigError`` where no submodule ``name``, of ``owner``, can be added to a model."""
+    if hasattr(model, name):
+        raise ConfigError(f"this model has the modules of {owner} already, as {name!r}.")
+    if isinstance(model, nn.Sequential):
+        raise ConfigError("attach cannot add modules to an nn.Sequential, which would run them; wrap it in a module.")
 
 
 def reader_of(model: nn.Module, block: Block, reads: Reads, flow: Dataflow) -> tuple[nn.Module, int]:
