@@ -8,7 +8,9 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
+from mctf_compile import backend
 from mctf_compile.errors import PassError
+from mctf_compile.inner import lowering
 from mctf_compile.passes.analysis import normalize
 from mctf_compile.testing.graphs import GraphCase
 from mctf_compile.testing.growing import Grower, Rejected
@@ -136,6 +138,43 @@ def test_a_value_that_rounding_decides_over_is_rejected():
     with g.attempt():
         g(aten.sign.default, residue)
     assert [str(step.target) for step in g.program().steps] == ["aten.mul.Scalar"] * 2 + ["aten.sub.Tensor"]
+
+
+def printed(grower, way):
+    """Runs what a case prints, as a program."""
+    source = GraphCase(grower.program(), {"method": "tome", "r": 2, "min_tokens": 1}, way).program()
+    exec(compile(source, "<printed>", "exec"), {"__name__": "__main__"})
+
+
+@pytest.fixture
+def block():
+    """A program of one block, whose residual stream it returns."""
+    g = Grower(random.Random(0).choice, Kinds((0, 1) * 6), False)
+    x = g.given("x", (2, 12, 8), torch.float32)
+    heads = g(aten.transpose.int, g(aten.view.default, x, [2, 12, 2, 4]), 1, 2)
+    attended = g(aten.transpose.int, g(sdpa, heads, heads, heads), 1, 2)
+    x = g(aten.add.Tensor, x, g(aten.reshape.default, attended, [2, 12, 8]))
+    g(aten.add.Tensor, x, g(aten.gelu.default, g(aten.linear.default, x, g.hold((8, 8), torch.float32))))
+    return g
+
+
+@pytest.mark.parametrize("way", ["graph", "compiled", "rounding", "spelling", "tables"])
+def test_what_a_case_prints_checks_what_the_case_does(way, block):
+    printed(block, way)
+
+
+@pytest.mark.parametrize("r", [0, 2])
+def test_a_printed_program_fails_where_the_backend_returns_something_else(r, block, monkeypatch):
+    def wrong(gm, inputs):
+        return lambda *args: [2 * x for x in gm(*args)]
+
+    def inner(config):
+        return wrong if config.method.r == r else lambda gm, inputs: gm.forward
+
+    monkeypatch.setattr(lowering, "inner_compiler", inner)
+    monkeypatch.setattr(backend, "inner_compiler", inner)
+    with pytest.raises(AssertionError, match=f"compiled with r={r}, the output is another"):
+        printed(block, "compiled")
 
 
 def test_tokens_of_one_kind_are_held_alike():

@@ -23,7 +23,16 @@ from mctf_compile.passes.rewriting.rewriter import LOSES, UNPAID
 from mctf_compile.report import Report
 from mctf_compile.testing.moves import FEATURES, Builder
 from mctf_compile.testing.programs import Program
-from mctf_compile.testing.soundness import DUPLICATE, ONLY_SIMILARITY, Recorder, Soundness, broken, distance, too_exact
+from mctf_compile.testing.soundness import (
+    DUPLICATE,
+    ONLY_SIMILARITY,
+    Recorder,
+    Soundness,
+    broken,
+    compiled_otherwise,
+    distance,
+    too_exact,
+)
 from mctf_compile.testing.spellings import PAIRS, SPELLINGS, sdpa
 from mctf_compile.testing.strategies import fusion_options, without_tiles
 
@@ -72,31 +81,27 @@ class GraphCase:
         """A program that fails as this case does."""
         options = "".join(f", {name}={value!r}" for name, value in self.options.items())
         head = f"    with torch.set_grad_enabled({self.grown.gradients}):"
-        if self.way not in ("graph", "compiled"):
-            graph, plain, check = self.grown, self.grown.without_regions(), "assert_rounded_alike"
-            if self.way != "rounding":
-                graph, plain = self._two_forms()
-                check = "assert_fused_alike"
-            return "\n".join(
-                [
-                    graph.source(),
-                    "",
-                    plain.source("Plain").partition("\n\n\n")[2],
-                    'if __name__ == "__main__":',
-                    f"    from mctf_compile.testing.soundness import {check}",
-                    "",
-                    head,
-                    f"        {check}(Program(), Plain(), *inputs{options})",
-                ]
-            )
+        checks = {
+            "graph": ("assert_rewrite_sound", f", tolerance={self.grown.tolerance}"),
+            "compiled": ("assert_compiled_alike", ""),
+            "rounding": ("assert_rounded_alike", ""),
+            "spelling": ("assert_fused_alike", ""),
+            "tables": ("assert_fused_alike", ""),
+        }
+        check, tolerance = checks[self.way]
+        graph, plain = self._two_forms() if check == "assert_fused_alike" else (self.grown, None)
+        if self.way == "rounding":
+            plain = self.grown.without_regions()
+        modules = "Program()" if plain is None else "Program(), Plain()"
         return "\n".join(
             [
-                self.grown.source(),
+                graph.source(),
+                *(() if plain is None else ("", plain.source("Plain").partition("\n\n\n")[2])),
                 'if __name__ == "__main__":',
-                "    from mctf_compile.testing import assert_rewrite_sound",
+                f"    from mctf_compile.testing.soundness import {check}",
                 "",
                 head,
-                f"        assert_rewrite_sound(Program(), *inputs, tolerance={self.grown.tolerance}{options})",
+                f"        {check}({modules}, *inputs{tolerance}{options})",
             ]
         )
 
@@ -149,15 +154,9 @@ class GraphCase:
     def _check_compiled(self) -> Soundness:
         """As a graph, and by the backend: with the same result, and with r=0 with the dense one, bit for bit."""
         found, plain, fused = self._compare()
-        for r in (self.options["r"], 0):
-            strict = r > 0 and found.report.fused
-            options = {**self.options, "r": r, "inner": "eager", "kernels": "aten", "strict": strict}
-            module, inputs = self.grown.make()
-            torch._dynamo.reset()
-            got = _run(torch.compile(module, backend="mctf", options=options, dynamic=False), inputs)
-            problem = f"compiled with r={r}, the output is another"
-            found.problems.extend(_unequal(fused if r else plain, [*got, *inputs], problem))
-        torch._dynamo.reset()
+        module, inputs = self.grown.make()
+        options = {**self.options, "strict": found.report.fused}
+        found.problems.extend(compiled_otherwise(module, inputs, fused, plain, **options))
         return found
 
     def _check_alike(self) -> Soundness:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -325,6 +326,52 @@ def assert_rounded_alike(model: nn.Module, exact: nn.Module, *inputs: Any, **opt
     fused = tree_leaves(recorder.run(model, *given[0]))
     problems = recorder.miscounted()
     problems += too_exact(tree_leaves(model(*given[1])), fused, tree_leaves(exact(*given[2])))
+    assert not problems, "; ".join(problems)
+
+
+def compiled_otherwise(
+    model: nn.Module, inputs: Sequence[Any], fused: Sequence[Tensor], plain: Sequence[Tensor], **options: Any
+) -> list[str]:
+    """Where the backend returns something else than the rewritten graph, or with r=0 than the model, bit for bit.
+
+    Args:
+        model: as it was before it ran.
+        inputs: of the model, before it ran.
+        fused: what the rewritten graph returns, and what became of the inputs.
+        plain: the same of the model.
+        options: as for the backend, with ``r``.
+    """
+    problems = []
+    for r, want in ((options["r"], fused), (0, plain)):
+        own, given = deepcopy((model, list(inputs)))
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        # With r=0 nothing fuses, which would be an error.
+        strict = r > 0 and options.get("strict", False)
+        given_options = {**options, "r": r, "inner": "eager", "kernels": "aten", "strict": strict}
+        compiled = torch.compile(own, backend="mctf", options=given_options, dynamic=False)
+        got = [*tree_leaves(compiled(*given)), *given]
+        if len(got) != len(want) or any(a.dtype != b.dtype or distance(a, b) for a, b in zip(want, got)):
+            problems.append(f"compiled with r={r}, the output is another")
+    torch._dynamo.reset()
+    return problems
+
+
+def assert_compiled_alike(model: nn.Module, *inputs: Any, **options: Any) -> None:
+    """Assert that the backend returns what the rewritten graph does, and with r=0 what the model does, bit for bit.
+
+    Raises:
+        AssertionError: says with which r it returns something else.
+    """
+    recorder = Recorder(dict(options))
+
+    def run(function: Callable[..., Any]) -> list[Tensor]:
+        own, given = deepcopy((model, list(inputs)))
+        torch.manual_seed(0)
+        return [*tree_leaves(function(own, *given)), *given]
+
+    fused, plain = run(recorder.run), run(lambda own, *given: own(*given))
+    problems = compiled_otherwise(model, inputs, fused, plain, **options)
     assert not problems, "; ".join(problems)
 
 
