@@ -44,9 +44,10 @@ CUDA = [
 ]
 
 # Seconds, and nothing compiled: whether all of this works, not how fast anything is.
+UNCOMPILED = {"inner": "eager", "kernels": "aten"}
 QUICK = [
-    BenchmarkRow("quick", Workload("test_vit", r=8, batch=2, options={"inner": "eager"}), ("eager", "mctf"), ("mctf",)),
-    BenchmarkRow("quick-batch1", Workload("test_vit", r=4, batch=1, options={"inner": "eager"}), ("eager", "mctf"), ()),
+    BenchmarkRow("quick", Workload("test_vit", r=8, batch=2, options=UNCOMPILED), ("eager", "mctf"), ("mctf",)),
+    BenchmarkRow("quick-batch1", Workload("test_vit", r=4, batch=1, options=UNCOMPILED), ("eager", "mctf"), ()),
 ]
 
 SUITES = {"cpu": CPU, "cuda": CUDA, "quick": QUICK}

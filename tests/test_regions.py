@@ -66,7 +66,7 @@ def test_blocks_that_fuse_are_one_region(compilations, r):
 def test_blocks_that_read_tables_over_the_original_tokens_are_one_region(compilations, side, method):
     """Each pools its table through all the fusions before it, and does so in one step."""
     made = []
-    for depth in (7, 9):
+    for depth in (7, 8):
         model = TinyViT(VitSpec(depth=depth, grid=5, suffix=int(side == "rope_patches"), side=side)).eval()
         inputs = model.example(2, 1)
         compilations.clear()
@@ -74,7 +74,7 @@ def test_blocks_that_read_tables_over_the_original_tokens_are_one_region(compila
             got = run(model, *inputs, method=method, r=1)
             torch.testing.assert_close(got, run(model, *inputs, inner="eager", method=method, r=1), rtol=0, atol=1e-5)
         made.append([instances for instances, _ in compilations])
-    assert len(made[1]) == len(made[0]) and max(made[1]) == max(made[0]) + 2
+    assert len(made[1]) == len(made[0]) and max(made[1]) == max(made[0]) + 1
 
 
 def matching(images: int, n: int, r: int, lead: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -212,24 +212,27 @@ def test_tokens_are_let_go_of_when_a_block_has_read_them(monkeypatch):
 
 
 PROGRAM = """
-import sys, torch, timm
+import torch, timm
 from torch._dynamo.utils import counters
-torch._inductor.config.freezing = sys.argv[1] == "frozen"
-torch.manual_seed(0)
-model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3).eval()
-with torch.no_grad():
-    torch.compile(model, backend="mctf", options={"r": 1, "min_tokens": 1})(torch.ones(1, 3, 32, 32))
-print(counters["inductor"]["fxgraph_cache_miss"], counters["aot_autograd"]["autograd_cache_hit"])
+for torch._inductor.config.freezing in (False, True):
+    torch._dynamo.reset()
+    counters.clear()
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3).eval()
+    with torch.no_grad():
+        torch.compile(model, backend="mctf", options={"r": 1, "min_tokens": 1})(torch.ones(1, 3, 32, 32))
+    print(counters["inductor"]["fxgraph_cache_miss"], counters["aot_autograd"]["autograd_cache_hit"])
 """
 
 
-@pytest.mark.parametrize("weights", ["free", "frozen"])
-def test_a_second_process_finds_everything_in_the_caches(weights: str, tmp_path: Path):
+def test_a_second_process_finds_everything_in_the_caches(tmp_path: Path):
+    """With free weights and with frozen ones."""
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    misses = []
+    runs = []
     for _ in range(2):
-        done = subprocess.run([sys.executable, "-c", PROGRAM, weights], env=environment, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        misses.append([int(word) for word in done.stdout.split()])
-    (first, _), (second, hits) = misses
-    assert first > 0 and second == 0 and hits == first
+        runs.append([tuple(map(int, line.split())) for line in done.stdout.splitlines()])
+    assert [len(run) for run in runs] == [2, 2]
+    for (made, _), (missed, found) in zip(*runs):
+        assert made > 0 and missed == 0 and found == made

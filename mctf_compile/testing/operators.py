@@ -167,7 +167,7 @@ def draw_call(target: OpOverload, given: Sequence[Tensor], choose: Choose) -> Op
     try:
         results = _list(call.run(given))
         mode = FakeTensorMode()
-        fakes = [mode.from_tensor(x.detach()) for x in given]
+        fakes = [mode.from_tensor(x.detach()) if i in call.given else x for i, x in enumerate(given)]
         args, kwargs = call.filled(fakes, lambda made: mode.from_tensor(made.tensor()))
         with mode:
             captured = _list(call.target(*args, **kwargs))
