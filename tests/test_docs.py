@@ -69,7 +69,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     A pretrained model is a DeiT of as many tokens, but of three narrow blocks. Where a block names no inner compiler,
     the rewritten graph runs as it is.
     """
-    create, compile_ = timm.create_model, torch.compile
+    create, compile_, precompile = timm.create_model, torch.compile, torch.compiler.precompile
 
     def create_narrow(name: str, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:
         if not pretrained:
@@ -81,6 +81,11 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             options = {"inner": "eager", "kernels": "aten", **options}
         return compile_(model, backend=backend, options=options, **kwargs)
 
+    def precompile_eager(*args: Any, **kwargs: Any) -> tuple[str, bytes]:
+        return precompile(*args, **{"backend": "eager", **kwargs})
+
+    precompile_eager.load = precompile.load
+    monkeypatch.setattr(torch.compiler, "precompile", precompile_eager)
     monkeypatch.setattr(timm, "create_model", create_narrow)
     monkeypatch.setattr(torch, "compile", compile_eager)
     tables: list[dict[Any, Any]] = [RULES, METHODS]

@@ -309,6 +309,14 @@ FOREIGN = {
     "pt2": "import torch; run = torch.export.load({path!r}).module()",
     "aoti": "import torch; run = torch._inductor.aoti_load_package({path!r})",
     "onnx": "import onnxruntime; session = onnxruntime.InferenceSession({path!r}); run = None",
+    "precompiled": """
+import torch
+from pathlib import Path
+path = Path({path!r})
+model, code = torch.export.load(path).module(), path.with_suffix(".py").read_text()
+ready = torch.compiler.precompile.load(code, path.with_suffix(".cache").read_bytes())
+run = lambda images: ready(model, images)
+""",
 }
 PROGRAM = """
 import sys, numpy
@@ -333,6 +341,15 @@ def packaged(folder: Path) -> Path:
     return path
 
 
+def precompile(path: Path) -> None:
+    """Beside a program the code that PyTorch makes of it, and what its cache knows."""
+    with torch.no_grad():
+        model = torch.export.load(path).module()
+        made = torch.compiler.precompile(lambda model, x: model(x), model, images("cls", 3))
+    path.with_suffix(".py").write_text(made[0])
+    path.with_suffix(".cache").write_bytes(made[1])
+
+
 @pytest.mark.parametrize("target", FOREIGN)
 def test_a_process_without_this_package_runs_it(target: str, folder: Path, request: pytest.FixtureRequest) -> None:
     if target == "onnx":
@@ -342,6 +359,10 @@ def test_a_process_without_this_package_runs_it(target: str, folder: Path, reque
     else:
         path = folder / "fused.pt2"
         TARGETS["pt2"].save(exported("cls", "mctf")[0], path)
+    if target == "precompiled":
+        if not hasattr(torch.compiler, "precompile"):
+            pytest.skip("PyTorch has torch.compiler.precompile since 2.14")
+        precompile(path)
     given, out = folder / "images.npy", folder / f"{target}.npy"
     numpy.save(given, images("cls", 3).numpy())
     absent = "'mctf_compile', 'torch'" if target == "onnx" else "'mctf_compile'"
