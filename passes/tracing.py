@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import maybe_get_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode, maybe_get_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mctf_compile.kernels.library import ShapesAlone, autocast_dtype, original, stand_in
@@ -25,14 +25,7 @@ def trace(function: Callable[..., Any], inputs: Sequence[Any]) -> fx.GraphModule
         with ShapesAlone():
             return function(*inputs)
 
-    # Without the mode, tensors that the program makes itself (arange, zeros) would be real ones.
-    mode = next((m for m in map(maybe_get_fake_mode, inputs) if m is not None), None)
-    with ExitStack() as stack:
-        stack.enter_context(fx.traceback.preserve_node_meta())
-        if mode is not None:
-            # Weights may be attributes of the graph: Dynamo makes them some where they are to be frozen.
-            stack.enter_context(mock.patch.object(mode, "allow_non_fake_inputs", True))
-            stack.enter_context(mode)
+    with fx.traceback.preserve_node_meta(), mode_of(inputs):
         gm = make_fx(run, pre_dispatch=True)(*inputs)
     for node in gm.graph.nodes:
         operator = original(node.target)
@@ -43,6 +36,21 @@ def trace(function: Callable[..., Any], inputs: Sequence[Any]) -> fx.GraphModule
     give_to_wrappers(gm.graph)
     gm.recompile()
     return gm
+
+
+@contextmanager
+def mode_of(values: Iterable[Any]) -> Iterator[FakeTensorMode | None]:
+    """Within it what runs on ``values`` runs under their fake mode, if they have one: tensors made anew are fake too.
+
+    Real ones may be among the operands: weights are attributes of the graph where Dynamo is to freeze them, and some
+    operators make a number of their own (``feature_alpha_dropout``).
+    """
+    mode = next((m for m in map(maybe_get_fake_mode, values) if m is not None), None)
+    if mode is None:
+        yield None
+        return
+    with mock.patch.object(mode, "allow_non_fake_inputs", True), mode:
+        yield mode
 
 
 # Fake tensors find the shape of a linear from three operators that it consists of, in 5 ms; there are many.

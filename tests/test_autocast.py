@@ -214,3 +214,19 @@ def test_gradients_of_a_table_of_positions_are_those_of_all_copies(seed: int) ->
     exact = gradient(lambda model, x: model(x), torch.float64)
     assert (gradient(recorder.run, torch.float32) - exact).norm() < 1e-4 * exact.norm()
     assert recorder.reports[0].removed == 12 and recorder.largest_gap < 1e-5
+
+
+class Dropped(Regions):
+    """Behind the blocks an operator that makes a number of its own, which no fake mode sees made."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        with on():
+            return x + aten.feature_alpha_dropout(x, 1.0, True)
+
+
+def test_an_operator_that_makes_a_number_of_its_own_is_followed() -> None:
+    model = Dropped().eval()
+    with torch.no_grad():
+        got = torch.compile(model, backend="mctf", options={**OPTIONS, "inner": "eager"}, dynamic=False)(TOKENS)
+        torch.testing.assert_close(got, model(TOKENS), rtol=1e-4, atol=1e-4)

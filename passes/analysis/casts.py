@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mctf_compile.errors import UnsupportedGraph
 from mctf_compile.narrowing import function_of, operator_of
 from mctf_compile.passes.subclasses import under_autocast, wrappers
+from mctf_compile.passes.tracing import mode_of
 
 aten = torch.ops.aten
 
@@ -136,6 +137,7 @@ def _run(
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: (given or {}).get(n, n.meta.get("val")))
     watch = _Watch(watched)
     with ExitStack() as stack:
+        stack.enter_context(mode_of(watched))
         stack.enter_context(torch._C._DisableAutocast())
         for device, dtype in state.items():
             stack.enter_context(torch.autocast(device, dtype))

@@ -6,12 +6,10 @@ import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
-from unittest import mock
 
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import maybe_get_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import transform_subclass
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
@@ -22,6 +20,7 @@ from mctf_compile.passes.axes import FEATURES, AxisTable, Dim, Dims, atoms, prod
 from mctf_compile.passes.rules.base import Rule, find_rule
 from mctf_compile.passes.rules.call import Call, Flow, Fused, V
 from mctf_compile.passes.subclasses import described, is_wrapper, wrappers
+from mctf_compile.passes.tracing import mode_of
 
 
 def rule_of(node: fx.Node) -> Rule | None:
@@ -111,12 +110,11 @@ def body_of(node: fx.Node) -> Body | None:
         args, kwargs = tree_unflatten([make(feed) for make in made], spec)
         return function_of(node)(*args, **kwargs)
 
-    mode = next((m for m in map(maybe_get_fake_mode, inputs) if m is not None), None)
-    if mode is None or any(map(is_wrapper, tree_leaves(node.meta["val"]))):
+    if any(map(is_wrapper, tree_leaves(node.meta["val"]))):
         return None
     try:
-        with mock.patch.object(mode, "allow_non_fake_inputs", True), mode:
-            return Body(make_fx(run)(*inputs).graph, operands)
+        with mode_of(inputs) as mode:
+            return None if mode is None else Body(make_fx(run)(*inputs).graph, operands)
     except Exception:
         # It is the subclass's code, and may do anything.
         return None
