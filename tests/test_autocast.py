@@ -225,8 +225,16 @@ class Dropped(Regions):
             return x + aten.feature_alpha_dropout(x, 1.0, True)
 
 
-def test_an_operator_that_makes_a_number_of_its_own_is_followed() -> None:
-    model = Dropped().eval()
+def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention whose queries and keys were normed in float32; it makes numbers of its own of a boolean mask."""
+    return F.scaled_dot_product_attention(
+        q.float(), k.float(), v, attn_mask=torch.ones_like(k[..., 0]).bool()[:, :, None]
+    )
+
+
+@pytest.mark.parametrize("model", [Dropped(), Regions(masked, block=lambda i: on())], ids=["dropped", "masked"])
+def test_an_operator_that_makes_a_number_of_its_own_is_followed(model: nn.Module) -> None:
     with torch.no_grad():
-        got = torch.compile(model, backend="mctf", options={**OPTIONS, "inner": "eager"}, dynamic=False)(TOKENS)
-        torch.testing.assert_close(got, model(TOKENS), rtol=1e-4, atol=1e-4)
+        got = torch.compile(model.eval(), backend="mctf", options={**OPTIONS, "inner": "eager"}, dynamic=False)(TOKENS)
+        expected = model(TOKENS)
+    assert (got - expected).norm() <= 2e-2 * expected.norm()
