@@ -292,3 +292,28 @@ def test_a_mask_that_is_written_to_where_nothing_depends_on_inputs_is_no_constan
 
     report = mctf_compile.explain(Masked(None), torch.randn(2, 24, 16), r=4)
     assert not report.fused and "masked by pairs" in report.reason
+
+
+class Blank(nn.Module):
+    """A block, and a dropout of everything that is written in place: it makes a number of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.mlp = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        x = x + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + F.gelu(self.mlp(x))
+        return x.mean(1) + torch.ops.aten.feature_alpha_dropout_(x.mean(1), 1.0, True)
+
+
+def test_a_write_of_what_makes_a_number_of_its_own_is_followed():
+    torch._dynamo.reset()
+    x = torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(0)).repeat_interleave(4, 1)
+    model = Blank().eval()
+    options = {"method": "tome", "r": 4, "min_tokens": 1, "inner": "eager", "strict": True}
+    with torch.no_grad():
+        got = torch.compile(model, backend="mctf", options=options, dynamic=False)(x)
+        torch.testing.assert_close(got, model(x), rtol=1e-4, atol=1e-5)

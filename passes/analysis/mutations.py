@@ -12,11 +12,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
+from torch.utils._pytree import tree_leaves
 
 from mctf_compile.errors import UnsupportedGraph
 from mctf_compile.kernels.library import without_autocast
 from mctf_compile.narrowing import function_of, node_of, operator_of, present
 from mctf_compile.passes.rules import Elements, find_rule, schema_arguments
+from mctf_compile.passes.tracing import mode_of
 
 aten = torch.ops.aten
 
@@ -309,7 +311,7 @@ def _pure(graph: fx.Graph, node: fx.Node) -> fx.Node:
             return node
         result = insert(pure, *node.args, **node.kwargs)
         given, options = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        with without_autocast():
+        with without_autocast(), mode_of(tree_leaves((given, options))):
             own = pure(*given, **options)
         if own.dtype == value.dtype:
             return result
