@@ -32,6 +32,7 @@ from mctf_compile.testing.soundness import (
     compiled_otherwise,
     distance,
     too_exact,
+    unequal,
 )
 from mctf_compile.testing.spellings import PAIRS, SPELLINGS, sdpa
 from mctf_compile.testing.strategies import fusion_options, without_tiles
@@ -127,7 +128,7 @@ class GraphCase:
         fused = [*self._fused(recorder, self.grown, module, given), *given]
         problems, error = broken(plain, fused, recorder), None
         if not recorder.reports[0].fused:
-            problems += _unequal(plain, fused, "nothing was fused, and yet the output is not the dense one")
+            problems += unequal(plain, fused, "nothing was fused, and yet the output is not the dense one")
         elif not problems and recorder.groups and recorder.largest_gap <= DUPLICATE:
             error = max(map(distance, plain, fused))
             if not error <= self.grown.tolerance:
@@ -211,11 +212,6 @@ def _run(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) ->
 def plainly(program: Program) -> Program:
     """The program with ``scaled_dot_product_attention`` throughout."""
     return program.replaced(lambda target: sdpa if target in SPELLINGS else target)
-
-
-def _unequal(right: Sequence[Tensor], got: Sequence[Tensor], problem: str) -> list[str]:
-    equal = len(right) == len(got) and all(a.dtype == b.dtype and distance(a, b) == 0.0 for a, b in zip(right, got))
-    return [] if equal else [problem]
 
 
 @st.composite
