@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mctf_compile.measuring.workload import BY_PYTORCH, ON_CUDA, BenchmarkRow, Workload
+from mctf_compile.measuring.workload import BY_PYTORCH, IN_INT8, ON_CUDA, BenchmarkRow, Workload
 
 # Where results are kept.
 FOLDER = Path(__file__).parent / "results"
@@ -19,6 +19,7 @@ CPU = [
     BenchmarkRow("deit_s-fast", Workload("deit_small_patch16_224", r="fast")),
     BenchmarkRow("deit_s-2threads", Workload("deit_small_patch16_224", threads=2)),
     BenchmarkRow("deit_s-autocast", Workload("deit_small_patch16_224", dtype="autocast"), BY_PYTORCH),
+    BenchmarkRow("deit_s-int8", Workload("deit_small_patch16_224"), IN_INT8, IN_INT8),
     BenchmarkRow("vit_m-gap", Workload("vit_medium_patch16_gap_240")),
 ]
 

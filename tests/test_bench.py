@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mctf_compile import ConfigError, MctfError, Report
+from mctf_compile.exporting.targets import Onnx, OnnxInt8
 from mctf_compile.measuring import bench as measuring
 from mctf_compile.measuring import candidates as ways
 from mctf_compile.measuring.bench import (
@@ -286,6 +287,24 @@ def test_other_runtimes_run_the_model_dense_and_fused() -> None:
         dense, fused = (found[n]["median_ms"] for n in (name, f"mctf-{name}"))
         assert found[f"mctf-{name}"]["speedup_over_alike"] == pytest.approx(dense / fused)
     assert [values["speedup_over_alike"] for values in found.values()].count(None) == 4
+
+
+def test_integers_may_round_as_8_bits_do_and_nothing_else_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    model, inputs = tiny()
+    options = {"r": 4, "min_tokens": 4}
+    names = ["onnxruntime", "onnxruntime-int8", "mctf-onnxruntime", "mctf-onnxruntime-int8"]
+    result = bench(model, inputs, options, 2, warmup=0, candidates=names)
+    assert [result.alike(name) for name in result.timings] == [None, None, *names[:2]]
+    assert all((result.errors[name] > 1e-4) == name.endswith("int8") for name in names)
+    load = OnnxInt8.load
+    for target, file in ((OnnxInt8, "onnxruntime-int8"), (Onnx, "onnxruntime")):
+        far = 0.3 if target is OnnxInt8 else 0.05
+        with monkeypatch.context() as patched:
+            patched.setattr(target, "load", lambda *of, far=far: lambda x: [(1 + far) * y for y in load(*of)(x)])
+            with pytest.raises(WrongOutputError, match=f"the output of {file} is"):
+                bench(model, inputs, options, 2, warmup=0, candidates=[file, "mctf"])
 
 
 @pytest.mark.parametrize("threads", [1, 2])

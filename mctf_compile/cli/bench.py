@@ -32,8 +32,8 @@ def add(commands: Subcommands) -> None:
         metavar="A,B",
         help=(
             "what to time: eager, inductor, max-autotune, freezing, freezing-dynamic, max-autotune-freezing, "
-            "onnxruntime, openvino, all dense, and mctf, mctf-freezing, mctf-onnxruntime, mctf-openvino "
-            "(default: eager,inductor,mctf)"
+            "onnxruntime, onnxruntime-int8, openvino, all dense, and mctf, mctf-freezing, mctf-onnxruntime, "
+            "mctf-onnxruntime-int8, mctf-openvino (default: eager,inductor,mctf)"
         ),
     )
     parser.add_argument("--json", type=writable, metavar="FILE", help="write the result here too")

@@ -16,9 +16,8 @@ if TYPE_CHECKING:
 
     from mctf_compile.exporting.targets import Run
 
-# The batches that a file is checked with, and how far apart results may be, as a share of the largest number.
+# The batches that a file is checked with.
 BATCHES = (1, 3, 8)
-CLOSE = 1e-4
 
 
 def add(commands: Subcommands) -> None:
@@ -28,9 +27,12 @@ def add(commands: Subcommands) -> None:
     )
     parser.add_argument(
         "--to",
-        choices=("pt2", "onnx", "aoti", "openvino"),
+        choices=("pt2", "onnx", "onnx-int8", "aoti", "openvino"),
         default="pt2",
-        help="torch.export, ONNX, a package of AOTInductor's or OpenVINO (default: pt2); adds the ending to FILE",
+        help=(
+            "torch.export, ONNX (in float or with products of 8-bit integers), a package of AOTInductor's or OpenVINO "
+            "(default: pt2); adds the ending to FILE"
+        ),
     )
     parser.add_argument(
         "--check",
@@ -69,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     for file in target.files(path):
         print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
     if args.check:
-        _judge(path, found)
+        _judge(path, found, target.rounding)
 
 
 def _differences(
@@ -102,7 +104,7 @@ def _differences(
     return found
 
 
-def _judge(path: Path, found: Mapping[int, tuple[float, float]] | None) -> None:
+def _judge(path: Path, found: Mapping[int, tuple[float, float]] | None, rounding: float) -> None:
     """Print the differences; raises ``CheckFailed`` for one that is not rounding."""
     if found is None:
         print("not checked: the model draws random numbers, and other ones in every runtime")
@@ -111,7 +113,8 @@ def _judge(path: Path, found: Mapping[int, tuple[float, float]] | None) -> None:
     print(f"checked against the compiled model: differs by {shown}")
     worst = max(difference / largest for difference, largest in found.values())
     # NaN is no number that is close.
-    if not worst <= CLOSE:
+    if not worst <= rounding:
         raise CheckFailed(
-            f"{path} differs from the compiled model by {worst:.1e} of the largest output, where {CLOSE:g} is rounding"
+            f"{path} differs from the compiled model by {worst:.1e} of the largest output, where {rounding:g} is "
+            "rounding"
         )

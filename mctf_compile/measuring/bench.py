@@ -236,7 +236,8 @@ def bench(
             reference = candidate(MCTF, model, inputs, interpreted(options))
             for name in (n for n in FUSED if n in chosen):
                 progress(f"check {name}", 0, 1)
-                errors[name] = check_fused(name, modules[name], reference, model, inputs, tolerance)
+                allowed = max(tolerance, CANDIDATES[name].rounding)
+                errors[name] = check_fused(name, modules[name], reference, model, inputs, allowed)
         timings = interleave({name: calls[name] for name in chosen}, rounds, warmup, device, progress)
         torch._dynamo.reset()
     return BenchResult(timings, {name: first_call[name] for name in chosen}, report, errors)
@@ -266,11 +267,11 @@ def first_calls(
         expected = tensors if expected is None else expected
         check_output(name, tensors, expected)
         if name in DENSE:
-            found = relative_errors(tensors, expected)
-            if max(found) > tolerance:
+            found, allowed = relative_errors(tensors, expected), max(tolerance, CANDIDATES[name].rounding)
+            if max(found) > allowed:
                 raise WrongOutputError(
                     f"the output of {name} is {max(found):.1e} away from dense eager's, by the norm "
-                    f"of an image's; {tolerance:g} is allowed. No time is reported."
+                    f"of an image's; {allowed:g} is allowed. No time is reported."
                 )
             errors[name] = statistics.median(found)
     return seconds, errors

@@ -42,6 +42,11 @@ class Candidate:
     def fused(self) -> bool:
         return self.dense is not None
 
+    @property
+    def rounding(self) -> float:
+        """The relative error of its outputs that its own numbers cost, beside those of the model's dtypes."""
+        return TARGETS[self.target].rounding if self.target is not None else 0.0
+
 
 # On a CPU, max-autotune has matrix products to choose from where the weights are frozen, and float32 weights are packed
 # for oneDNN where the batch may change too.
@@ -53,10 +58,12 @@ CANDIDATES: dict[str, Candidate] = {
     "freezing-dynamic": Candidate({"freezing": True}, dynamic=True),
     "max-autotune-freezing": Candidate({"mode": "max-autotune", "freezing": True}),
     "onnxruntime": Candidate(target="onnx"),
+    "onnxruntime-int8": Candidate(target="onnx-int8"),
     "openvino": Candidate(target="openvino"),
     MCTF: Candidate({}, dense=INDUCTOR),
     "mctf-freezing": Candidate({"freezing": True}, dense="freezing"),
     "mctf-onnxruntime": Candidate(target="onnx", dense="onnxruntime"),
+    "mctf-onnxruntime-int8": Candidate(target="onnx-int8", dense="onnxruntime-int8"),
     "mctf-openvino": Candidate(target="openvino", dense="openvino"),
 }
 DENSE = tuple(name for name, candidate in CANDIDATES.items() if not candidate.fused)

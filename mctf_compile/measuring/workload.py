@@ -13,8 +13,10 @@ from mctf_compile.measuring.candidates import CANDIDATES
 from mctf_compile.measuring.timm_models import input_size, make_model
 from mctf_compile.options.fields import one_of
 
+# Products of 8-bit integers, dense and fused.
+IN_INT8 = tuple(name for name in CANDIDATES if CANDIDATES[name].target == "onnx-int8")
 # On a CPU, max-autotune without freezing has nothing to tune.
-ON_CPU = tuple(name for name in CANDIDATES if name != "max-autotune")
+ON_CPU = tuple(name for name in CANDIDATES if name not in ("max-autotune", *IN_INT8))
 # Of these, what other runtimes do not run: they have no autocast.
 BY_PYTORCH = tuple(name for name in ON_CPU if CANDIDATES[name].target is None)
 ON_CUDA = ("eager", "inductor", "max-autotune", "mctf")
