@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import mctf_compile
 from mctf_compile.testing import Recorder
 from mctf_compile.testing.soundness import ONLY_SIMILARITY
 
@@ -223,6 +224,30 @@ class Dropped(Regions):
         x = super().forward(x)
         with on():
             return x + aten.feature_alpha_dropout(x, 1.0, True)
+
+
+class Bilinear(nn.Module):
+    """Its kernel calls for products, which autocast casts where no tracer sees it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Regions()
+        self.form = nn.Bilinear(32, 32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with on():
+            y = self.form(x, x)
+        return self.model(x) + y.mean(1)
+
+
+def test_what_a_kernel_casts_within_is_left_to_it() -> None:
+    model = Bilinear().eval()
+    options = {**OPTIONS, "strict": False, "inner": "eager"}
+    report = mctf_compile.explain(model, TOKENS, **options)
+    assert not report.fused and "bilinear.default runs under autocast in a way that" in str(report.reason)
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="mctf", options=options, dynamic=False)
+        assert torch.equal(compiled(TOKENS), model(TOKENS))
 
 
 def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mctf_compile import ConfigError, FusionConfig, Report, rewrite
+from mctf_compile import ConfigError, FusionConfig, Report, explain, rewrite
 from mctf_compile.errors import cause_of
 from mctf_compile.testing import TinyViT, VitSpec
 
@@ -385,3 +385,36 @@ def test_what_was_seen_of_fused_tokens_fuses_no_others(options: dict[str, Any]) 
     if options.get("method") != "tofu":
         with torch.no_grad():
             torch.testing.assert_close(got, model(x), rtol=1e-4, atol=1e-5)
+
+
+# What is as long as tokens that were fused, without being made of them.
+AS_LONG: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "another image": lambda x, y: y.expand_as(x).amax(2),
+    "one image of another batch": lambda x, y: y[0].expand_as(x).amax(2),
+    "a row": lambda x, y: y[:, :1].expand_as(x).sin(),
+    "a row that meets them": lambda x, y: y[:, :1].expand_as(x) * x,
+    "a row, summed up": lambda x, y: y[:1, :1].expand_as(x).sum(1),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "any size"])
+@pytest.mark.parametrize("name", AS_LONG)
+def test_what_borrows_the_shape_of_fused_tokens_has_that_of_all(name: str, dynamic: bool) -> None:
+    """Every token is there four times in a row, so that fusing three of 12 pairs loses nothing."""
+
+    def run(of: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        for block in of.vit.blocks:
+            x = block(x, None)
+        return x, AS_LONG[name](x, y)
+
+    model = Of(run, vit=vit(depth=2, prefix=0)).eval()
+    torch._dynamo.reset()
+    options = {"method": "tome", "r": 3, "min_tokens": 4, "inner": "eager", "strict": True}
+    compiled = torch.compile(model, backend="mctf", options=options, dynamic=dynamic)
+    draw = torch.Generator().manual_seed(0)
+    for tokens in (24, 32) if dynamic else (24,):
+        x, y = (torch.randn(3, tokens // 4, 16, generator=draw).repeat_interleave(4, 1) for _ in range(2))
+        with torch.no_grad():
+            for found, expected in zip(compiled(x, y), model(x, y), strict=True):
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert explain(model, x, y, **options).removed == 6

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, fx
@@ -308,7 +308,7 @@ class FusedCall:
         if self.rule.resized == "size":
             touched = {d for p in present(places(dims, self.tokens)) for d in (p.dim, *p.rest)}
             # Of the shape of another tensor, or one that is listed.
-            given = given or args[1].shape
+            given = given or [self._lent(d, dims, args[1], size) for d, size in enumerate(shape)]
             x = torch.ops.aten.expand(x, [shape[d] if d in touched else s for d, s in enumerate(given)])
             return x
         if sum(not isinstance(size, int) for size in shape) == 1:
@@ -319,6 +319,18 @@ class FusedCall:
             raise Declined("a reshape with several symbolic sizes meets fused tokens")
         x = torch.ops.aten.reshape(x, shape)
         return x
+
+    def _lent(self, d: int, dims: Dims, other: Tensor, size: Any) -> Any:
+        """The size that a dimension gets from another tensor, which may have fewer tokens than it had; -1: its own."""
+        source = ((),) * (len(dims) - len(self.value(self.operand).dims)) + self.value(self.operand).dims
+        if dims[d] and dims[d] == source[d]:
+            return -1
+        if size is not None:
+            return size
+        lender = self.env[cast(fx.Node, self.node.args[1])]
+        if lender.stream is not None and mentions((lender.dims[d],), lender.stream.tokens):
+            raise Declined(f"{name_of(self.node)} repeats something along the tokens without reading them")
+        return other.shape[d]
 
     def _as_given(self, d: int, dims: Dims, x: Tensor, given: Sequence[Any]) -> Any:
         """The size of a dimension of a reshape where it holds no tokens; -1 where that is not known."""
