@@ -241,7 +241,7 @@ def test_onnx_has_standard_operators_and_the_same_results(name: str, method: str
 
 
 def test_every_weight_is_in_8_bits_where_that_is_asked_for(folder: Path) -> None:
-    """Also those of which fused tokens need a part; what is no product with a weight is the same to the last digits."""
+    """Also those of which fused tokens need a part alone."""
     pytest.importorskip("onnxruntime", reason="needs the extra mctf-compile[onnx]")
     pytest.importorskip("onnxscript", reason="needs the extra mctf-compile[onnx]")
     import onnx
@@ -256,7 +256,6 @@ def test_every_weight_is_in_8_bits_where_that_is_asked_for(folder: Path) -> None
     assert {node.domain for node in graph.node} == {""}
     floats = {i.name for i in graph.initializer if i.data_type == onnx.TensorProto.FLOAT and len(i.dims) == 2}
     assert not [node.op_type for node in graph.node if floats.intersection(node.input)]
-    # Of each block: query, key and value together where all tokens need them, the way back, and the two of the MLP.
     layers = sum(isinstance(m, nn.Linear) for m in model.modules())
     assert sum(node.op_type == "MatMulInteger" for node in graph.node) >= layers
     (found,), (expected,) = TARGETS["onnx-int8"].load(path)(x), tensors(program.module()(x))

@@ -236,7 +236,7 @@ def bench(
             reference = candidate(MCTF, model, inputs, interpreted(options))
             for name in (n for n in FUSED if n in chosen):
                 progress(f"check {name}", 0, 1)
-                allowed = max(tolerance, CANDIDATES[name].rounding)
+                allowed = CANDIDATES[name].tolerance(tolerance)
                 errors[name] = check_fused(name, modules[name], reference, model, inputs, allowed)
         timings = interleave({name: calls[name] for name in chosen}, rounds, warmup, device, progress)
         torch._dynamo.reset()
@@ -267,7 +267,7 @@ def first_calls(
         expected = tensors if expected is None else expected
         check_output(name, tensors, expected)
         if name in DENSE:
-            found, allowed = relative_errors(tensors, expected), max(tolerance, CANDIDATES[name].rounding)
+            found, allowed = relative_errors(tensors, expected), CANDIDATES[name].tolerance(tolerance)
             if max(found) > allowed:
                 raise WrongOutputError(
                     f"the output of {name} is {max(found):.1e} away from dense eager's, by the norm "

@@ -42,10 +42,9 @@ class Candidate:
     def fused(self) -> bool:
         return self.dense is not None
 
-    @property
-    def rounding(self) -> float:
-        """The relative error of its outputs that its own numbers cost, beside those of the model's dtypes."""
-        return TARGETS[self.target].rounding if self.target is not None else 0.0
+    def tolerance(self, of_dtypes: float) -> float:
+        """The relative error that rounding may cause, where it is ``of_dtypes`` in the dtypes of model and inputs."""
+        return of_dtypes if self.target is None else max(of_dtypes, TARGETS[self.target].rounding)
 
 
 # On a CPU, max-autotune has matrix products to choose from where the weights are frozen, and float32 weights are packed

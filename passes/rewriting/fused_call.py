@@ -322,8 +322,9 @@ class FusedCall:
 
     def _lent(self, d: int, dims: Dims, other: Tensor, size: Any) -> Any:
         """The size that a dimension gets from another tensor, which may have fewer tokens than it had; -1: its own."""
-        source = ((),) * (len(dims) - len(self.value(self.operand).dims)) + self.value(self.operand).dims
-        if dims[d] and dims[d] == source[d]:
+        own = self.value(self.operand).dims
+        before = d + len(own) - len(dims)
+        if dims[d] and before >= 0 and dims[d] == own[before]:
             return -1
         if size is not None:
             return size
